@@ -1,0 +1,26 @@
+# nvcc, the architecture list, and the flags of every kernel. Knows nothing of torch.
+include(CheckLanguage)
+set(SPECRT_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc is found), ON (fail without it), OFF")
+set(SPECRT_ARCH "90a" CACHE STRING "CUDA architectures of the kernels, CMake's list form (90a; 80 for Ampere and later by PTX)")
+set(SPECRT_HAS_CUDA OFF)
+if(NOT SPECRT_CUDA STREQUAL "OFF")
+  if(NOT CMAKE_CUDA_COMPILER AND EXISTS /usr/local/cuda/bin/nvcc)
+    set(CMAKE_CUDA_COMPILER /usr/local/cuda/bin/nvcc)
+  endif()
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    list(TRANSFORM SPECRT_ARCH APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
+    enable_language(CUDA)
+    set(SPECRT_HAS_CUDA ON)
+  elseif(SPECRT_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "specrt: SPECRT_CUDA=ON, but no nvcc was found")
+  endif()
+endif()
+message(STATUS "CUDA kernels: ${SPECRT_HAS_CUDA} (architectures ${SPECRT_ARCH})")
+
+function(specrt_cuda_flags target)
+  # No --use_fast_math: it changes division, square root and denormals. Approximations are asked for by name.
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -fmad=false
+    --ptxas-options=-v,--warn-on-spills>)
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON)
+endfunction()

@@ -1,0 +1,87 @@
+// exp2, exp, log in float32, written out with explicit fma so that they give the same bits on the host, on the device and in
+// every vector width. The sampler uses them on both backends: its CPU and CUDA results are equal to the bit.
+#pragma once
+#include "base/types.h"
+
+namespace specrt {
+
+SPECRT_HD float fma_rn(float a, float b, float c) {
+#ifdef __CUDA_ARCH__
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+SPECRT_HD float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+SPECRT_HD uint32_t float_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// 2^x, about 1 ulp on [-126, 127]; below -126 exactly 0 (so exp2_rn(-inf) == 0), above 127.999 the value at 127.999; NaN stays NaN.
+// 2^f on [-1/2, 1/2] by the Taylor series of e^(f ln 2) to degree 7 (truncation 2e-9).
+SPECRT_HD float exp2_rn(float x) {
+  float c = x < -126.0f ? -126.0f : x;
+  c = c > 127.999f ? 127.999f : c;
+  float n = (c + 12582912.0f) - 12582912.0f;  // round to nearest integer: 1.5 * 2^23
+  float f = c - n;
+  float p = 1.5252734e-5f;
+  p = fma_rn(p, f, 1.5403530e-4f);
+  p = fma_rn(p, f, 1.3333558e-3f);
+  p = fma_rn(p, f, 9.6181291e-3f);
+  p = fma_rn(p, f, 5.5504109e-2f);
+  p = fma_rn(p, f, 2.4022651e-1f);
+  p = fma_rn(p, f, 6.9314718e-1f);
+  p = fma_rn(p, f, 1.0f);
+  int32_t e = static_cast<int32_t>(n);
+  // n = 128 cannot occur (127.999 - 128 < 0 keeps p < 1 but needs 2^128): split the scale in two.
+  float lo = bits_to_float(static_cast<uint32_t>((e >> 1) + 127) << 23);
+  float hi = bits_to_float(static_cast<uint32_t>((e - (e >> 1)) + 127) << 23);
+  float r = (p * lo) * hi;
+  r = x < -126.0f ? 0.0f : r;
+  return x != x ? x : r;
+}
+
+SPECRT_HD float exp_rn(float x) { return exp2_rn(x * kLog2e); }
+
+// Natural logarithm of a positive normal float, about 1 ulp. (log(0) = -inf, log(+inf) = +inf, negative or NaN -> NaN.)
+// Reduction to [sqrt(1/2), sqrt(2)) and the degree-8 polynomial of Cephes' logf.
+SPECRT_HD float log_rn(float x) {
+  uint32_t u = float_to_bits(x);
+  int32_t e = static_cast<int32_t>(u >> 23) - 126;
+  float m = bits_to_float((u & 0x007fffffu) | 0x3f000000u);  // [1/2, 1)
+  bool low = m < 0.707106781186547524f;
+  e = low ? e - 1 : e;
+  float f = low ? (m + m) - 1.0f : m - 1.0f;
+  float z = f * f;
+  float p = 7.0376836292e-2f;
+  p = fma_rn(p, f, -1.1514610310e-1f);
+  p = fma_rn(p, f, 1.1676998740e-1f);
+  p = fma_rn(p, f, -1.2420140846e-1f);
+  p = fma_rn(p, f, 1.4249322787e-1f);
+  p = fma_rn(p, f, -1.6668057665e-1f);
+  p = fma_rn(p, f, 2.0000714765e-1f);
+  p = fma_rn(p, f, -2.4999993993e-1f);
+  p = fma_rn(p, f, 3.3333331174e-1f);
+  float fe = static_cast<float>(e);
+  float y = (f * z) * p;
+  y = fma_rn(fe, -2.12194440e-4f, y);
+  y = fma_rn(-0.5f, z, y);
+  float r = f + y;
+  r = fma_rn(fe, 0.693359375f, r);
+  float inf = bits_to_float(0x7f800000u);
+  r = x == inf ? inf : r;
+  r = x == 0.0f ? -inf : r;
+  return (x < 0.0f || x != x) ? bits_to_float(0x7fc00000u) : r;
+}
+
+}  // namespace specrt

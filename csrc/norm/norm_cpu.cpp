@@ -1,0 +1,69 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "base/math.h"
+#include "base/parallel.h"
+#include "norm/params.h"
+
+namespace specrt {
+namespace {
+
+template <typename T>
+SPECRT_CLONES void rms_norm_row(const T* x, T* residual, const T* weight, T* out, float eps, int hidden) {
+  float lane[32] = {};
+  if (residual) {
+    for (int i = 0; i < hidden; ++i) residual[i] = round_to<T>(to_float(residual[i]) + to_float(x[i]));
+    x = residual;
+  }
+  int i = 0;
+  for (; i + 32 <= hidden; i += 32)
+    for (int l = 0; l < 32; ++l) lane[l] = fma_rn(to_float(x[i + l]), to_float(x[i + l]), lane[l]);
+  for (int l = 0; i + l < hidden; ++l) lane[l] = fma_rn(to_float(x[i + l]), to_float(x[i + l]), lane[l]);
+  for (int d = 16; d; d >>= 1)
+    for (int l = 0; l < d; ++l) lane[l] = lane[l] + lane[l + d];  // lane 0 of the butterfly
+  float r = 1.0f / std::sqrt(lane[0] / static_cast<float>(hidden) + eps);
+  for (int j = 0; j < hidden; ++j) out[j] = round_to<T>(to_float(round_to<T>(to_float(x[j]) * r)) * to_float(weight[j]));
+}
+
+template <typename T> void rms_norm(const RmsNormParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
+  parallel_for(n, n * h * 8, [&](int64_t r) {
+    rms_norm_row(static_cast<const T*>(p.x) + r * h, p.residual ? static_cast<T*>(p.residual) + r * h : nullptr, static_cast<const T*>(p.weight),
+                 static_cast<T*>(p.out) + r * h, p.eps, p.hidden);
+  });
+}
+
+template <typename T> SPECRT_CLONES void silu_mul_row(const T* gate, const T* up, T* out, int inter) {
+  for (int i = 0; i < inter; ++i) {
+    float g = to_float(gate[i]);
+    float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
+    out[i] = round_to<T>(s * to_float(up[i]));
+  }
+}
+
+template <typename T> void silu_mul(const SiluMulParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows), inter = p.inter;
+  parallel_for(n, n * inter * 32, [&](int64_t r) {
+    const T* gate = static_cast<const T*>(p.gate_up) + r * 2 * inter;
+    silu_mul_row(gate, gate + inter, static_cast<T*>(p.out) + r * inter, p.inter);
+  });
+}
+
+template <typename T> void embedding(const EmbeddingParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
+  for (int64_t r = 0; r < n; ++r) {
+    T* out = static_cast<T*>(p.out) + r * h;
+    int32_t id = p.ids[r];
+    if (id >= 0 && id < p.vocab) std::memcpy(out, static_cast<const T*>(p.table) + id * h, h * sizeof(T));
+    else std::fill(out, out + h, round_to<T>(bits_to_float(0x7fc00000u)));
+  }
+}
+
+}  // namespace
+
+void launch_rms_norm_cpu(const RmsNormParams& p) { p.dtype == DType::kBF16 ? rms_norm<bf16>(p) : rms_norm<float>(p); }
+void launch_silu_mul_cpu(const SiluMulParams& p) { p.dtype == DType::kBF16 ? silu_mul<bf16>(p) : silu_mul<float>(p); }
+void launch_embedding_cpu(const EmbeddingParams& p) { p.dtype == DType::kBF16 ? embedding<bf16>(p) : embedding<float>(p); }
+
+}  // namespace specrt

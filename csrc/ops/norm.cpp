@@ -1,0 +1,55 @@
+#include "norm/params.h"
+#include "ops/checks.h"
+
+namespace specrt::ops {
+namespace {
+
+void rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, Tensor num_rows, Tensor out) {
+  Checker check("rms_norm", x);
+  Sym R("R"), H("H");
+  check("x", x, {R, H}, {kF32, kBF16});
+  check("residual", residual, {R, H}, {x.scalar_type()});
+  check("weight", weight, {H}, {x.scalar_type()});
+  check("num_rows", num_rows, {1}, {kI32});
+  check("out", out, {R, H}, {x.scalar_type()});
+  if (R == 0) return;
+  RmsNormParams p{dtype_of(x), in<void>(x), inout<void>(residual), in<void>(weight), inout<void>(out), static_cast<float>(eps),
+                  in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(H)};
+  SPECRT_LAUNCH(rms_norm, check, p);
+}
+
+void silu_mul(Tensor gate_up, Tensor num_rows, Tensor out) {
+  Checker check("silu_mul", gate_up);
+  Sym R("R"), I("I");
+  check("out", out, {R, I}, {kF32, kBF16});
+  check("gate_up", gate_up, {R, 2 * I}, {out.scalar_type()});
+  check("num_rows", num_rows, {1}, {kI32});
+  if (R == 0) return;
+  SiluMulParams p{dtype_of(out), in<void>(gate_up), inout<void>(out), in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(I)};
+  SPECRT_LAUNCH(silu_mul, check, p);
+}
+
+void embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor out) {
+  Checker check("embedding", table);
+  Sym V("V"), H("H"), R("R");
+  check("table", table, {V, H}, {kF32, kBF16});
+  check("ids", ids, {R}, {kI32});
+  check("num_rows", num_rows, {1}, {kI32});
+  check("out", out, {R, H}, {table.scalar_type()});
+  if (R == 0) return;
+  EmbeddingParams p{dtype_of(table), in<void>(table), in<int32_t>(ids), inout<void>(out), in<int32_t>(num_rows),
+                    static_cast<int>(R), static_cast<int>(V), static_cast<int>(H)};
+  SPECRT_LAUNCH(embedding, check, p);
+}
+
+}  // namespace
+
+#define SPECRT_NORM_OPS(m)                  \
+  m.impl("rms_norm", TORCH_BOX(&rms_norm)); \
+  m.impl("silu_mul", TORCH_BOX(&silu_mul)); \
+  m.impl("embedding", TORCH_BOX(&embedding));
+
+STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) { SPECRT_NORM_OPS(m) }
+STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) { SPECRT_NORM_OPS(m) }
+
+}  // namespace specrt::ops

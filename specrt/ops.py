@@ -1,0 +1,271 @@
+"""The one door to the compiled extension: one typed function an op.
+
+Conventions, for every op below:
+
+* Tensors are contiguous and on one device; the CPU and the CUDA implementation share the schema. Ops write into tensors that the caller
+  allocated and return nothing, so a round can be captured in a CUDA graph.
+* ``num_rows`` is an int32 tensor [1] *on the device*: how many of the R packed rows are in use. Rows past it are neither read nor written.
+* A request slot is an index b in [0, B). Slot-indexed tensors have B as their first dimension.
+* Shapes in brackets; letters as in csrc/base/types.h. ``act`` means bfloat16 or float32, the same for all of a call's act tensors.
+* A bad shape, dtype or device raises RuntimeError naming the op, the argument, what it got and what it wants.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+if not _LIBRARY.exists():
+    raise ImportError(f"specrt's compiled extension is missing ({_LIBRARY}); build it with `make build` or `pip install .`")
+torch.ops.load_library(str(_LIBRARY))
+_C = torch.ops.specrt
+
+# Columns of the per-slot sampling tables (csrc/sample/params.h).
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)  # sampling_f float32 [B, 6]
+TOP_K, MIN_TOKENS, PROMPT_LEN, HAS_BIAS, HAS_PENALTY = range(5)  # sampling_i int32 [B, 5]
+
+# Row status written by sample_transform.
+STATUS_OK, STATUS_NOT_FINITE, STATUS_ALL_MASKED = range(3)
+
+# Philox purposes: independent streams of one request's seed.
+NOISE_SHARED, NOISE_DRAFT, NOISE_ACCEPT, NOISE_RESIDUAL = range(4)
+
+# ------------------------------------------------------------------------------------------------ gemm
+
+
+def packed_linear_shape(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    """Shape of the packed weight of ``linear``: CUDA keeps [N, K]; the CPU has panels of 64 outputs, [ceil(N/64), ceil(K/g), 64, g] with g = 2 for
+    bfloat16 (pairs, for the bf16 dot product) and 1 for float32, zero-padded."""
+    if torch.device(device).type == "cuda":
+        return (out_features, in_features)
+    g = 2 if dtype == torch.bfloat16 else 1
+    return ((out_features + 63) // 64, (in_features + g - 1) // g, 64, g)
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """Packs weight [N, K] act for ``linear``. Returns a new tensor of ``packed_linear_shape`` (on CUDA: the weight itself)."""
+    if weight.is_cuda:
+        return weight.contiguous()
+    packed = torch.empty(packed_linear_shape(*weight.shape, weight.dtype, weight.device), dtype=weight.dtype)
+    _C.pack_linear(weight.contiguous(), packed)
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor) -> None:
+    """out[r] = x[r] W^T + bias. x [R, K] act; weight packed from [N, K]; bias [N] act or None; out [R, N] act, or float32 (then unrounded:
+    the form of lm_head). Any K, N (CUDA bf16: K % 8 == 0)."""
+    _C.linear(x, weight, bias, num_rows, out)
+
+
+# ------------------------------------------------------------------------------------------------ norm (and other row-wise ops)
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, num_rows: Tensor, out: Tensor) -> None:
+    """RMSNorm of [R, H] act rows. With ``residual`` [R, H]: residual = round(residual + x) in place, and that is normalised.
+    out = round(round(h * rsqrt(mean(h^2) + eps)) * weight). ``out`` may be ``x``."""
+    _C.rms_norm(x, residual, weight, eps, num_rows, out)
+
+
+def silu_mul(gate_up: Tensor, num_rows: Tensor, out: Tensor) -> None:
+    """out[r] = round(round(silu(gate)) * up): gate_up [R, 2I] act (gate first), out [R, I]."""
+    _C.silu_mul(gate_up, num_rows, out)
+
+
+def embedding(table: Tensor, ids: Tensor, num_rows: Tensor, out: Tensor) -> None:
+    """out[r] = table[ids[r]]: table [V, H] act, ids int32 [R], out [R, H]. An id outside [0, V) gives a row of NaN."""
+    _C.embedding(table, ids, num_rows, out)
+
+
+# ------------------------------------------------------------------------------------------------ kv
+
+
+def rope_append(qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+                eps: float, num_rows: Tensor, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+    """Per-head q/k RMSNorm (where weights are given), RoPE (half-rotation layout), and the append of K and V to their pages.
+
+    qkv [R, (Hq + 2 Hkv) * D] act: q heads, k heads, v heads. positions int32 [R]. slots int64 [R]: page * P + offset, or -1 to write no KV.
+    cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act, mutated.
+    The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once."""
+    _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool)
+
+
+def kv_commit(k_pools: Tensor, v_pools: Tensor, block_table: Tensor, seq_lens: Tensor, path: Tensor, path_len: Tensor) -> None:
+    """Makes the accepted path's KV contiguous, for all layers: slot seq_lens[b] + path[b, i] -> seq_lens[b] + i, for 1 <= i < path_len[b].
+
+    k_pools, v_pools [L, pages, Hkv, P, D] act, mutated. block_table int32 [B, max_pages]. seq_lens int32 [B]: committed length *before* the commit.
+    path int32 [B, N]: accepted nodes in order, path[b, 0] == 0 (the root), ascending. path_len int32 [B], 0 = no such request."""
+    _C.kv_commit(k_pools, v_pools, block_table, seq_lens, path, path_len)
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> Tensor:
+    """Scratch of ``tree_attention`` (float32): CUDA keeps one (m, l, O) partial a row, head and chunk of 256 positions. Allocate once."""
+    chunks = (max_len + 255) // 256
+    size = rows * q_heads * chunks * (head_dim + 2) if torch.device(device).type == "cuda" else 1
+    return torch.empty(size, dtype=torch.float32, device=device)
+
+
+def tree_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor,
+                   ancestors: Tensor | None, paths: Tensor | None, scale: float, window: int, num_rows: Tensor, workspace: Tensor, out: Tensor) -> None:
+    """Decode, verify and draft-expansion attention over paged KV (few rows a request).
+
+    q, out [R, Hq, D] act; k_pool, v_pool [pages, Hkv, P, D] act; block_table int32 [B, max_pages]; row_request int32 [R].
+    Row r sees the logical positions 0 .. row_prefix[r]-1 of its request, each in its own slot, and then its path: the key at logical position
+    row_prefix[r] + d lies in slot row_prefix[r] + n_d, n_d the d-th node of the path, ascending, the row itself last. The path is given by
+    ``ancestors`` int64 [R] (bit j: node j; verify) or ``paths`` int32 [R, depth] (-1 ends it; expansion scratch, beyond 64 slots); with neither,
+    or with an empty one, the row sees its prefix only. ``window`` > 0: only the last ``window`` logical positions (the row's own included)."""
+    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, workspace, out)
+
+
+def prefill_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor, scale: float,
+                      window: int, num_rows: Tensor, out: Tensor) -> None:
+    """The same attention, same bits, for many rows a request and no trees: row r sees logical positions 0 .. row_prefix[r]-1 (its own
+    position + 1). Rows of one request stand together, positions ascending by one. Shapes as ``tree_attention``."""
+    _C.prefill_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out)
+
+
+# ------------------------------------------------------------------------------------------------ tree
+
+
+def tree_build(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
+               tree_depth: Tensor, tree_ancestors: Tensor, row_offset: Tensor, row_request: Tensor, row_node: Tensor, row_token: Tensor,
+               row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_ancestors: Tensor, num_rows: Tensor) -> None:
+    """From nodes and parents: depths, ancestor words, and the packed rows of all requests.
+
+    In: tree_token, tree_parent int32 [B, N] (topological: parent < node; the root's parent is -1), tree_size int32 [B] (0: slot not in this
+    round), seq_lens int32 [B], block_table int32 [B, max_pages]. Out: tree_depth int32 [B, N]; tree_ancestors int64 [B, N]; row_offset int32 [B+1] (first row of each
+    slot); and by row, slots ascending, nodes ascending: row_request, row_node, row_token, row_position (= seq_len + depth), row_prefix (= seq_len)
+    int32 [R], row_slot int64 [R] (page * P + offset of logical slot seq_len + node), row_ancestors int64 [R]; num_rows int32 [1]."""
+    _C.tree_build(tree_token, tree_parent, tree_size, seq_lens, block_table, page_size, tree_depth, tree_ancestors, row_offset, row_request,
+                  row_node, row_token, row_position, row_prefix, row_slot, row_ancestors, num_rows)
+
+
+def span_rows(history: Tensor, start: Tensor, end: Tensor, block_table: Tensor, page_size: int, row_offset: Tensor, row_request: Tensor,
+              row_token: Tensor, row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, num_rows: Tensor) -> None:
+    """Packed rows of a span of committed tokens of each slot, positions start[b] .. end[b]-1 (none where end <= start): what a drafter consumes in ``extend``.
+
+    history int32 [B, T]; start, end int32 [B]. Out as in ``tree_build``, with row_prefix = position + 1 and the slot of the position itself. Rows beyond the R capacity are an
+    error of the caller."""
+    _C.span_rows(history, start, end, block_table, page_size, row_offset, row_request, row_token, row_position, row_prefix, row_slot, num_rows)
+
+
+def accept_walk(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, row_offset: Tensor, row_target: Tensor, row_status: Tensor,
+                path: Tensor, path_len: Tensor, emitted: Tensor, error: Tensor) -> None:
+    """The exact walk (verification.md 1 and 6): from the root, move to the child whose token is the target's token at this node; at the first
+    miss emit that token and stop.
+
+    row_target int32 [R]: the target's token at each row; row_status int32 [R]. Out: path int32 [B, N] (visited nodes, path[b,0] = 0), path_len int32 [B]
+    (accepted drafts + 1; 0 where tree_size is 0), emitted int32 [B, N] (path_len tokens: the accepted drafts, then the new root), error int32 [B]:
+    the status of the first visited row whose status is not OK (path and emitted then stop before that row's token), else 0."""
+    _C.accept_walk(tree_token, tree_parent, tree_size, row_offset, row_target, row_status, path, path_len, emitted, error)
+
+
+def accept_synthetic(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, row_offset: Tensor, row_target: Tensor, row_status: Tensor, seq_lens: Tensor,
+                     seeds: Tensor, acceptance_length: float, path: Tensor, path_len: Tensor, emitted: Tensor, error: Tensor) -> None:
+    """``accept_walk`` with the decision overridden (benchmarks only): along first children, floor(A) or ceil(A) nodes are visited so that the mean
+    is ``acceptance_length`` A >= 1, by a coin of (seed, position); never more than the tree has. Emits the drafts, then the target's token at the last node."""
+    _C.accept_synthetic(tree_token, tree_parent, tree_size, row_offset, row_target, row_status, seq_lens, seeds, acceptance_length, path, path_len,
+                        emitted, error)
+
+
+def round_advance(path_len: Tensor, emitted: Tensor, seq_lens: Tensor, history: Tensor, output_count: Tensor) -> None:
+    """Commits a round's tokens: history[b, seq_len+1+i] = emitted[b, i], output_count[b, token] += 1, seq_lens[b] += path_len[b].
+
+    history int32 [B, T], seq_lens int32 [B], output_count int32 [B, V]; all mutated. The new root is history[b, seq_lens[b]]."""
+    _C.round_advance(path_len, emitted, seq_lens, history, output_count)
+
+
+def ngram_propose(history: Tensor, seq_lens: Tensor, max_nodes: Tensor, max_depth: Tensor, min_n: int, max_n: int, branches: int, seeds: Tensor,
+                  sampling_f: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor) -> None:
+    """Prompt lookup (vLLM's rule): the longest n in [min_n, max_n] whose last n tokens occur earlier in the history (known tokens: history[b, 0..seq_lens[b]]);
+    the tokens after an occurrence are the draft.
+
+    max_nodes int32 [B]: most draft nodes for the slot (0: leave the slot alone); max_depth int32 [B]. branches == 1: a chain; at temperature 0 the *earliest*
+    occurrence of the longest n. branches > 1: up to 32 occurrences (longest n first, earliest first; then shorter n) are merged into a trie with counts, and the best
+    max_nodes nodes by cumulative score are kept, at most ``branches`` children a node. A child's score is log(count / sum of its siblings' counts), at
+    temperature > 0 plus the shared noise of (seed, position, token) and renormalised (log-softmax over siblings); a chain at temperature > 0 follows the best
+    child. Writes nodes 1.. of tree_token/tree_parent int32 [B, N] and tree_size int32 [B] (root included; node 0 is left as it is) where max_nodes > 0."""
+    _C.ngram_propose(history, seq_lens, max_nodes, max_depth, min_n, max_n, branches, seeds, sampling_f, tree_token, tree_parent, tree_size)
+
+
+def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
+                cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor, beam: Tensor, row_request: Tensor, row_token: Tensor, row_position: Tensor,
+                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, num_rows: Tensor) -> None:
+    """One level of a drafter's tree expansion (EAGLE-2): appends the children of the current beam to the candidates and picks the next beam.
+
+    level >= 1 is the depth of the children. Let W = beam_width, k = topk_token.shape[1], F(1) = 0, F(l) = k + (l-2) W k the first candidate of level l.
+    In: topk_token int32, topk_score float32 [rows, k]: the children of the beam's rows. Level 1: row b is slot b (rows = B). Later: the rows written by
+    the previous call, i.e. the packed rows of active slots, W a slot, slot ascending. A slot is active at this level if max_depth[b] >= level.
+    Candidates, [B, C]: cand_token int32, cand_parent int32 (candidate index, -1 = root), cand_score float32 (parent's score + topk_score).
+    beam int32 [B, W]: candidate indices; read (level > 1), then replaced by the W best children of this level by cumulative score (ties: lower
+    index), in descending order; k >= W. Rows of the next level, for slots with max_depth[b] > level: row_token, row_position = seq_len + level, row_prefix = seq_len + 1,
+    row_slot int64 (scratch slot seq_len + 1 + (level-1) W + w for beam entry w, through the block table), row_path int32 [R, depth capacity]: for
+    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself."""
+    _C.tree_expand(level, beam_width, topk_token, topk_score, max_depth, seq_lens, block_table, page_size, cand_token, cand_parent, cand_score, beam,
+                   row_request, row_token, row_position, row_prefix, row_slot, row_path, num_rows)
+
+
+def tree_select(levels: int, beam_width: int, topk: int, max_nodes: Tensor, max_depth: Tensor, cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor,
+                tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor) -> None:
+    """Re-ranks a finished expansion: keeps the max_nodes[b] best candidates of depth <= max_depth[b] by score (ties: lower index). Scores fall along a path, so
+    the choice is closed under parents; a score above its parent's is treated as the parent's. Writes nodes 1.. (candidate index ascending, so topological),
+    tree_size[b]; slots with max_nodes[b] == 0 are left alone. Shapes as above."""
+    _C.tree_select(levels, beam_width, topk, max_nodes, max_depth, cand_token, cand_parent, cand_score, tree_token, tree_parent, tree_size)
+
+
+# ------------------------------------------------------------------------------------------------ sample
+
+
+def sample_transform(logits: Tensor, row_request: Tensor, row_position: Tensor, row_node: Tensor | None, tree_token: Tensor | None, tree_ancestors: Tensor | None,
+                     sampling_f: Tensor, sampling_i: Tensor, stop_ids: Tensor, bias: Tensor, output_count: Tensor, prompt_mask: Tensor,
+                     mask_bits: Tensor | None, row_mask: Tensor | None, num_rows: Tensor, status: Tensor) -> None:
+    """Raw logits -> the transformed logits of the distribution sampled from, in place; filtered tokens become -inf.
+
+    logits float32 [R, V], raw. row_position int32 [R]: position of the row's *input* token; the token chosen stands at row_position + 1. Order: finiteness check ->
+    repetition, frequency, presence penalty (if HAS_PENALTY) -> bias (if HAS_BIAS) -> stop ids to -inf while output index < min_tokens (output index = row_position + 1 - prompt_len)
+    -> mask -> and at temperature > 0: / temperature -> top-k (ties with the k-th kept) -> top-p (smallest set of highest logits with mass >= p of what top-k
+    left, ties kept together) -> min-p (p >= min_p * p_max). Temperature 0 keeps the distribution before the last four.
+    Penalties count output_count int32 [B, V] plus the tokens of the row's own path (row_node int32 [R], tree_token int32 / tree_ancestors int64 [B, N]: ancestors
+    and the node itself but not node 0, which is counted already); repetition also counts prompt_mask uint8 [B, V]. Pass None for the three where rows are not tree nodes.
+    sampling_f float32 [B, 6], sampling_i int32 [B, 5], stop_ids int32 [B, S] (-1 pads), bias float32 [B, V]. mask_bits int32 [masks, ceil(V/32)] (bit = allowed),
+    row_mask int32 [R]: index of the row's mask, -1 = none. status int32 [R]: STATUS_*, for a row that is not finite or has nothing left."""
+    _C.sample_transform(logits, row_request, row_position, row_node, tree_token, tree_ancestors, sampling_f, sampling_i, stop_ids, bias, output_count,
+                        prompt_mask, mask_bits, row_mask, num_rows, status)
+
+
+def sample_exact(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tensor, sampling_f: Tensor, num_rows: Tensor, token: Tensor) -> None:
+    """token[r] = argmax(z + G) with the shared noise of position row_position + 1 (temperature 0: argmax z); lowest id on ties.
+    z float32 [R, V] transformed; seeds int64 [B]; token int32 [R]. A NaN never wins; a row with no finite entry gives 0."""
+    _C.sample_exact(z, row_request, row_position, seeds, sampling_f, num_rows, token)
+
+
+def row_logprobs(z: Tensor, token: Tensor, num_rows: Tensor, lse: Tensor, logprob: Tensor, top_token: Tensor, top_logprob: Tensor) -> None:
+    """Log-sum-exp of each row, the log-probability of its token, and the n highest (ties: lower id). z float32 [R, V]; token int32 [R]; lse, logprob float32 [R];
+    top_token int32, top_logprob float32 [R, n], n >= 0, descending; -1 / -inf where fewer tokens are possible."""
+    _C.row_logprobs(z, token, num_rows, lse, logprob, top_token, top_logprob)
+
+
+def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tensor, sampling_f: Tensor, noise: int, num_rows: Tensor, perturbed: Tensor, token: Tensor,
+               score: Tensor) -> None:
+    """A drafter's children: the k best tokens of each row by z + G, descending, ties by lower id; score = (z + G) - logsumexp(z + G).
+
+    z float32 [R, V] (transformed draft logits, target ids); row_position as in ``sample_exact``. ``noise``: -1 = none (plain top-k), NOISE_SHARED
+    (the target's own noise), NOISE_DRAFT (private: the draw order is then exactly sampling without replacement). No noise where temperature is 0.
+    perturbed float32 [R, V] is scratch; token int32, score float32 [R, k], k <= 64. Missing tokens: -1 with score -inf."""
+    _C.draft_topk(z, row_request, row_position, seeds, sampling_f, noise, num_rows, perturbed, token, score)
+
+
+def accept_rejection(z: Tensor, row_status: Tensor, row_offset: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, q: Tensor,
+                     q_levels: Tensor, seeds: Tensor, sampling_f: Tensor, scratch: Tensor, path: Tensor, path_len: Tensor, emitted: Tensor, error: Tensor) -> None:
+    """Leviathan/Chen rejection on chains, multi-round without replacement on trees (verification.md 2 and 4), batched.
+
+    z float32 [R, V]: transformed target logits of every row. q float32 [B, D, V]: transformed draft logits at depth d of the slot's main path (the parent at depth d drew
+    its children from it without replacement, in node order; only first children have children). q_levels int32 [B]: 0 = the slot's drafts are a point
+    mass (lookup): children are then tried with cur(x) itself, distinct tokens, any tree. scratch float32 [B, 2, V]. Accept coin of (seed, position, NOISE_ACCEPT, child rank), residual
+    by Gumbel-max with NOISE_RESIDUAL. Temperature 0: the greedy walk. Outputs as ``accept_walk``."""
+    _C.accept_rejection(z, row_status, row_offset, tree_token, tree_parent, tree_size, seq_lens, q, q_levels, seeds, sampling_f, scratch, path, path_len, emitted, error)
