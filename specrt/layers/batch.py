@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,3 +30,16 @@ class RowBatch:
     @property
     def rows(self) -> int:
         return self.token.shape[0]
+
+    def head(self, rows: int) -> RowBatch:
+        """The same rows with a smaller capacity (views): kernels choose their tiles by capacity, so it should be near what is in use."""
+        if rows >= self.rows:
+            return self
+        cut = {name: getattr(self, name)[:rows] for name in ("token", "position", "request", "prefix", "slot")}
+        return replace(self, **cut, ancestors=None if self.ancestors is None else self.ancestors[:rows],
+                       paths=None if self.paths is None else self.paths[:rows])
+
+
+def row_bucket(rows: int, capacity: int) -> int:
+    """The capacity to use for at most ``rows`` rows: the next power of two, a function of what the host knows without asking the device."""
+    return min(1 << max(rows - 1, 0).bit_length(), capacity)

@@ -1,0 +1,55 @@
+"""The one interface of every drafter family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from specrt.layers.batch import RowBatch
+from specrt.round.state import RoundState
+
+
+class Drafter(ABC):
+    """Fills the trees of its requests, on the device, without a host sync.
+
+    The life of a drafter: ``bind`` once; then for every request ``admit``, ``prefill`` for each prompt chunk, and in every round ``propose`` (before
+    verification) and ``extend`` (after it); a slot that is released is simply admitted anew. A slot belongs to one drafter at a time:
+    ``max_nodes`` is 0 for the others'."""
+
+    #: Target features wanted: residual-stream boundaries 0..L (drafters.md 0), each captured as [R, H] at every row the target runs.
+    features: tuple[int, ...] = ()
+    #: KV slots past the committed length that an expansion writes in the drafter's own pool.
+    scratch_slots: int = 0
+    #: int32 [B]: most draft nodes, and most depth, of each slot.
+    max_nodes: Tensor
+    max_depth: Tensor
+
+    def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
+        """Allocates every buffer. ``pages``: size of a KV pool of its own; ``prefill_rows``: capacity of a prompt chunk."""
+        self.state, self.page_size = state, page_size
+        self.max_nodes = torch.zeros(state.batch, dtype=torch.int32, device=state.device)
+        self.max_depth = torch.zeros(state.batch, dtype=torch.int32, device=state.device)
+
+    def admit(self, slot: int, max_nodes: int, max_depth: int) -> None:
+        """Host side: the slot's budget (0: the slot is another drafter's, or nobody's)."""
+        self.max_nodes[slot] = max_nodes
+        self.max_depth[slot] = max_depth
+
+    def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
+        """Consumes the prompt rows the target has just processed (``batch``, its pages are shared); ``end`` int32 [B]: the position after the last row of each slot,
+        0 where it has none. The token after a row is history[position + 1]: always known."""
+
+    @abstractmethod
+    def propose(self, slots: int, depth: int) -> None:
+        """Writes nodes 1.. of state.tree_token, tree_parent, and tree_size (root included) of its slots. What the host knows: ``slots`` active slots are its own, the
+        largest max_depth among them is ``depth``."""
+
+    def extend(self, features: dict[int, Tensor]) -> None:
+        """After a round: consumes the committed rows. state.path, path_len, emitted and row_offset are the round's, seq_lens is already the new length; row of the i-th
+        committed token: row_offset[b] + path[b, i]."""
+
+    def draft_logits(self) -> tuple[Tensor, Tensor] | None:
+        """For rejection sampling: (q float32 [B, D, V] transformed draft logits by depth, q_levels int32 [B]), or None where drafts are a point mass."""
+        return None

@@ -1,0 +1,79 @@
+"""Expansion: the level-by-level growth of a token tree by a drafter with a network (EAGLE-2's beam, drafters.md 2).
+
+W beam rows a slot and level, k children a row. W = k is EAGLE-2's dynamic tree (re-ranked at the end), W = k = 1 a chain, W = 1 < k a caterpillar: only
+the first child is expanded, nothing is re-ranked, so that rejection sampling without replacement stays unbiased (verification.md 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specrt import ops
+from specrt.layers.batch import RowBatch
+from specrt.round.state import RoundState
+
+
+class Expansion:
+    """Buffers and steps of one drafter's expansion. Rows: packed, at most B * W a level. Use: ``first`` on the roots' logits, then for every further level run
+    the network on ``batch`` and call ``level``; ``select`` ends it."""
+
+    def __init__(self, state: RoundState, page_size: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool, workspace: Tensor):
+        self.state, self.page_size, self.levels, self.beam_width, self.topk, self.noise = state, page_size, levels, beam_width, topk, noise
+        batch, device = state.batch, state.device
+        rows = batch * beam_width
+        i32 = dict(dtype=torch.int32, device=device)
+        candidates = topk + (levels - 1) * beam_width * topk
+        self.cand_token = torch.zeros(batch, candidates, **i32)
+        self.cand_parent = torch.zeros(batch, candidates, **i32)
+        self.cand_score = torch.zeros(batch, candidates, dtype=torch.float32, device=device)
+        self.beam = torch.zeros(batch, beam_width, **i32)
+        self.topk_token = torch.zeros(rows, topk, **i32)
+        self.topk_score = torch.zeros(rows, topk, dtype=torch.float32, device=device)
+        self.logits = torch.empty(rows, state.vocab, dtype=torch.float32, device=device)
+        self.perturbed = torch.empty(rows, state.vocab, dtype=torch.float32, device=device)
+        self.status = torch.zeros(rows, **i32)
+        self.slots = torch.arange(batch, **i32)
+        self.row_index = torch.arange(rows, **i32)
+        self.num_slots = torch.full((1,), batch, **i32)
+        self.sampling_i = torch.zeros_like(state.sampling_i)
+        self.batch = RowBatch(token=torch.zeros(rows, **i32), position=torch.zeros(rows, **i32), request=torch.zeros(rows, **i32), prefix=torch.zeros(rows, **i32),
+                              slot=torch.zeros(rows, dtype=torch.int64, device=device), num_rows=torch.zeros(1, **i32), block_table=state.block_table,
+                              workspace=workspace, paths=torch.full((rows, max(levels, 1)), -1, **i32))
+        # Row B is a bin for rows that are not in use.
+        self.kept = torch.empty(batch + 1, levels, state.vocab, dtype=torch.float32, device=device) if keep_logits else None
+
+    def first(self, max_depth: Tensor) -> None:
+        """Children of the roots, from self.logits[:B] (row b = slot b)."""
+        s, n = self.state, self.state.batch
+        self.sampling_i.copy_(s.sampling_i)
+        self.sampling_i[:, ops.HAS_PENALTY] = 0  # penalties change acceptance little and would need per-node counts of the beam
+        self._children(self.logits[:n], self.slots, s.seq_lens, self.num_slots, self.topk_token[:n], self.topk_score[:n])
+        if self.kept is not None:
+            self.kept[:n, 0].copy_(self.logits[:n])
+        self._grow(1, self.topk_token[:n], self.topk_score[:n], max_depth)
+
+    def level(self, level: int, rows: int, max_depth: Tensor) -> None:
+        """Children of the beam, from self.logits[:rows] (rows of ``batch``); ``level``: their depth, from 2 on."""
+        b = self.batch.head(rows)
+        self._children(self.logits[:rows], b.request, b.position, b.num_rows, self.topk_token[:rows], self.topk_score[:rows])
+        if self.kept is not None:
+            bins = torch.where(self.row_index[:rows] < b.num_rows, b.request, self.state.batch).long()
+            self.kept[:, level - 1].index_copy_(0, bins, self.logits[:rows])
+        self._grow(level, self.topk_token[:rows], self.topk_score[:rows], max_depth)
+
+    def select(self, max_nodes: Tensor, max_depth: Tensor, levels: int) -> None:
+        s = self.state
+        ops.tree_select(levels, self.beam_width, self.topk, max_nodes, max_depth, self.cand_token, self.cand_parent, self.cand_score, s.tree_token, s.tree_parent,
+                        s.tree_size)
+
+    def _children(self, logits: Tensor, request: Tensor, position: Tensor, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
+        s = self.state
+        rows = logits.shape[0]
+        ops.sample_transform(logits, request, position, None, None, None, s.sampling_f, self.sampling_i, s.stop_ids, s.bias, s.output_count, s.prompt_mask, None, None,
+                             num_rows, self.status[:rows])
+        ops.draft_topk(logits, request, position, s.seeds, s.sampling_f, self.noise, num_rows, self.perturbed[:rows], token, score)
+
+    def _grow(self, level: int, token: Tensor, score: Tensor, max_depth: Tensor) -> None:
+        s, b = self.state, self.batch
+        ops.tree_expand(level, self.beam_width, token, score, max_depth, s.seq_lens, s.block_table, self.page_size, self.cand_token, self.cand_parent, self.cand_score,
+                        self.beam, b.request, b.token, b.position, b.prefix, b.slot, b.paths, b.num_rows)
