@@ -53,15 +53,8 @@ SPECRT_HD float exp2_rn(float x) {
 
 SPECRT_HD float exp_rn(float x) { return exp2_rn(x * kLog2e); }
 
-// Natural logarithm of a positive normal float, about 1 ulp. (log(0) = -inf, log(+inf) = +inf, negative or NaN -> NaN.)
-// Reduction to [sqrt(1/2), sqrt(2)) and the degree-8 polynomial of Cephes' logf.
-SPECRT_HD float log_rn(float x) {
-  uint32_t u = float_to_bits(x);
-  int32_t e = static_cast<int32_t>(u >> 23) - 126;
-  float m = bits_to_float((u & 0x007fffffu) | 0x3f000000u);  // [1/2, 1)
-  bool low = m < 0.707106781186547524f;
-  e = low ? e - 1 : e;
-  float f = low ? (m + m) - 1.0f : m - 1.0f;
+// log(1 + f) + e log 2 for 1 + f in [sqrt(1/2), sqrt(2)): the degree-8 polynomial of Cephes' logf.
+SPECRT_HD float log_reduced(float f, float e) {
   float z = f * f;
   float p = 7.0376836292e-2f;
   p = fma_rn(p, f, -1.1514610310e-1f);
@@ -72,16 +65,30 @@ SPECRT_HD float log_rn(float x) {
   p = fma_rn(p, f, 2.0000714765e-1f);
   p = fma_rn(p, f, -2.4999993993e-1f);
   p = fma_rn(p, f, 3.3333331174e-1f);
-  float fe = static_cast<float>(e);
   float y = (f * z) * p;
-  y = fma_rn(fe, -2.12194440e-4f, y);
+  y = fma_rn(e, -2.12194440e-4f, y);
   y = fma_rn(-0.5f, z, y);
   float r = f + y;
-  r = fma_rn(fe, 0.693359375f, r);
+  return fma_rn(e, 0.693359375f, r);
+}
+
+// Natural logarithm of a normal float, about 1 ulp. (log(0) = -inf, log(+inf) = +inf, negative or NaN -> NaN.)
+SPECRT_HD float log_rn(float x) {
+  uint32_t u = float_to_bits(x);
+  int32_t e = static_cast<int32_t>(u >> 23) - 126;
+  float m = bits_to_float((u & 0x007fffffu) | 0x3f000000u);  // [1/2, 1)
+  bool low = m < 0.707106781186547524f;
+  e = low ? e - 1 : e;
+  float r = log_reduced(low ? (m + m) - 1.0f : m - 1.0f, static_cast<float>(e));
   float inf = bits_to_float(0x7f800000u);
   r = x == inf ? inf : r;
   r = x == 0.0f ? -inf : r;
   return (x < 0.0f || x != x) ? bits_to_float(0x7fc00000u) : r;
+}
+
+// log(1 + x) for x in [-1, sqrt(2) - 1): where 1 + x needs no reduction, x itself is the exact argument, so nothing is lost to the rounding of 1 + x.
+SPECRT_HD float log1p_rn(float x) {
+  return x > -0.29f ? log_reduced(x, 0.0f) : log_rn(1.0f + x);
 }
 
 }  // namespace specrt
