@@ -10,7 +10,7 @@ enum Purpose : int32_t { kNoiseShared = 0, kNoiseDraft = 1, kNoiseAccept = 2, kN
 
 // The four words of counter (c0, c1, c2, c3) under key (key0, key1).
 SPECRT_HD void philox4x32(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]) {
-#ifdef __CUDA_ARCH__
+#ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 10
