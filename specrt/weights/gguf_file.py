@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy
 import torch
 from torch import Tensor
 
 from specrt.models.config import ModelConfig, positive
+from specrt.weights.gguf_format import GgufContainer
 
 STORAGE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # "llama" is also what Mistral and SmolLM2 are written as
@@ -26,24 +26,17 @@ class GgufFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with open(path, "rb") as file:
-                magic = file.read(4)
-            if magic != b"GGUF":
-                raise ValueError(f"it begins with {magic!r}, not b'GGUF'")
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
-            self._tensors = {t.name: t for t in reader.tensors}
-        except Exception as error:  # the reader checks little: a damaged file raises almost anything
-            raise ValueError(f"{path} is not a readable GGUF file (truncated, or another format): {str(error) or type(error).__name__}") from None
+        self._container = GgufContainer(path)
+        self.metadata: dict[str, Any] = self._container.metadata
+        self._tensors = self._container.tensors
         if self.metadata.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{path} is one of {self.metadata['split.count']} pieces of a split GGUF; merge them into one file first")
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"{path}: unknown architecture {self.architecture!r} (general.architecture); supported: {', '.join(ARCHITECTURES)}")
-        for t in self._tensors.values():
-            if t.tensor_type.name not in STORAGE:
-                raise ValueError(f"{path}: tensor '{t.name}' has quantisation {t.tensor_type.name}, which is not supported; supported: {', '.join(STORAGE)}")
+        for name, tensor in self._tensors.items():
+            if tensor.type not in STORAGE:
+                raise ValueError(f"{path}: tensor '{name}' has quantisation {tensor.type}, which is not supported; supported: {', '.join(STORAGE)}")
         self._gguf_name = {_hf_name(name): name for name in self._tensors if name != _ROPE_FACTORS}
         self.config = self._config()
 
@@ -51,26 +44,22 @@ class GgufFile:
         return list(self._gguf_name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensors[self._gguf_name[name]].shape))
+        return self._tensors[self._gguf_name[name]].shape
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
     def storage(self, name: str) -> str:
-        return self._tensors[self._gguf_name[name]].tensor_type.name
+        return self._tensors[self._gguf_name[name]].type
 
     def get(self, name: str) -> Tensor:
         """float32, unrounded. llama.cpp's converter permutes the rows of q and k of "llama" models to interleaved RoPE pairs; here they go back."""
-        weight = self._read(self._gguf_name[name]).reshape(self.shape(name))
+        weight = self._container.read(self._gguf_name[name])
         if self.architecture == "llama" and ".q_proj." in name:
             weight = _half_rotation(weight, self.config.num_heads)
         elif self.architecture == "llama" and ".k_proj." in name:
             weight = _half_rotation(weight, self.config.num_kv_heads)
-        return torch.from_numpy(numpy.ascontiguousarray(weight, dtype=numpy.float32))
-
-    def _read(self, gguf_name: str) -> numpy.ndarray:
-        tensor = self._tensors[gguf_name]
-        return gguf.dequantize(numpy.array(tensor.data), tensor.tensor_type)
+        return torch.from_numpy(numpy.ascontiguousarray(weight))
 
     # ------------------------------------------------------------------------------------------------ config
 
@@ -130,7 +119,7 @@ class GgufFile:
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         if _ROPE_FACTORS in self._tensors:
-            factors = self._read(_ROPE_FACTORS).reshape(-1)
+            factors = self._container.read(_ROPE_FACTORS).reshape(-1)
             if factors.size != head_dim // 2 or not (numpy.isfinite(factors) & (factors > 0)).all():
                 raise ValueError(f"tensor '{_ROPE_FACTORS}' must hold {head_dim // 2} finite numbers > 0, got {factors.size} numbers")
             return {"rope_type": "factors", "factors": tuple(float(f) for f in factors)}
