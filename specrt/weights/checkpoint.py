@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from specrt.models.config import ModelConfig
+from specrt.text.tokenizer import Tokenizer
 from specrt.weights.gguf_file import GgufFile
 from specrt.weights.hf import RenamedSource, SafetensorsSource, open_folder_tensors, read_json, text_model_name
 from specrt.weights.names import check_tensors
@@ -23,26 +23,21 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
-class TokenizerSource:
-    """Where the text side comes from: a Hugging Face folder (``folder``), or GGUF metadata (``metadata``)."""
-
-    origin: str
-    folder: Path | None = None
-    metadata: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose every tensor's name, shape and dtype has been checked against its config; nothing is loaded yet.
 
-    origin: what the user named; path: where it lies; form: "safetensors", "torch" or "gguf"."""
+    origin: what the user named; path: where it lies; form: "safetensors", "torch" or "gguf"; folder: of the tokenizer's files (not GGUF)."""
 
     origin: str
     path: Path
     form: str
     config: ModelConfig
     tensors: TensorSource
-    tokenizer: TokenizerSource
+    folder: Path | None = None
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, read anew. ValueError if it has none or it is broken."""
+        return Tokenizer.from_metadata(self.tensors.metadata, self.origin) if self.folder is None else Tokenizer.from_folder(self.folder)
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -99,13 +94,13 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
     if "lm_head.weight" not in tensors.names() and not says_own_head:
         config = replace(config, tie_word_embeddings=True)
     check_tensors(config, tensors, str(path))
-    return Checkpoint(origin, path, form, config, tensors, TokenizerSource(origin, folder=folder))
+    return Checkpoint(origin, path, form, config, tensors, folder)
 
 
 def _open_gguf(origin: str, path: Path) -> Checkpoint:
     file = GgufFile(path)
     check_tensors(file.config, file, str(path))
-    return Checkpoint(origin, path, "gguf", file.config, file, TokenizerSource(origin, metadata=file.metadata))
+    return Checkpoint(origin, path, "gguf", file.config, file)
 
 
 @lru_cache(maxsize=1)
