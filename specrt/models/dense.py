@@ -112,12 +112,9 @@ class DenseModel:
         position, slot, request, prefix, table = batch.position, batch.slot, batch.request, batch.prefix, batch.block_table
         cos, sin, scale, flat = self.cos, self.sin, self._scale, attended.flatten(1)
         ops.embedding(self.embedding, batch.token, n, residual)
-        step = None  # what the previous layer adds to the residual stream
         for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
-            if step is None:
-                ops.rms_norm(residual, None, layer.input_norm, eps, n, normed)
-            else:
-                ops.rms_norm(step, residual, layer.input_norm, eps, n, normed)
+            # delta is what the layer before adds to the residual stream.
+            ops.rms_norm(delta if j else residual, residual if j else None, layer.input_norm, eps, n, normed)
             if j in features:
                 features[j].copy_(residual)
             layer.qkv(normed, n, qkv)
@@ -131,7 +128,6 @@ class DenseModel:
             layer.gate_up(normed, n, gate_up)
             ops.silu_mul(gate_up, n, activated)
             layer.down(activated, n, delta)
-            step = delta
         ops.rms_norm(delta, residual, self.norm, eps, n, normed)
         if self.num_layers in features:
             features[self.num_layers].copy_(residual)
