@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -52,6 +52,8 @@ def tokenizer_from_metadata(metadata: dict[str, Any], origin: str) -> Tokenizer:
     types = _list(metadata, "token_type", int, origin, [_NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ValueError(f"{origin}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    # Names that the converter gave to rows which pad the embedding; without them the vocabulary is that of the original tokenizer.
+    vocab = {token: i for token, i in vocab.items() if types[i] != _UNUSED or not token.startswith("[PAD")}
     pre = metadata.get("tokenizer.ggml.pre", "default")
     backend = _sentencepiece(metadata, vocab, tokens, types, origin) if kind == "llama" else _bpe(metadata, vocab, pre, origin)
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == _CONTROL])
