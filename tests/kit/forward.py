@@ -1,0 +1,44 @@
+"""Straight use of a DenseModel: one request, prompt rows or rows one at a time, through shuffled pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specrt import ops
+from specrt.cache.pool import KVPool
+from specrt.layers.batch import RowBatch
+from specrt.models.dense import DenseModel
+from tests.kit.compare import poisoned, rows
+
+
+class Sequence:
+    """One request's pages in a pool of its own (page numbers shuffled, page 0 never used), and forward passes over its tokens."""
+
+    def __init__(self, model: DenseModel, max_len: int = 256, page_size: int = 16):
+        pages = -(-max_len // page_size)
+        self.model, self.page_size, device = model, page_size, model.device
+        self.pool = KVPool(model.num_layers, pages + 1, model.kv_heads, page_size, model.head_dim, model.dtype, device)
+        self.table = (torch.randperm(pages, dtype=torch.int32) + 1)[None].to(device)
+        self.scratch = model.make_scratch(max_len)
+        self.workspace = ops.attention_workspace(max_len, model.config.num_heads, model.head_dim, pages * page_size, device)
+
+    def forward(self, tokens: list[int], start: int, prefill: bool, features: dict[int, Tensor] | None = None) -> Tensor:
+        """Tokens at positions start.. as prompt rows or as decode rows (each seeing its prefix only). Returns logits float32 [len(tokens), V]."""
+        model, device, count = self.model, self.model.device, len(tokens)
+        position = torch.arange(start, start + count, dtype=torch.int32, device=device)
+        page = self.table[0, (position // self.page_size).long()].long()
+        batch = RowBatch(token=torch.tensor(tokens, dtype=torch.int32, device=device), position=position, request=torch.zeros_like(position), prefix=position + 1,
+                         slot=page * self.page_size + position % self.page_size, num_rows=rows(count, device), block_table=self.table, workspace=self.workspace,
+                         prefill=prefill)
+        hidden = model.forward(batch, self.pool, self.scratch, features)
+        out = poisoned(count, model.config.vocab_size, dtype=torch.float32, device=device)
+        model.logits(hidden, batch.num_rows, out)
+        return out
+
+    def prefill(self, tokens: list[int], features: dict[int, Tensor] | None = None) -> Tensor:
+        return self.forward(tokens, 0, True, features)
+
+    def decode(self, tokens: list[int]) -> Tensor:
+        """Row by row, as plain decoding does."""
+        return torch.cat([self.forward([t], i, False) for i, t in enumerate(tokens)])
