@@ -37,6 +37,10 @@ else
     "$venv/bin/python" -m pip install --quiet -c constraints.txt "$pin"
   "$venv/bin/python" -m pip install --quiet -r run.txt
 fi
+# The checkout itself, and its command: .venv/bin/specrt.
+dirname "$PWD" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/specrt.pth"
+printf '#!%s\nimport sys\n\nfrom specrt.cli import main\n\nsys.exit(main())\n' "$venv/bin/python" >"$venv/bin/specrt"
+chmod +x "$venv/bin/specrt"
 "$venv/bin/python" - <<'PY'
 import importlib.util, sys
 missing = [m for m in ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich", "huggingface_hub") if importlib.util.find_spec(m) is None]
