@@ -41,18 +41,24 @@ def summarise(results: list[measure.Comparison]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Any:
+def tables(rows: list[dict[str, Any]], title: str) -> list[Any]:
+    """Rates by category, and acceptance by position over all prompts."""
     from rich.table import Table
 
-    grid = Table(title=title)
-    for name in ("category", "prompts", "tokens", "off tok/s", "on tok/s", "ratio", "acceptance length", "accepted by position", "identical"):
-        grid.add_column(name, justify="left" if name in ("category", "accepted by position") else "right")
+    rates = Table(title=title)
+    for name in ("category", "tokens", "off tok/s", "on tok/s", "on / off", "acc. length", "identical"):
+        rates.add_column(name, justify="left" if name == "category" else "right", no_wrap=True)
     for row in rows:
-        rates = [f"{row[f'{m}_tokens_per_s']:.1f} ±{50 * row[f'{m}_spread']:.0f}%" for m in ("off", "on")]
-        by_position = " ".join(f"{share:.2f}" for share in row["acceptance_per_pos"])
-        grid.add_row(row["category"], str(row["prompts"]), str(row["tokens"]), *rates, f"{row['ratio']:.2f}", f"{row['acceptance_length']:.2f}", by_position,
-                     "yes" if row["identical"] else "NO")
-    return grid
+        pair = [f"{row[f'{mode}_tokens_per_s']:.1f} ±{50 * row[f'{mode}_spread']:.0f}%" for mode in ("off", "on")]
+        rates.add_row(row["category"], str(row["tokens"]), *pair, f"{row['ratio']:.2f}", f"{row['acceptance_length']:.2f}", "yes" if row["identical"] else "NO")
+    positions = Table(title="drafts by position, all prompts")
+    for name in ("position", "drafted", "accepted", "acceptance"):
+        positions.add_column(name, justify="right")
+    total = rows[-1]
+    counts = zip(total["num_draft_tokens_per_pos"], total["num_accepted_tokens_per_pos"], total["acceptance_per_pos"])
+    for position, (drafted, accepted, share) in enumerate(counts, 1):
+        positions.add_row(str(position), str(drafted), str(accepted), f"{share:.2f}")
+    return [rates, positions]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(json.dumps(document, indent=2))
     else:
-        Console().print(table(rows, f"{args.model}, {config['method']}"))
+        Console().print(*tables(rows, f"{args.model}, {config['method']}"))
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump(document, file, indent=2)
