@@ -43,15 +43,16 @@ def summarise(results: list[measure.Comparison]) -> list[dict[str, Any]]:
 
 def tables(rows: list[dict[str, Any]], title: str) -> list[Any]:
     """Rates by category, and acceptance by position over all prompts."""
+    from rich import box
     from rich.table import Table
 
-    rates = Table(title=title)
-    for name in ("category", "tokens", "off tok/s", "on tok/s", "on / off", "acc. length", "identical"):
+    rates = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in ("category", "tokens", "off tok/s", "on tok/s", "on/off", "acc. length", "same"):
         rates.add_column(name, justify="left" if name == "category" else "right", no_wrap=True)
     for row in rows:
         pair = [f"{row[f'{mode}_tokens_per_s']:.1f} ±{50 * row[f'{mode}_spread']:.0f}%" for mode in ("off", "on")]
         rates.add_row(row["category"], str(row["tokens"]), *pair, f"{row['ratio']:.2f}", f"{row['acceptance_length']:.2f}", "yes" if row["identical"] else "NO")
-    positions = Table(title="drafts by position, all prompts")
+    positions = Table(title="drafts by position, all prompts", box=box.SIMPLE_HEAD)
     for name in ("position", "drafted", "accepted", "acceptance"):
         positions.add_column(name, justify="right")
     total = rows[-1]
