@@ -6,27 +6,8 @@ namespace {
 
 SPECRT_CLONES Best greedy_chunk(const float* z, int n, int32_t first) { return argmax_of(z, n, first); }
 
-// z + G of one block of at most kNoiseBlock tokens; the tail is -inf.
-SPECRT_ROW void score_block(const float* z, int n, int64_t seed, int32_t position, int32_t purpose, int32_t first, float* score) {
-  uint32_t words[kNoiseBlock];
-  noise_block(seed, position, purpose, first, words);
-  for (int l = 0; l < n; ++l) score[l] = z[l];
-  for (int l = n; l < kNoiseBlock; ++l) score[l] = -infinity();
-  for (int l = 0; l < kNoiseBlock; ++l) score[l] = score[l] + gumbel(words[l]);
-}
-
-// A block whose best logit cannot win even with the largest noise is skipped: an equal score would lose to the lower id.
 SPECRT_CLONES Best exact_chunk(const float* z, int n, int64_t seed, int32_t position, int32_t first) {
-  Best best;
-  float score[kNoiseBlock];
-  for (int i = 0; i < n; i += kNoiseBlock) {
-    const int m = std::min(kNoiseBlock, n - i);
-    if (!(max_of(z + i, m) + kGumbelMax > best.score)) continue;
-    score_block(z + i, m, seed, position, kNoiseShared, first + i, score);
-    const Best b = argmax_of(score, m, first + i);
-    if (b.score > best.score) best = b;
-  }
-  return best;
+  return exact_of(z, n, seed, position, kNoiseShared, first);
 }
 
 SPECRT_CLONES void perturb_chunk(const float* z, int n, int64_t seed, int32_t position, int32_t purpose, int32_t first, float* out) {
