@@ -116,3 +116,11 @@ def test_scratch_is_bounded_and_the_dtype_checked(device):
         model.make_scratch(8).view(9)
     with pytest.raises(ValueError, match="dtype must be torch.bfloat16 or torch.float32, got torch.float16"):
         DenseModel.load(random_checkpoint("llama"), torch.float16, device)
+
+
+def test_a_shape_without_kernels_is_refused_before_anything_is_read():
+    config = ModelConfig.from_hf({**CONFIGS["llama"], "head_dim": 72})
+    with pytest.raises(ValueError, match="head_dim = 72 is not supported"):
+        DenseModel.load(random_checkpoint(config), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="head_dim = 72 is not supported on CUDA; supported: 64, 96, 128"):
+        DenseModel.load(random_checkpoint(config), torch.float32, "cuda")
