@@ -63,6 +63,23 @@ def test_a_prompt_row_has_the_bits_of_a_decoded_row(device, name, dtype):
     assert_bits(mixed.forward(TOKENS[70:71], 70, prefill=False), whole[70:71])
 
 
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3"])
+def test_a_tree_row_has_the_bits_of_its_path_decoded(device, name):
+    """Branches do not see each other, though their keys lie side by side across a page and a tile of 64."""
+    model = DenseModel.load(random_checkpoint(name), torch.bfloat16, device)
+    start, parents = 58, [-1, 0, 0, 1, 1, 2, 3, 6, 5, 8, 7, 9]
+    nodes = [(7 * i + 3) % 300 for i in range(len(parents))]
+    sequence = Sequence(model)
+    sequence.prefill(TOKENS[:start])
+    got = sequence.tree(nodes, parents, start)
+    for leaf in (4, 10, 11):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        plain = Sequence(model).decode(TOKENS[:start] + [nodes[i] for i in path])
+        assert_bits(got[path], plain[start:])
+
+
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_features_are_the_residual_stream_at_each_boundary(device, name, tmp_path):
     """As transformers' hidden_states, but for the last, which those give after the final norm."""
