@@ -32,6 +32,8 @@ def stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> Answer:
         token_ids += piece.token_ids
         pieces += 1
         accepted += sum(piece.drafted)
+        if piece.error is not None:
+            sys.exit(f"\ndemo: {piece.error}")
     print("\n", flush=True)
     return Answer(token_ids, time.perf_counter() - start, pieces, accepted)
 
