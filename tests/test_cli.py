@@ -76,7 +76,7 @@ def stdin(monkeypatch, data: bytes):
 def test_generate_passes_on_only_what_was_given(llm, capsys):
     assert main(["generate", "Hello"]) == 0
     assert capsys.readouterr().out == "4 words of text\n"
-    assert llm.made == [("smollm2-135m", {"speculative_config": None})] and llm.asked == [(["Hello"], {}, False)]
+    assert llm.made == [("smollm2-135m", {"speculative_config": None, "max_batch_size": 1})] and llm.asked == [(["Hello"], {}, False)]
 
 
 def test_generate_flags_become_parameters(llm):
@@ -84,7 +84,7 @@ def test_generate_flags_become_parameters(llm):
              "--logit-bias", '{"5": -1}', "--model", "m", "--dtype", "float32", "--device", "cpu", "--spec", '{"method": "ngram", "prompt_lookup_max": 3}',
              "--num-speculative-tokens", "4"]
     assert main(["generate", "Hi", *flags]) == 0
-    assert llm.made == [("m", {"speculative_config": {"method": "ngram", "prompt_lookup_max": 3, "num_speculative_tokens": 4}, "dtype": "float32", "device": "cpu"})]
+    assert llm.made == [("m", {"speculative_config": {"method": "ngram", "prompt_lookup_max": 3, "num_speculative_tokens": 4}, "max_batch_size": 1, "dtype": "float32", "device": "cpu"})]
     messages, params, chat = llm.asked[0]
     assert messages == [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]] and chat
     assert params == {"temperature": 0.7, "top_k": 40, "seed": 3, "stop": ["A", "B"], "ignore_eos": True, "logit_bias": {5: -1.0}}

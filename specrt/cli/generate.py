@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         system = [{"role": "system", "content": args.system}] if args.system is not None else []
         prompt = [*system, {"role": "user", "content": prompt}]
     params = options.sampling(args)
-    with options.load(args) as llm:
+    with options.load(args, requests=min(max(args.n or 1, 1), 8)) as llm:
         if args.stream:
             for piece in llm.stream(prompt, params, chat=args.chat):
                 print(piece.text, end="", flush=True)
