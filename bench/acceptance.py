@@ -43,11 +43,10 @@ def write_draft(checkpoint: Checkpoint, folder: Path, bits: int) -> None:
         weights[name] = rounded(weight, bits) if "_proj." in name else weight
     save_file({name: w.to(torch.bfloat16).contiguous() for name, w in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_json(checkpoint)))
-    source = checkpoint.tokenizer
-    if source.metadata is not None:
-        tokenizer_from_metadata(source.metadata, source.origin).save(str(folder / "tokenizer.json"))
+    if checkpoint.folder is None:
+        tokenizer_from_metadata(checkpoint.tensors.metadata, checkpoint.origin).save(str(folder / "tokenizer.json"))
     else:
-        shutil.copy(source.folder / "tokenizer.json", folder)
+        shutil.copy(checkpoint.folder / "tokenizer.json", folder)
 
 
 def level_acceptance(llm: LLM, prompts: list[Prompt], temperature: float, max_tokens: int) -> tuple[float, int]:

@@ -4,6 +4,7 @@ and prefill of both. Rates of decoding are of the tokens after the first. Writes
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections import defaultdict
@@ -34,7 +35,7 @@ class Rates:
             self.seconds[key][repeat] += seconds
 
     def of(self, mode: str, category: str) -> list[float]:
-        return [t / s for t, s in zip(self.tokens[mode, category], self.seconds[mode, category]) if t]
+        return [t / s for t, s in zip(self.tokens[mode, category], self.seconds[mode, category]) if t and s]
 
 
 def middle(values: list[float]) -> float:
@@ -51,7 +52,7 @@ def decode(llm: LLM, peer: Transformers, prompts: list[Prompt], max_tokens: int,
             for mode, params in (("off", off), ("on", on)):
                 output, seconds = time_once(llm, prompt, params)
                 ours[prompt.id, mode].add(output, seconds)
-                rates.add(mode, prompt.category, repeat, len(output.token_ids) - 1, output.stats.decode_time)
+                rates.add(mode, prompt.category, repeat, len(output.token_ids) - 1, output.stats.decode_time or 0.0)
             if ours[prompt.id, "off"].token_ids != ours[prompt.id, "on"].token_ids:
                 raise SystemExit(f"bench_cpu: speculation changed the output of {prompt.id}")
             ids = output.prompt_token_ids
@@ -88,12 +89,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lookup", type=int, default=10, help="transformers' prompt_lookup_num_tokens")
+    parser.add_argument("--spec", type=json.loads, default={"method": "ngram"}, help="our speculative_config, as JSON")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     prompts = load_prompts(args.prompts, args.category, args.limit)
     results = Results("cpu.json")
     peer = Transformers(open_checkpoint(args.model), torch.bfloat16)
-    with LLM(args.model, device="cpu", dtype="bfloat16", max_batch_size=1, speculative_config={"method": "ngram"}) as llm:
+    with LLM(args.model, device="cpu", dtype="bfloat16", max_batch_size=1, speculative_config=args.spec) as llm:
         rates = decode(llm, peer, prompts, args.max_tokens, args.repeats, args.lookup)
         length, ours, theirs = prefill(llm, peer, prompts, args.repeats)
     shape = f"{args.model} bf16, batch 1, up to {args.max_tokens} tokens"

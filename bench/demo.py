@@ -32,6 +32,8 @@ def stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> Answer:
         token_ids += piece.token_ids
         pieces += 1
         accepted += sum(piece.drafted)
+        if piece.error is not None:
+            sys.exit(f"\ndemo: {piece.error}")
     print("\n", flush=True)
     return Answer(token_ids, time.perf_counter() - start, pieces, accepted)
 
@@ -54,7 +56,7 @@ def main() -> int:
     off_params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, speculative=False)
     on_params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     answers: list[tuple[Answer, Answer]] = []
-    with LLM(args.model, device=args.device, speculative_config={"method": "ngram"}) as llm:
+    with LLM(args.model, device=args.device, max_batch_size=1, speculative_config={"method": "ngram"}) as llm:
         llm.generate("Hello", SamplingParams(max_tokens=2))  # warms up: the first request pays for thread pools and page faults
         for number, prompt in enumerate(prompts, 1):
             print(f"\n{bold}[{number}/{len(prompts)}] {prompt.id}{plain}: {shortened(prompt.text)}\n")

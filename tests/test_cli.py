@@ -50,13 +50,15 @@ class Stub:
         stats = SimpleNamespace(num_rounds=2 if on else 4, num_draft_tokens=4 * on, num_accepted_tokens=2 * on, acceptance_length=2.0 if on else 1.0,
                                 draft_acceptance_rate=0.5, num_draft_tokens_per_pos=[2, 2] if on else [], num_accepted_tokens_per_pos=[2, 0] if on else [],
                                 time_to_first_token=0.1, decode_time=0.2 if on else 0.4)
-        return [SimpleNamespace(text=self.text, token_ids=tokens, prompt_token_ids=[9], finish_reason="error" if self.error else "stop", error=self.error, seed=7,
-                                logprobs=None, stats=stats) for _ in prompts for _ in range(params.values.get("n", 1))]
+        output = SimpleNamespace(text=self.text, token_ids=tokens, prompt_token_ids=[9], finish_reason="error" if self.error else "stop", error=self.error, seed=7,
+                                 logprobs=None, stats=stats, samples=[])
+        output.samples = [output] * params.values.get("n", 1)
+        return [output for _ in prompts]
 
     def stream(self, prompt, params, chat=False):
         self.asked.append((prompt, params.values, chat))
         for text, tokens, drafted in [("4", [1], [False]), (" words of", [2, 3], [True, True]), (" text", [4], [False])]:
-            yield SimpleNamespace(text=text, token_ids=tokens, drafted=drafted)
+            yield SimpleNamespace(text=text, token_ids=tokens, drafted=drafted, error=self.error if tokens == [4] else None)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def stdin(monkeypatch, data: bytes):
 def test_generate_passes_on_only_what_was_given(llm, capsys):
     assert main(["generate", "Hello"]) == 0
     assert capsys.readouterr().out == "4 words of text\n"
-    assert llm.made == [("smollm2-135m", {"speculative_config": None})] and llm.asked == [(["Hello"], {}, False)]
+    assert llm.made == [("smollm2-135m", {"speculative_config": None, "max_batch_size": 1})] and llm.asked == [(["Hello"], {}, False)]
 
 
 def test_generate_flags_become_parameters(llm):
@@ -82,7 +84,7 @@ def test_generate_flags_become_parameters(llm):
              "--logit-bias", '{"5": -1}', "--model", "m", "--dtype", "float32", "--device", "cpu", "--spec", '{"method": "ngram", "prompt_lookup_max": 3}',
              "--num-speculative-tokens", "4"]
     assert main(["generate", "Hi", *flags]) == 0
-    assert llm.made == [("m", {"speculative_config": {"method": "ngram", "prompt_lookup_max": 3, "num_speculative_tokens": 4}, "dtype": "float32", "device": "cpu"})]
+    assert llm.made == [("m", {"speculative_config": {"method": "ngram", "prompt_lookup_max": 3, "num_speculative_tokens": 4}, "max_batch_size": 1, "dtype": "float32", "device": "cpu"})]
     messages, params, chat = llm.asked[0]
     assert messages == [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]] and chat
     assert params == {"temperature": 0.7, "top_k": 40, "seed": 3, "stop": ["A", "B"], "ignore_eos": True, "logit_bias": {5: -1.0}}
@@ -112,9 +114,10 @@ def test_generate_reads_files_and_standard_input(llm, monkeypatch, tmp_path):
     assert [prompts for prompts, _, _ in llm.asked] == [["aus der Küche"], ["père"]]
 
 
-def test_a_failed_request_is_exit_code_1(llm, capsys):
+@pytest.mark.parametrize("flags", [[], ["--stream"], ["--json"]])
+def test_a_failed_request_is_exit_code_1(llm, capsys, flags):
     llm.error = "logits are not finite"
-    assert main(["generate", "Hi"]) == 1
+    assert main(["generate", "Hi", *flags]) == 1
     assert "logits are not finite" in capsys.readouterr().err
 
 

@@ -42,6 +42,8 @@ def answer(llm: Any, messages: list[dict[str, str]], params: Any, colour: bool) 
         for piece in stream:
             print(coloured(piece, llm.tokenizer.decode) if colour else piece.text, end="", flush=True)
             text, tokens, rounds, accepted = text + piece.text, tokens + len(piece.token_ids), rounds + 1, accepted + sum(piece.drafted)
+            if piece.error is not None:
+                print(f"\nspecrt chat: {piece.error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(PLAIN if colour else "", end="")
     finally:

@@ -48,16 +48,22 @@ def run(args: argparse.Namespace) -> int:
         system = [{"role": "system", "content": args.system}] if args.system is not None else []
         prompt = [*system, {"role": "user", "content": prompt}]
     params = options.sampling(args)
-    with options.load(args) as llm:
+    with options.load(args, requests=min(max(args.n or 1, 1), 8)) as llm:
         if args.stream:
             for piece in llm.stream(prompt, params, chat=args.chat):
                 print(piece.text, end="", flush=True)
             print()
-            return 0
-        outputs = llm.generate([prompt], params, chat=args.chat)
+            return report_errors([piece.error])
+        (output,) = llm.generate([prompt], params, chat=args.chat)
+    outputs = output.samples or [output]
     for output in outputs:
         print(json.dumps(statistics.output_dict(output), ensure_ascii=False) if args.json else output.text)
-    failed = [output.error for output in outputs if output.finish_reason == "error"]
+    return report_errors([output.error for output in outputs])
+
+
+def report_errors(errors: list[str | None]) -> int:
+    """One line a failed request on standard error; the exit code."""
+    failed = [error for error in errors if error is not None]
     for error in failed:
         print(f"specrt generate: {error}", file=sys.stderr)
     return 1 if failed else 0

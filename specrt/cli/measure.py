@@ -30,7 +30,7 @@ class Timed:
             raise RunFailed("the same request gave two different outputs in one mode")
         self.token_ids, self.stats = list(output.token_ids), output.stats
         self.seconds.append(seconds)
-        self.decode_seconds.append(output.stats.decode_time)
+        self.decode_seconds.append(output.stats.decode_time or 0.0)  # None: there is no second token
 
 
 @dataclass

@@ -85,10 +85,11 @@ def speculative_config(args: argparse.Namespace, default_method: str | None = No
     return config or None
 
 
-def load(args: argparse.Namespace, default_method: str | None = None) -> "LLM":
+def load(args: argparse.Namespace, default_method: str | None = None, requests: int = 1) -> "LLM":
+    """``requests``: how many the command has at a time; no KV cache is needed for more (unless --max-batch-size says so)."""
     from specrt import LLM
 
-    return LLM(args.model, speculative_config=speculative_config(args, default_method), **_given(args, ENGINE))
+    return LLM(args.model, speculative_config=speculative_config(args, default_method), **{"max_batch_size": requests, **_given(args, ENGINE)})
 
 
 def sampling(args: argparse.Namespace, **more: Any) -> "SamplingParams":
