@@ -6,6 +6,7 @@ ends. Not thread-safe; LLM holds the lock."""
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,7 +101,8 @@ class Engine:
             return self._round()
         except BaseException as error:
             for request in self.scheduler.running:
-                self._release(request, "error", f"the engine failed: {type(error).__name__}: {error}")
+                with suppress(Exception):  # a device that failed may fail again; the host's side is freed first
+                    self._release(request, "error", f"the engine failed: {type(error).__name__}: {error}")
             raise
 
     def _schedule(self) -> None:
@@ -163,7 +165,7 @@ class Engine:
         """Takes a request's tokens of a round, up to its end."""
         slot, status = request.slot, int(result.error[request.slot])
         emitted = result.emitted[slot, : result.path_len[slot]].tolist()
-        accepted = len(emitted) - (status == 0)  # the last is the target's own; a walk that ended in an error has none
+        accepted = max(len(emitted) - (status == 0), 0)  # the last is the target's own; a walk that ended in an error has none
         taken, reason = 0, None
         for token in emitted:
             reason = request.add_token(token, taken < accepted, self._logprobs(request, result, taken))
