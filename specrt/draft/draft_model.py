@@ -23,6 +23,11 @@ class DraftModelDrafter(Drafter):
     def __init__(self, model: DenseModel, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
         self.model, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = model, levels, beam_width, topk, noise, keep_logits
         self.scratch_slots = 1 + (levels - 1) * beam_width
+        self.max_positions = model.config.max_position_embeddings
+
+    def bytes_per_page(self, page_size: int) -> int:
+        m = self.model
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
