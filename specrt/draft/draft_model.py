@@ -62,7 +62,7 @@ class DraftModelDrafter(Drafter):
         rows = row_bucket(slots * self.beam_width, grow.batch.rows)
         mine = (self.max_nodes > 0).int() * s.active
         known = (s.seq_lens + 1) * mine  # the root included
-        torch.where(mine > 0, self.consumed, 0, out=sp.start)
+        torch.mul(self.consumed, mine, out=sp.start)
         sp.end.copy_(known)
         ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
         hidden = self.model.forward(span_batch, self.pool, self.scratch)

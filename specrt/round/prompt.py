@@ -11,6 +11,7 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
+from specrt.round.result import read_columns
 from specrt.round.state import RoundState, SpanRows
 
 LOGIT_ROWS = 64  # rows of prompt logits held at a time
@@ -53,7 +54,7 @@ class PromptRows:
                 following = self.state.history[slot, start + 1 : end + 1]
                 parts = [self._block(self.hidden[at + i : at + min(i + LOGIT_ROWS, end - start)], following[i : i + LOGIT_ROWS], wanted[slot])
                          for i in range(0, end - start, LOGIT_ROWS)]
-                out[slot] = tuple(torch.cat(column).numpy(force=True) for column in zip(*parts))
+                out[slot] = read_columns(parts)
             at += end - start
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specrt.round.state import RoundState
@@ -29,6 +30,11 @@ class RoundResult:
     def drafted(self) -> np.ndarray:
         """bool [B, N]: the emitted token was a draft (all but the last of a request)."""
         return np.arange(self.emitted.shape[1])[None] < self.path_len[:, None] - 1
+
+
+def read_columns(parts: list[tuple[Tensor, ...]]) -> tuple[np.ndarray, ...]:
+    """Prompt log-probabilities: tuples of tensors, one a chunk, joined column by column."""
+    return tuple(torch.cat(column).numpy(force=True) for column in zip(*parts))
 
 
 def read_tree(state: RoundState, slot: int) -> tuple[list[int], list[int]]:

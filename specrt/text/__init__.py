@@ -1,0 +1,3 @@
+from specrt.text.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer"]

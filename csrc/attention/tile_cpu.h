@@ -1,0 +1,159 @@
+// One tile of 64 keys against a set of query vectors, in float32 (params.h has the formulas). Its inner loops are written over arrays of 16 floats that
+// the compiler keeps in vector registers, whatever their width: every output element is one chain of fma, so the width changes no bit.
+#pragma once
+#include <algorithm>
+
+#include "attention/params.h"
+#include "base/math.h"
+#include "base/parallel.h"
+
+namespace specrt {
+
+struct Span {
+  int begin, end;
+  bool empty() const { return end <= begin; }
+};
+
+struct TileScratch {
+  float* keys;    // [D, 64], transposed
+  float* values;  // [64, D]
+  float* scores;  // [query vectors, 64]
+};
+
+struct State {
+  float m, l;
+  float* o;
+};
+
+struct Lanes {
+  float x[16];
+};
+
+// c[r][0 .. 16 N) = chain over k in [k0, k1) of fma(a[r][k], b[k][..], c[r][..]), for M rows held in registers.
+template <int M, int N>
+SPECRT_HD void multiply_block(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
+  Lanes sum[M][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+      for (int i = 0; i < 16; ++i) sum[r][n].x[i] = c[r * ldc + n * 16 + i];
+  for (int k = k0; k < k1; ++k)
+#pragma GCC unroll 8
+    for (int r = 0; r < M; ++r) {
+      const float x = a[r * lda + k];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n)
+        for (int i = 0; i < 16; ++i) sum[r][n].x[i] = fma_rn(x, b[k * ldb + n * 16 + i], sum[r][n].x[i]);
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+      for (int i = 0; i < 16; ++i) c[r * ldc + n * 16 + i] = sum[r][n].x[i];
+}
+
+// The same for any number of columns that is a multiple of 16.
+template <int M> SPECRT_HD void multiply_rows(int columns, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
+  for (; columns >= 64; columns -= 64, b += 64, c += 64) multiply_block<M, 4>(a, lda, b, ldb, c, ldc, k0, k1);
+  if (columns >= 32) {
+    multiply_block<M, 2>(a, lda, b, ldb, c, ldc, k0, k1);
+    columns -= 32, b += 32, c += 32;
+  }
+  if (columns) multiply_block<M, 1>(a, lda, b, ldb, c, ldc, k0, k1);
+}
+
+SPECRT_HD void multiply(int rows, int columns, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
+  switch (rows) {
+    case 1: return multiply_rows<1>(columns, a, lda, b, ldb, c, ldc, k0, k1);
+    case 2: return multiply_rows<2>(columns, a, lda, b, ldb, c, ldc, k0, k1);
+    case 3: return multiply_rows<3>(columns, a, lda, b, ldb, c, ldc, k0, k1);
+    default: return multiply_rows<4>(columns, a, lda, b, ldb, c, ldc, k0, k1);
+  }
+}
+
+// Scores -> probabilities of one query vector, in place; m becomes the new maximum. Returns a = exp2(old m - new m).
+template <typename T> SPECRT_HD float softmax_row(float* s, Span seen, float scale, float& m) {
+  const float inf = bits_to_float(0x7f800000u);
+  Lanes top;
+  for (int i = 0; i < kTile; ++i) s[i] = s[i] * scale;
+  for (int i = 0; i < seen.begin; ++i) s[i] = -inf;
+  for (int i = seen.end; i < kTile; ++i) s[i] = -inf;
+  for (int i = 0; i < 16; ++i) top.x[i] = m;
+  for (int j = 0; j < kTile; j += 16)
+    for (int i = 0; i < 16; ++i) top.x[i] = s[j + i] > top.x[i] ? s[j + i] : top.x[i];
+  for (int d = 8; d; d >>= 1)
+    for (int i = 0; i < d; ++i) top.x[i] = top.x[i + d] > top.x[i] ? top.x[i + d] : top.x[i];
+  const float a = exp2_rn(m - top.x[0]);
+  m = top.x[0];
+  for (int i = 0; i < kTile; ++i) s[i] = to_float(round_to<T>(exp2_rn(s[i] - m)));
+  return a;
+}
+
+// O += P V over the positions of `span`.
+SPECRT_HD void accumulate_values(int vectors, int dim, const float* p, const TileScratch& tile, float* o, Span span) {
+  if (!span.empty()) multiply(vectors, dim, p, kTile, tile.values, dim, o, dim, span.begin, span.end);
+}
+
+// Folds one tile into the (m, l, O) of `vectors` query vectors q [vectors, D]; spans say what each sees (relative to the tile).
+template <typename T>
+SPECRT_CLONES void attend_tile(int vectors, int dim, const float* q, const Span* spans, float scale, TileScratch tile, float* m, float* l, float* o) {
+  float* s = tile.scores;
+  std::fill(s, s + vectors * kTile, 0.0f);
+  for (int v = 0; v < vectors; v += 4) multiply(vectors - v, kTile, q + v * dim, dim, tile.keys, kTile, s + v * kTile, kTile, 0, dim);
+  for (int v = 0; v < vectors; ++v) {
+    if (spans[v].empty()) {
+      for (int j = 0; j < kTile; ++j) s[v * kTile + j] = 0.0f;  // adds nothing to the row sum
+      continue;
+    }
+    const float a = softmax_row<T>(s + v * kTile, spans[v], scale, m[v]);
+    l[v] = l[v] * a;
+    for (int d = 0; d < dim; ++d) o[v * dim + d] = o[v * dim + d] * a;
+  }
+  for (int v = 0; v < vectors; v += 8) {  // row sums, 8 chains at a time; p = 0 where nothing is seen leaves a sum as it is
+    const int n = std::min(8, vectors - v);
+    float sum[8] = {};
+    for (int i = 0; i < n; ++i) sum[i] = l[v + i];
+    const float* rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = s + (v + std::min(i, n - 1)) * kTile;
+    for (int j = 0; j < kTile; ++j)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum[i] = sum[i] + rows[i][j];
+    for (int i = 0; i < n; ++i) l[v + i] = sum[i];
+  }
+  for (int v = 0; v < vectors; v += 4) {  // what 4 vectors see together in one go, the rest of each before and after it: every chain ascends
+    const int n = std::min(4, vectors - v);
+    Span joint = spans[v];
+    for (int i = 1; i < n; ++i) joint = {std::max(joint.begin, spans[v + i].begin), std::min(joint.end, spans[v + i].end)};
+    if (joint.empty()) joint = {kTile, kTile};
+    for (int i = 0; i < n; ++i) accumulate_values(1, dim, s + (v + i) * kTile, tile, o + (v + i) * dim, {spans[v + i].begin, std::min(joint.begin, spans[v + i].end)});
+    accumulate_values(n, dim, s + v * kTile, tile, o + v * dim, joint);
+    for (int i = 0; i < n; ++i) accumulate_values(1, dim, s + (v + i) * kTile, tile, o + (v + i) * dim, {joint.end, spans[v + i].end});
+  }
+}
+
+template <typename T> SPECRT_CLONES void widen(const T* from, float* to, int n) {
+  for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+// Widens the tile's visible keys (transposed) and values; the other columns of the keys become zero, the other values are never read.
+template <typename T> SPECRT_CLONES void load_tile(const T* const* keys, const T* const* values, Span seen, int dim, TileScratch tile) {
+  for (int j = seen.begin; j < seen.end; ++j)
+    for (int d = 0; d < dim; ++d) tile.values[j * dim + d] = to_float(values[j][d]);
+  for (int j = 0; j < kTile; ++j) {
+    if (j >= seen.begin && j < seen.end)
+      for (int d = 0; d < dim; ++d) tile.keys[d * kTile + j] = to_float(keys[j][d]);
+    else
+      for (int d = 0; d < dim; ++d) tile.keys[d * kTile + j] = 0.0f;
+  }
+}
+
+SPECRT_CLONES static void fold(State& into, float m, float l, const float* o, int dim) {
+  const float top = m > into.m ? m : into.m;
+  const float a = exp2_rn(into.m - top), b = exp2_rn(m - top);
+  into.m = top;
+  into.l = fma_rn(l, b, into.l * a);
+  for (int d = 0; d < dim; ++d) into.o[d] = fma_rn(o[d], b, into.o[d] * a);
+}
+
+}  // namespace specrt

@@ -1,0 +1,55 @@
+#include "gemm/params.h"
+#include "ops/checks.h"
+
+namespace specrt::ops {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// cp.async reads 16 bytes at a time.
+bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+int64_t pair_of(const Tensor& t) { return t.scalar_type() == kBF16 ? 2 : 1; }
+
+void pack_linear(Tensor weight, Tensor packed) {
+  Checker check("pack_linear", weight);
+  Sym N("N"), K("K");
+  check("weight", weight, {N, K}, {kF32, kBF16});
+  const int64_t g = pair_of(weight);
+  check("packed", packed, {ceil_div(N, kPanel), ceil_div(K, g), kPanel, g}, {weight.scalar_type()});
+  if (N == 0 || K == 0) return;
+  launch_pack_linear_cpu({dtype_of(weight), in<void>(weight), inout<void>(packed), static_cast<int>(N), static_cast<int>(K)});
+}
+
+void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
+  Checker check("linear", x);
+  Sym R("R"), K("K"), N("N");
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("out", out, {R, N}, {x.scalar_type(), kF32});
+  if (check.cuda()) {
+    check("weight", weight, {N, K}, {x.scalar_type()});
+    if (x.scalar_type() == kBF16) {
+      check.require(K % 8 == 0, "x", "K divisible by 8 (bfloat16 on CUDA reads 16 bytes at a time); K = " + std::to_string(K));
+      check.require(aligned(x), "x", "a 16-byte aligned address");
+      check.require(aligned(weight), "weight", "a 16-byte aligned address");
+    }
+  } else {
+    const int64_t g = pair_of(x);
+    check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, g), kPanel, g}, {x.scalar_type()});
+  }
+  check("bias", bias, {N}, {x.scalar_type()});
+  check("num_rows", num_rows, {1}, {kI32});
+  if (R == 0 || N == 0) return;
+  LinearParams p{dtype_of(x), dtype_of(out), in<void>(x), in<void>(weight), in<void>(bias), inout<void>(out), in<int32_t>(num_rows),
+                 static_cast<int>(R), static_cast<int>(N), static_cast<int>(K)};
+  SPECRT_LAUNCH(linear, check, p);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) {
+  m.impl("pack_linear", TORCH_BOX(&pack_linear));
+  m.impl("linear", TORCH_BOX(&linear));
+}
+// CUDA keeps weights as they are: nothing to pack.
+STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
+
+}  // namespace specrt::ops

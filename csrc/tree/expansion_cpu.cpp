@@ -1,0 +1,108 @@
+#include <algorithm>
+
+#include "base/parallel.h"
+#include "tree/rules.h"
+
+namespace specrt {
+namespace {
+
+// The W best of n keys, descending, ties by lower index.
+void best_of(const uint32_t* keys, int n, int width, int32_t* best) {
+  int count = 0;
+  for (int i = 0; i < n; ++i) {
+    if (count == width && keys[i] <= keys[best[width - 1]]) continue;
+    int at = count < width ? count++ : width - 1;
+    for (; at > 0 && keys[best[at - 1]] < keys[i]; --at) best[at] = best[at - 1];
+    best[at] = i;
+  }
+}
+
+// The row of beam entry w for the next level. The path needs no state: a candidate's index says which beam entry of the level above it hangs from.
+void write_row(const TreeExpandParams& p, int b, int w, int row) {
+  const int64_t base = static_cast<int64_t>(b) * p.candidates;
+  const int first = p.seq_lens[b] + 1;
+  int candidate = p.beam[static_cast<int64_t>(b) * p.beam_width + w];
+  p.row_request[row] = b;
+  p.row_token[row] = p.cand_token[base + candidate];
+  p.row_position[row] = p.seq_lens[b] + p.level;
+  p.row_prefix[row] = first;
+  p.row_slot[row] = kv_slot(p.paging, b, first + (p.level - 1) * p.beam_width + w);
+  int32_t* path = p.row_path + static_cast<int64_t>(row) * p.path_depth;
+  std::fill(path + p.level, path + p.path_depth, -1);
+  for (int level = p.level, entry = w; level >= 1; --level) {
+    path[level - 1] = (level - 1) * p.beam_width + entry;
+    entry = (candidate - first_candidate(level, p.beam_width, p.topk)) / p.topk;
+    candidate = p.cand_parent[base + candidate];
+  }
+}
+
+SPECRT_CLONES int count_at_least(const uint32_t* keys, int n, uint32_t bound) {
+  int count = 0;
+  for (int i = 0; i < n; ++i) count += keys[i] >= bound;
+  return count;
+}
+
+void select(const TreeSelectParams& p, int b) {
+  const int budget = std::min(p.max_nodes[b], p.nodes - 1);
+  if (p.max_nodes[b] <= 0) return;
+  const int n = first_candidate(clamp_to(p.max_depth[b], 0, p.levels) + 1, p.beam_width, p.topk);
+  const int64_t base = static_cast<int64_t>(b) * p.candidates, out = static_cast<int64_t>(b) * p.nodes;
+  uint32_t keys[kMaxCandidates];
+  for (int i = 0; i < n; ++i) {  // a parent's key is final before its children's
+    const int parent = candidate_before(p.cand_parent[base + i], i);
+    keys[i] = score_key(p.cand_score[base + i]);
+    if (parent >= 0) keys[i] = std::min(keys[i], keys[parent]);
+  }
+  // The budget-th highest key, bit by bit; then the keys above it, and as many equal to it as there is room for, lowest index first.
+  uint32_t bound = 0;
+  for (int bit = 31; bit >= 0; --bit)
+    if (count_at_least(keys, n, bound | 1u << bit) >= budget) bound |= 1u << bit;
+  int ties = budget - (bound == ~0u ? 0 : count_at_least(keys, n, bound + 1)), size = 1;
+  int16_t node_of[kMaxCandidates];
+  for (int i = 0; i < n; ++i) {
+    const bool taken = keys[i] > bound || (keys[i] == bound && bound > 0 && ties-- > 0);
+    if (!taken) continue;
+    const int parent = candidate_before(p.cand_parent[base + i], i);
+    node_of[i] = static_cast<int16_t>(size);
+    p.tree_token[out + size] = p.cand_token[base + i];
+    p.tree_parent[out + size] = parent >= 0 ? node_of[parent] : 0;
+    ++size;
+  }
+  p.tree_size[b] = size;
+}
+
+}  // namespace
+
+void launch_tree_expand_cpu(const TreeExpandParams& p) {
+  const int first = first_candidate(p.level, p.beam_width, p.topk), n = p.level == 1 ? p.topk : p.beam_width * p.topk;
+  int active = 0, row = 0;
+  uint32_t keys[kMaxCandidates];
+  for (int b = 0; b < p.batch; ++b) {
+    if (p.max_depth[b] < p.level) continue;
+    const int64_t base = static_cast<int64_t>(b) * p.candidates;
+    const int row0 = p.level == 1 ? b : p.beam_width * active++;
+    int32_t* beam = p.beam + static_cast<int64_t>(b) * p.beam_width;
+    for (int i = 0; i < n; ++i) {
+      const int parent = p.level == 1 ? -1 : beam[i / p.topk];
+      const int64_t child = static_cast<int64_t>(row0) * p.topk + i;
+      const bool known = row0 + i / p.topk < p.rows;
+      float score = known ? p.topk_score[child] : kNoScore;
+      if (parent >= 0) score = p.cand_score[base + parent] + score;
+      keys[i] = score_key(score);
+      p.cand_token[base + first + i] = known ? p.topk_token[child] : -1;
+      p.cand_parent[base + first + i] = parent;
+      p.cand_score[base + first + i] = keys[i] ? score : kNoScore;
+    }
+    best_of(keys, n, p.beam_width, beam);
+    for (int w = 0; w < p.beam_width; ++w) beam[w] += first;
+    if (p.max_depth[b] <= p.level) continue;
+    for (int w = 0; w < p.beam_width; ++w) write_row(p, b, w, row++);
+  }
+  *p.num_rows = row;
+}
+
+void launch_tree_select_cpu(const TreeSelectParams& p) {
+  parallel_for(p.batch, static_cast<int64_t>(p.batch) * p.candidates * 8, [&](int64_t b) { select(p, static_cast<int>(b)); });
+}
+
+}  // namespace specrt

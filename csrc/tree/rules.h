@@ -1,0 +1,39 @@
+// The small rules that both backends share, a scalar function each.
+#pragma once
+#include "base/math.h"
+#include "tree/params.h"
+
+namespace specrt {
+
+constexpr float kNoScore = -__builtin_huge_valf();
+
+SPECRT_HD int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+// Nodes of slot b's tree.
+SPECRT_HD int tree_nodes(const int32_t* tree_size, int b, int nodes) { return clamp_to(tree_size[b], 0, nodes); }
+
+// The parent of a node > 0. Topological order is the caller's promise; the clamp makes every walk to the root end all the same.
+SPECRT_HD int parent_before(int parent, int node) { return clamp_to(parent, 0, node - 1); }
+
+// The parent of a candidate, -1 for the root. Likewise.
+SPECRT_HD int candidate_before(int parent, int candidate) { return parent < candidate ? parent : candidate - 1; }
+
+// page * P + offset of a logical slot of request b; -1 outside the table, or where the table has no page (negative).
+SPECRT_HD int64_t kv_slot(const Paging& paging, int b, int logical) {
+  const int index = logical / paging.page_size;
+  if (logical < 0 || index >= paging.max_pages) return -1;
+  const int64_t page = paging.block_table[static_cast<int64_t>(b) * paging.max_pages + index];
+  return page < 0 ? -1 : page * paging.page_size + logical % paging.page_size;
+}
+
+// F(level): the index of an expansion's first candidate at depth `level`. Level 1 has k, every later level W k.
+SPECRT_HD int first_candidate(int level, int beam_width, int topk) { return level <= 1 ? 0 : topk + (level - 2) * beam_width * topk; }
+
+// An integer that orders as the float does; -0 counts as 0. A score that is -inf or NaN is no choice at all: 0, below every other.
+SPECRT_HD uint32_t score_key(float score) {
+  if (!(score > kNoScore)) return 0;
+  const uint32_t u = float_to_bits(score + 0.0f);
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+}  // namespace specrt

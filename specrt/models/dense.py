@@ -1,0 +1,152 @@
+"""DenseModel: Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 decoders. Wiring only; the arithmetic is in the ops."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specrt import ops
+from specrt.cache.pool import KVPool
+from specrt.layers.batch import RowBatch
+from specrt.layers.linear import Linear
+from specrt.layers.rope import rope_tables
+from specrt.models.config import ModelConfig
+from specrt.weights.checkpoint import Checkpoint
+
+# Rows of the tree that stand past the last committed position still need their angles.
+POSITION_SLACK = 128
+
+
+class Layer(NamedTuple):
+    input_norm: Tensor
+    qkv: Linear  # q heads, k heads, v heads
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear  # gate first
+    down: Linear
+
+
+class Buffers(NamedTuple):
+    """Activations of one forward pass over R rows, written anew by each."""
+
+    residual: Tensor  # [R, H]
+    normed: Tensor  # [R, H]
+    delta: Tensor  # [R, H]
+    qkv: Tensor  # [R, (Hq + 2 Hkv) D]
+    q: Tensor  # [R, Hq, D]
+    attended: Tensor  # [R, Hq, D]
+    gate_up: Tensor  # [R, 2I]
+    activated: Tensor  # [R, I]
+
+
+class Scratch:
+    """The buffers of a model for up to ``rows`` rows, and their views for each smaller capacity that was used."""
+
+    def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device):
+        c = config
+        hidden, heads = (rows, c.hidden_size), (rows, c.num_heads, c.head_dim)
+        shapes = (hidden, hidden, hidden, (rows, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim), heads, heads, (rows, 2 * c.intermediate_size),
+                  (rows, c.intermediate_size))
+        self.rows = rows
+        self._views = {rows: Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))}
+
+    def view(self, rows: int) -> Buffers:
+        views = self._views.get(rows)
+        if views is None:
+            if rows > self.rows:
+                raise ValueError(f"a batch of {rows} rows does not fit buffers made for {self.rows}")
+            views = self._views[rows] = Buffers(*(b[:rows] for b in self._views[self.rows]))
+        return views
+
+
+class DenseModel:
+    """A loaded model. Every row's result is a function of that row's token, position and visible keys alone (csrc/README.md)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear):
+        self.config, self.dtype, self.device = config, dtype, device
+        self.num_layers, self.kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
+        self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
+        self.cos, self.sin = rope_tables(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings + POSITION_SLACK, device)
+        self._scale = config.head_dim**-0.5
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> DenseModel:
+        """Reads the weights tensor by tensor; each is rounded to ``dtype`` once, as the last step. dtype: bfloat16 or float32.
+        ValueError if there are no kernels for the model's shape, before anything is read."""
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
+        c, source, device = checkpoint.config, checkpoint.tensors, torch.device(device)
+        _check_kernels(c, device)
+
+        def vector(name: str) -> Tensor:
+            return source.get(name).to(device=device, dtype=dtype).contiguous()
+
+        def linear(names: list[str], bias: bool) -> Linear:
+            return Linear([source.get(f"{n}.weight") for n in names], [source.get(f"{n}.bias") for n in names] if bias else [], dtype, device)
+
+        def layer(i: int) -> Layer:
+            at, attn, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+            return Layer(
+                input_norm=vector(at + "input_layernorm.weight"), qkv=linear([attn + "q_proj", attn + "k_proj", attn + "v_proj"], c.attention_bias),
+                q_norm=vector(attn + "q_norm.weight") if c.qk_norm else None, k_norm=vector(attn + "k_norm.weight") if c.qk_norm else None,
+                window=c.windows[i], o=linear([attn + "o_proj"], c.o_bias), post_norm=vector(at + "post_attention_layernorm.weight"),
+                gate_up=linear([mlp + "gate_proj", mlp + "up_proj"], c.mlp_bias), down=linear([mlp + "down_proj"], c.mlp_bias))
+
+        embedding = vector("model.embed_tokens.weight")
+        lm_head = Linear([embedding if c.tie_word_embeddings else source.get("lm_head.weight")], [], dtype, device)
+        return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head)
+
+    def make_scratch(self, rows: int) -> Scratch:
+        """Buffers for forward passes of up to ``rows`` rows. Passes that share them must not overlap."""
+        return Scratch(rows, self.config, self.dtype, self.device)
+
+    def forward(self, batch: RowBatch, pool: KVPool, scratch: Scratch, features: dict[int, Tensor] | None = None) -> Tensor:
+        """The hidden rows after the final norm, [R, H] in scratch (valid until its next use); appends the rows' keys and values to the pool.
+
+        features: boundary j -> tensor [R, H] that receives the residual stream entering layer j (j = num_layers: leaving the last one, before the norm)."""
+        residual, normed, delta, qkv, q, attended, gate_up, activated = scratch.view(batch.rows)
+        n, eps, features = batch.num_rows, self.config.rms_norm_eps, features or {}
+        position, slot, request, prefix, table = batch.position, batch.slot, batch.request, batch.prefix, batch.block_table
+        cos, sin, scale, flat = self.cos, self.sin, self._scale, attended.flatten(1)
+        ops.embedding(self.embedding, batch.token, n, residual)
+        for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
+            # delta is what the layer before adds to the residual stream.
+            ops.rms_norm(delta if j else residual, residual if j else None, layer.input_norm, eps, n, normed)
+            if j in features:
+                features[j].copy_(residual)
+            layer.qkv(normed, n, qkv)
+            ops.rope_append(qkv, position, slot, cos, sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
+            if batch.prefill:
+                ops.prefill_attention(q, k_pool, v_pool, table, request, prefix, scale, layer.window, n, attended)
+            else:
+                ops.tree_attention(q, k_pool, v_pool, table, request, prefix, batch.ancestors, batch.paths, scale, layer.window, n, batch.workspace, attended)
+            layer.o(flat, n, delta)
+            ops.rms_norm(delta, residual, layer.post_norm, eps, n, normed)
+            layer.gate_up(normed, n, gate_up)
+            ops.silu_mul(gate_up, n, activated)
+            layer.down(activated, n, delta)
+        ops.rms_norm(delta, residual, self.norm, eps, n, normed)
+        if self.num_layers in features:
+            features[self.num_layers].copy_(residual)
+        return normed
+
+    def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
+        """Raw logits of hidden rows [R, H] into float32 [R, V], unrounded."""
+        self.lm_head(hidden, num_rows, out)
+
+
+def _check_kernels(config: ModelConfig, device: torch.device) -> None:
+    """What the attention ops are built for (csrc/ops/attention.cpp), said in the words of the config."""
+    group = config.num_heads // config.num_kv_heads
+    if device.type == "cuda":
+        if config.head_dim not in (64, 96, 128):
+            raise ValueError(f"head_dim = {config.head_dim} is not supported on CUDA; supported: 64, 96, 128")
+        if group > 16:
+            raise ValueError(f"{group} query heads a KV head are not supported on CUDA; supported: up to 16")
+    elif config.head_dim % 16:
+        raise ValueError(f"head_dim = {config.head_dim} is not supported; it must be a multiple of 16")

@@ -1,0 +1,84 @@
+"""What ``specrt inspect`` says about a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+from specrt.models.config import ModelConfig
+from specrt.text.tokenizer import Tokenizer
+from specrt.weights.checkpoint import Checkpoint, open_checkpoint
+
+
+def describe(path: str | Path, target: str | Path | None = None) -> str:
+    """A description of a checkpoint in lines of "key  value"; with ``target`` also whether it can draft for that model.
+
+    ValueError if either cannot be opened, or if the draft does not fit its target (another tokenizer)."""
+    checkpoint = open_checkpoint(path)
+    lines = _model(checkpoint) + _weights(checkpoint) + _text(checkpoint)
+    if target is not None:
+        lines.append(("fits as draft of", _fit(checkpoint, open_checkpoint(target))))
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
+
+
+def check_draft(draft: Checkpoint, target: Checkpoint) -> None:
+    """ValueError unless the two models have the same tokenizer (the same token -> id table; a padded vocabulary is no difference)."""
+    ours, theirs = draft.tokenizer(), target.tokenizer()
+    if ours.fingerprint() != theirs.fingerprint():
+        raise ValueError(f"draft model '{draft.origin}' has another tokenizer than target '{target.origin}' (the token -> id tables differ: "
+                         f"{len(ours)} and {len(theirs)} tokens{_first_difference(ours, theirs)})")
+
+
+def _model(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    c = checkpoint.config
+    return [
+        ("model", checkpoint.origin), ("path", str(checkpoint.path)), ("format", checkpoint.form), ("architecture", c.architecture),
+        ("parameters", f"{c.num_parameters / 1e6:,.1f} M"),
+        ("layers", f"{c.num_layers} of hidden size {c.hidden_size}, intermediate size {c.intermediate_size}"),
+        ("attention", f"{c.num_heads} heads, {c.num_kv_heads} KV heads, head dim {c.head_dim}" + _attention_extras(c)),
+        ("context", f"{c.max_position_embeddings} positions, {_rope(c)}"),
+        ("vocabulary", f"{c.vocab_size} rows, {'head tied to the embedding' if c.tie_word_embeddings else 'own head'}"),
+        ("stop tokens", ", ".join(map(str, c.eos_token_ids)) or "none")]
+
+
+def _attention_extras(c: ModelConfig) -> str:
+    windowed = [w for w in c.windows if w]
+    return "".join([", q/k/v bias" * c.attention_bias, ", q/k norm" * c.qk_norm,
+                    f", sliding window {windowed[0]} on {len(windowed)} layers" if windowed else ""])
+
+
+def _rope(c: ModelConfig) -> str:
+    return f"RoPE theta {c.rope_theta:g}" + (f", scaling {c.rope_scaling['rope_type']}" if c.rope_scaling else "")
+
+
+def _weights(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    source = checkpoint.tensors
+    count: Counter[str] = Counter()
+    for name in source.names():
+        count[source.storage(name)] += prod(source.shape(name))
+    total = sum(count.values())
+    return [("weights", f"{len(source.names())} tensors: " + ", ".join(f"{kind} {n / total:.1%}" for kind, n in count.most_common()) + " of the numbers"),
+            ("check", "every tensor is there, of the shape the config says")]
+
+
+def _text(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except ValueError as error:
+        return [("tokenizer", f"none: {error}")]
+    return [("tokenizer", f"{len(tokenizer)} tokens, fingerprint {tokenizer.fingerprint()[:16]}"), ("chat template", "yes" if tokenizer.has_chat_template else "no")]
+
+
+def _fit(draft: Checkpoint, target: Checkpoint) -> str:
+    check_draft(draft, target)
+    share = draft.config.num_parameters / target.config.num_parameters
+    return f"{target.origin}: yes, same tokenizer; {share:.1%} of the target's parameters"
+
+
+def _first_difference(a: Tokenizer, b: Tokenizer) -> str:
+    for i in range(min(len(a), len(b))):
+        if a.id_to_token(i) != b.id_to_token(i):
+            return f"; id {i} is {a.id_to_token(i)!r} and {b.id_to_token(i)!r}"
+    return ""
