@@ -1,0 +1,105 @@
+// Sampling: logits -> transformed logits z -> token, log-probabilities, drafts, and the rejection verifiers.
+//
+// CPU and CUDA give the same bits. Every sum either has one stated order or has none:
+//   * log-sum-exp (csrc/README.md, 6): blocks of 128 tokens, m_j = max, s_j = sum exp(z - m_j): lane i of 32 sums tokens 4i..4i+3 ascending, the lanes fold by
+//     a butterfly 16, 8, 4, 2, 1; over the row M = max m_j, S = sum over j ascending of s_j exp(m_j - M), lse = M + log S.
+//   * everything else that is summed (top-p mass, residual mass) is an integer: no order.
+//   * every choice is a maximum with the lowest token id on ties: no order.
+#pragma once
+#include "base/types.h"
+
+namespace specrt {
+
+// Columns of the per-slot tables (specrt/ops.py).
+enum SamplingF { kTemperature, kTopP, kMinP, kRepetition, kPresence, kFrequency, kSamplingF };  // [B, 6]
+enum SamplingI { kTopK, kMinTokens, kPromptLen, kHasBias, kHasPenalty, kSamplingI };            // [B, 5]
+enum RowStatus : int32_t { kStatusOk, kStatusNotFinite, kStatusAllMasked };
+
+struct SampleTransformParams {
+  float* logits;                  // [R, V], in place
+  const int32_t* row_request;     // [R]
+  const int32_t* row_position;    // [R] position of the row's input token
+  const int32_t* row_node;        // [R] or null: rows are no tree nodes
+  const int32_t* tree_token;      // [B, N] or null
+  const int64_t* tree_ancestors;  // [B, N] or null
+  const float* sampling_f;        // [B, 6]
+  const int32_t* sampling_i;      // [B, 5]
+  const int32_t* stop_ids;        // [B, S], -1 pads
+  const float* bias;              // [B, V]
+  const int32_t* output_count;    // [B, V]
+  const uint8_t* prompt_mask;     // [B, V]
+  const int32_t* mask_bits;       // [masks, ceil(V/32)] or null
+  const int32_t* row_mask;        // [R] or null; -1: no mask
+  const int32_t* num_rows;
+  int32_t* status;                // [R]
+  int rows, vocab, nodes, stops;  // R, V, N, S
+};
+
+struct SampleExactParams {
+  const float* z;               // [R, V]
+  const int32_t* row_request;   // [R]
+  const int32_t* row_position;  // [R]
+  const int64_t* seeds;         // [B]
+  const float* sampling_f;      // [B, 6]
+  const int32_t* num_rows;
+  int32_t* token;               // [R]
+  int rows, vocab;
+};
+
+struct RowLogprobsParams {
+  const float* z;        // [R, V]
+  const int32_t* token;  // [R]
+  const int32_t* num_rows;
+  float* lse;            // [R]
+  float* logprob;        // [R]
+  int32_t* top_token;    // [R, n]
+  float* top_logprob;    // [R, n]
+  int rows, vocab, top;  // R, V, n
+};
+
+struct DraftTopkParams {
+  const float* z;               // [R, V]
+  const int32_t* row_request;   // [R]
+  const int32_t* row_position;  // [R]
+  const int64_t* seeds;         // [B]
+  const float* sampling_f;      // [B, 6]
+  const int32_t* num_rows;
+  float* perturbed;             // [R, V] scratch
+  int32_t* token;               // [R, k]
+  float* score;                 // [R, k]
+  int noise;                    // purpose, or -1
+  int rows, vocab, k;
+};
+
+struct AcceptRejectionParams {
+  const float* z;              // [R, V]
+  const int32_t* row_status;   // [R]
+  const int32_t* row_offset;   // [B+1]
+  const int32_t* tree_token;   // [B, N]
+  const int32_t* tree_parent;  // [B, N]
+  const int32_t* tree_size;    // [B]
+  const int32_t* seq_lens;     // [B]
+  const float* q;              // [B, D, V]
+  const int32_t* q_levels;     // [B]
+  const int64_t* seeds;        // [B]
+  const float* sampling_f;     // [B, 6]
+  float* scratch;              // [B, 2, V]
+  int32_t* path;               // [B, N]
+  int32_t* path_len;           // [B]
+  int32_t* emitted;            // [B, N]
+  int32_t* error;              // [B]
+  int slots, nodes, depth, vocab;  // B, N, D, V
+};
+
+void launch_sample_transform_cpu(const SampleTransformParams& p);
+void launch_sample_transform_cuda(const SampleTransformParams& p, void* stream);
+void launch_sample_exact_cpu(const SampleExactParams& p);
+void launch_sample_exact_cuda(const SampleExactParams& p, void* stream);
+void launch_row_logprobs_cpu(const RowLogprobsParams& p);
+void launch_row_logprobs_cuda(const RowLogprobsParams& p, void* stream);
+void launch_draft_topk_cpu(const DraftTopkParams& p);
+void launch_draft_topk_cuda(const DraftTopkParams& p, void* stream);
+void launch_accept_rejection_cpu(const AcceptRejectionParams& p);
+void launch_accept_rejection_cuda(const AcceptRejectionParams& p, void* stream);
+
+}  // namespace specrt
