@@ -154,16 +154,50 @@ template <typename T> SPECRT_CLONES void widen(const T* from, float* to, int n) 
   for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-// Widens the tile's visible keys (transposed) and values; the other columns of the keys become zero, the other values are never read.
-template <typename T> SPECRT_CLONES void load_tile(const T* const* keys, const T* const* values, Span seen, int dim, TileScratch tile) {
-  for (int j = seen.begin; j < seen.end; ++j)
-    for (int d = 0; d < dim; ++d) tile.values[j * dim + d] = to_float(values[j][d]);
-  for (int j = 0; j < kTile; ++j) {
-    if (j >= seen.begin && j < seen.end)
-      for (int d = 0; d < dim; ++d) tile.keys[d * kTile + j] = to_float(keys[j][d]);
-    else
-      for (int d = 0; d < dim; ++d) tile.keys[d * kTile + j] = 0.0f;
+using Vec = float __attribute__((vector_size(64)));
+using VecIndex = int32_t __attribute__((vector_size(64)));
+
+// One step of a transpose in registers: exchanges the off-diagonal blocks of size S of the rows a and b = a + S.
+template <int S> SPECRT_HD void exchange(Vec& a, Vec& b) {
+  VecIndex low, high;
+  for (int i = 0; i < 16; ++i) {
+    low[i] = i & S ? 16 + i - S : i;
+    high[i] = i & S ? 16 + i : i + S;
   }
+  const Vec x = __builtin_shuffle(a, b, low), y = __builtin_shuffle(a, b, high);
+  a = x;
+  b = y;
+}
+
+template <int S> SPECRT_HD void exchange_all(Vec (&rows)[16]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (!(i & S)) exchange<S>(rows[i], rows[i + S]);
+}
+
+// to[d][j] = from[j][d] for 16 keys and 16 of their elements; `to` has rows of 64.
+template <typename T> SPECRT_CLONES void transpose_block(const T* const* from, int d, float* to) {
+  alignas(64) float wide[16][16];
+  for (int j = 0; j < 16; ++j)
+    for (int i = 0; i < 16; ++i) wide[j][i] = to_float(from[j][d + i]);
+  Vec rows[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) memcpy(&rows[j], wide[j], sizeof(Vec));
+  exchange_all<1>(rows);
+  exchange_all<2>(rows);
+  exchange_all<4>(rows);
+  exchange_all<8>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) memcpy(to + i * kTile, &rows[i], sizeof(Vec));
+}
+
+// Widens the tile's visible keys (transposed) and values. The columns of other keys repeat a visible one: their scores are computed and dropped.
+template <typename T> void load_tile(const T** keys, const T* const* values, Span seen, int dim, TileScratch tile) {
+  for (int j = seen.begin; j < seen.end; ++j) widen(values[j], tile.values + j * dim, dim);
+  for (int j = 0; j < kTile; ++j)
+    if (j < seen.begin || j >= seen.end) keys[j] = keys[seen.begin];
+  for (int j = 0; j < kTile; j += 16)
+    for (int d = 0; d < dim; d += 16) transpose_block(keys + j, d, tile.keys + d * kTile + j);
 }
 
 SPECRT_CLONES static void fold(State& into, float m, float l, const float* o, int dim) {
