@@ -24,6 +24,12 @@ SPECRT_HD uint32_t float_to_bits(float f) {
   return u;
 }
 
+// c ? a : b on the bits: both sides are computed, so that loops stay vectorisable (a compiler may sink one side into a branch).
+SPECRT_HD float select(bool c, float a, float b) {
+  uint32_t mask = 0u - static_cast<uint32_t>(c);
+  return bits_to_float((float_to_bits(a) & mask) | (float_to_bits(b) & ~mask));
+}
+
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
@@ -72,23 +78,31 @@ SPECRT_HD float log_reduced(float f, float e) {
   return fma_rn(e, 0.693359375f, r);
 }
 
+// A positive normal x = (1 + f) 2^e with 1 + f in [sqrt(1/2), sqrt(2)).
+SPECRT_HD void log_split(float x, float& f, float& e) {
+  uint32_t u = float_to_bits(x);
+  uint32_t shifted = u + (0x3f800000u - 0x3f3504f3u);  // carries into the exponent from sqrt(1/2) up
+  e = static_cast<float>(static_cast<int32_t>(shifted >> 23) - 127);
+  f = bits_to_float((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+}
+
 // Natural logarithm of a normal float, about 1 ulp. (log(0) = -inf, log(+inf) = +inf, negative or NaN -> NaN.)
 SPECRT_HD float log_rn(float x) {
-  uint32_t u = float_to_bits(x);
-  int32_t e = static_cast<int32_t>(u >> 23) - 126;
-  float m = bits_to_float((u & 0x007fffffu) | 0x3f000000u);  // [1/2, 1)
-  bool low = m < 0.707106781186547524f;
-  e = low ? e - 1 : e;
-  float r = log_reduced(low ? (m + m) - 1.0f : m - 1.0f, static_cast<float>(e));
-  float inf = bits_to_float(0x7f800000u);
-  r = x == inf ? inf : r;
-  r = x == 0.0f ? -inf : r;
-  return (x < 0.0f || x != x) ? bits_to_float(0x7fc00000u) : r;
+  float f, e, inf = bits_to_float(0x7f800000u);
+  log_split(x, f, e);
+  float r = log_reduced(f, e);
+  r = select(x == inf, inf, r);
+  r = select(x == 0.0f, -inf, r);
+  return select(x >= 0.0f, r, bits_to_float(0x7fc00000u));
 }
 
 // log(1 + x) for x in [-1, sqrt(2) - 1): where 1 + x needs no reduction, x itself is the exact argument, so nothing is lost to the rounding of 1 + x.
+// (log1p(-1) = -inf.)
 SPECRT_HD float log1p_rn(float x) {
-  return x > -0.29f ? log_reduced(x, 0.0f) : log_rn(1.0f + x);
+  float f, e;
+  log_split(1.0f + x, f, e);
+  float r = log_reduced(select(e == 0.0f, x, f), e);
+  return select(x == -1.0f, bits_to_float(0xff800000u), r);
 }
 
 }  // namespace specrt

@@ -8,22 +8,20 @@ namespace specrt {
 // Independent streams of one request's seed (specrt/ops.py).
 enum Purpose : int32_t { kNoiseShared = 0, kNoiseDraft = 1, kNoiseAccept = 2, kNoiseResidual = 3 };
 
+// One round, and the key's step after it.
+SPECRT_HD void philox_round(uint32_t key0, uint32_t key1, uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3) {
+  const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0, b = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+  c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ key0;
+  c1 = static_cast<uint32_t>(b);
+  c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ key1;
+  c3 = static_cast<uint32_t>(a);
+}
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+
 // The four words of counter (c0, c1, c2, c3) under key (key0, key1).
 SPECRT_HD void philox4x32(uint32_t key0, uint32_t key1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t out[4]) {
-#ifdef __CUDACC__
-#pragma unroll
-#else
-#pragma GCC unroll 10
-#endif
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0, b = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ key0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ key1;
-    c3 = static_cast<uint32_t>(a);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) philox_round(key0 + round * kPhiloxWeyl0, key1 + round * kPhiloxWeyl1, c0, c1, c2, c3);
   out[0] = c0;
   out[1] = c1;
   out[2] = c2;

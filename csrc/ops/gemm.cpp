@@ -5,6 +5,8 @@ namespace specrt::ops {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// cp.async reads 16 bytes at a time.
+bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 int64_t pair_of(const Tensor& t) { return t.scalar_type() == kBF16 ? 2 : 1; }
 
 void pack_linear(Tensor weight, Tensor packed) {
@@ -24,7 +26,11 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
   check("out", out, {R, N}, {x.scalar_type(), kF32});
   if (check.cuda()) {
     check("weight", weight, {N, K}, {x.scalar_type()});
-    check.require(x.scalar_type() != kBF16 || K % 8 == 0, "x", "K divisible by 8 for bfloat16 on CUDA (rows of 16 bytes' multiple); K = " + std::to_string(K));
+    if (x.scalar_type() == kBF16) {
+      check.require(K % 8 == 0, "x", "K divisible by 8 (bfloat16 on CUDA reads 16 bytes at a time); K = " + std::to_string(K));
+      check.require(aligned(x), "x", "a 16-byte aligned address");
+      check.require(aligned(weight), "weight", "a 16-byte aligned address");
+    }
   } else {
     const int64_t g = pair_of(x);
     check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, g), kPanel, g}, {x.scalar_type()});

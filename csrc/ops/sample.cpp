@@ -4,6 +4,9 @@
 namespace specrt::ops {
 namespace {
 
+constexpr int64_t kMaxVocab = 1 << 19;  // block statistics of a row fit the default shared memory
+constexpr const char* kVocabText = "a vocabulary of at most 524288 tokens";
+
 void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, std::optional<Tensor> row_node, std::optional<Tensor> tree_token,
                       std::optional<Tensor> tree_ancestors, Tensor sampling_f, Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor output_count,
                       Tensor prompt_mask, std::optional<Tensor> mask_bits, std::optional<Tensor> row_mask, Tensor num_rows, Tensor status) {
@@ -64,10 +67,63 @@ void row_logprobs(Tensor z, Tensor token, Tensor num_rows, Tensor lse, Tensor lo
   check("logprob", logprob, {R}, {kF32});
   check("top_token", top_token, {R, n}, {kI32});
   check("top_logprob", top_logprob, {R, n}, {kF32});
+  check.require(V <= kMaxVocab, "z", kVocabText);
   if (R == 0) return;
   RowLogprobsParams p{in<float>(z), in<int32_t>(token), in<int32_t>(num_rows), inout<float>(lse), inout<float>(logprob), inout<int32_t>(top_token),
                       inout<float>(top_logprob), static_cast<int>(R), static_cast<int>(V), static_cast<int>(n)};
   SPECRT_LAUNCH(row_logprobs, check, p);
+}
+
+void draft_topk(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds, Tensor sampling_f, int64_t noise, Tensor num_rows, Tensor perturbed,
+                Tensor token, Tensor score) {
+  Checker check("draft_topk", z);
+  Sym R("R"), V("V"), B("B"), k("k");
+  check("z", z, {R, V}, {kF32});
+  check("row_request", row_request, {R}, {kI32});
+  check("row_position", row_position, {R}, {kI32});
+  check("seeds", seeds, {B}, {kI64});
+  check("sampling_f", sampling_f, {B, kSamplingF}, {kF32});
+  check("num_rows", num_rows, {1}, {kI32});
+  check("perturbed", perturbed, {R, V}, {kF32});
+  check("token", token, {R, k}, {kI32});
+  check("score", score, {R, k}, {kF32});
+  check.require(noise >= -1 && noise <= 3, "noise", "-1 (none) or a NOISE_* purpose");
+  check.require(k >= 1 && k <= 64, "token", "1 to 64 columns");
+  check.require(V <= kMaxVocab, "z", kVocabText);
+  if (R == 0) return;
+  DraftTopkParams p{in<float>(z), in<int32_t>(row_request), in<int32_t>(row_position), in<int64_t>(seeds), in<float>(sampling_f), in<int32_t>(num_rows),
+                    inout<float>(perturbed), inout<int32_t>(token), inout<float>(score), static_cast<int>(noise), static_cast<int>(R), static_cast<int>(V),
+                    static_cast<int>(k)};
+  SPECRT_LAUNCH(draft_topk, check, p);
+}
+
+void accept_rejection(Tensor z, Tensor row_status, Tensor row_offset, Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor seq_lens, Tensor q,
+                      Tensor q_levels, Tensor seeds, Tensor sampling_f, Tensor scratch, Tensor path, Tensor path_len, Tensor emitted, Tensor error) {
+  Checker check("accept_rejection", z);
+  Sym R("R"), V("V"), B("B"), N("N"), D("D");
+  check("z", z, {R, V}, {kF32});
+  check("row_status", row_status, {R}, {kI32});
+  check("tree_token", tree_token, {B, N}, {kI32});
+  check("row_offset", row_offset, {B + 1}, {kI32});
+  check("tree_parent", tree_parent, {B, N}, {kI32});
+  check("tree_size", tree_size, {B}, {kI32});
+  check("seq_lens", seq_lens, {B}, {kI32});
+  check("q", q, {B, D, V}, {kF32});
+  check("q_levels", q_levels, {B}, {kI32});
+  check("seeds", seeds, {B}, {kI64});
+  check("sampling_f", sampling_f, {B, kSamplingF}, {kF32});
+  check("scratch", scratch, {B, 2, V}, {kF32});
+  check("path", path, {B, N}, {kI32});
+  check("path_len", path_len, {B}, {kI32});
+  check("emitted", emitted, {B, N}, {kI32});
+  check("error", error, {B}, {kI32});
+  check.require(V <= kMaxVocab, "z", kVocabText);
+  if (B == 0) return;
+  AcceptRejectionParams p{in<float>(z),           in<int32_t>(row_status), in<int32_t>(row_offset), in<int32_t>(tree_token), in<int32_t>(tree_parent),
+                          in<int32_t>(tree_size), in<int32_t>(seq_lens),   in<float>(q),            in<int32_t>(q_levels),   in<int64_t>(seeds),
+                          in<float>(sampling_f),  inout<float>(scratch),   inout<int32_t>(path),    inout<int32_t>(path_len), inout<int32_t>(emitted),
+                          inout<int32_t>(error),  static_cast<int>(B),     static_cast<int>(N),     static_cast<int>(D),     static_cast<int>(V)};
+  SPECRT_LAUNCH(accept_rejection, check, p);
 }
 
 }  // namespace
@@ -75,7 +131,9 @@ void row_logprobs(Tensor z, Tensor token, Tensor num_rows, Tensor lse, Tensor lo
 #define SPECRT_SAMPLE_OPS(m)                                \
   m.impl("sample_transform", TORCH_BOX(&sample_transform)); \
   m.impl("sample_exact", TORCH_BOX(&sample_exact));         \
-  m.impl("row_logprobs", TORCH_BOX(&row_logprobs));
+  m.impl("row_logprobs", TORCH_BOX(&row_logprobs));         \
+  m.impl("draft_topk", TORCH_BOX(&draft_topk));             \
+  m.impl("accept_rejection", TORCH_BOX(&accept_rejection));
 
 STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) { SPECRT_SAMPLE_OPS(m) }
 STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) { SPECRT_SAMPLE_OPS(m) }

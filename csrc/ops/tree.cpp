@@ -183,14 +183,14 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "max_depth", "at least one slot");
   require_expansion(check, level, beam_width, k, C);
-  check.require(rows >= (level == 1 ? B : B * beam_width), "topk_token", "a row a slot at level 1, beam_width rows a slot later");
+  check.require(level > 1 || rows >= B, "topk_token", "a row a slot at level 1");
   check.require(R >= B * beam_width, "row_request", "room for beam_width rows a slot");
   check.require(depth >= level, "row_path", "a path of at least `level` entries");
   TreeExpandParams p{in<int32_t>(topk_token), in<float>(topk_score), in<int32_t>(max_depth), in<int32_t>(seq_lens), paging,
                      inout<int32_t>(cand_token), inout<int32_t>(cand_parent), inout<float>(cand_score), inout<int32_t>(beam),
                      inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
                      inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(num_rows),
-                     as_int(level), as_int(beam_width), as_int(k), as_int(B), as_int(C), as_int(depth)};
+                     as_int(level), as_int(beam_width), as_int(k), as_int(B), as_int(C), as_int(depth), as_int(rows)};
   SPECRT_LAUNCH(tree_expand, check, p);
 }
 

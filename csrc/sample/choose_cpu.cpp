@@ -6,35 +6,14 @@ namespace {
 
 SPECRT_CLONES Best greedy_chunk(const float* z, int n, int32_t first) { return argmax_of(z, n, first); }
 
-// z + G of one block of at most 64 tokens; the tail is -inf.
-SPECRT_ROW void score_block(const float* z, int n, int64_t seed, int32_t position, int32_t purpose, int32_t first, float* score) {
-  uint32_t words[kLanes];
-  noise_block(seed, position, purpose, first, words);
-  if (n == kLanes) {
-    for (int l = 0; l < kLanes; ++l) score[l] = z[l] + gumbel(words[l]);
-  } else {
-    for (int l = 0; l < kLanes; ++l) score[l] = l < n ? z[l] + gumbel(words[l]) : -infinity();
-  }
-}
-
-// A block whose best logit cannot win even with the largest noise is skipped: an equal score would lose to the lower id.
 SPECRT_CLONES Best exact_chunk(const float* z, int n, int64_t seed, int32_t position, int32_t first) {
-  Best best;
-  float score[kLanes];
-  for (int i = 0; i < n; i += kLanes) {
-    const int m = std::min(kLanes, n - i);
-    if (!(max_of(z + i, m) + kGumbelMax > best.score)) continue;
-    score_block(z + i, m, seed, position, kNoiseShared, first + i, score);
-    const Best b = argmax_of(score, m, first + i);
-    if (b.score > best.score) best = b;
-  }
-  return best;
+  return exact_of(z, n, seed, position, kNoiseShared, first);
 }
 
 SPECRT_CLONES void perturb_chunk(const float* z, int n, int64_t seed, int32_t position, int32_t purpose, int32_t first, float* out) {
-  float score[kLanes];
-  for (int i = 0; i < n; i += kLanes) {
-    const int m = std::min(kLanes, n - i);
+  float score[kNoiseBlock];
+  for (int i = 0; i < n; i += kNoiseBlock) {
+    const int m = std::min(kNoiseBlock, n - i);
     score_block(z + i, m, seed, position, purpose, first + i, score);
     std::copy(score, score + m, out + i);
   }

@@ -53,20 +53,52 @@ SPECRT_ROW Best argmax_of(const float* x, int n, int32_t first) {
   return best;
 }
 
-// The noise words of tokens first .. first + 63 (first a multiple of 4).
+// The noise words of tokens first .. first + kNoiseBlock - 1 (first a multiple of 4): philox4x32 with the counters as lanes.
+constexpr int kNoiseBlock = 256;
 SPECRT_ROW void noise_block(int64_t seed, int32_t position, int32_t purpose, int32_t first, uint32_t* words) {
-  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  uint32_t column[4][16];
-  for (uint32_t c = 0; c < 16; ++c) {
-    uint32_t out[4];
-    philox4x32(k0, k1, (static_cast<uint32_t>(first) >> 2) + c, static_cast<uint32_t>(position), static_cast<uint32_t>(purpose), 0u, out);
-    column[0][c] = out[0];
-    column[1][c] = out[1];
-    column[2][c] = out[2];
-    column[3][c] = out[3];
+  constexpr int counters = kNoiseBlock / 4;
+  uint32_t c[4][counters];
+  for (int l = 0; l < counters; ++l) {
+    c[0][l] = (static_cast<uint32_t>(first) >> 2) + static_cast<uint32_t>(l);
+    c[1][l] = static_cast<uint32_t>(position);
+    c[2][l] = static_cast<uint32_t>(purpose);
+    c[3][l] = 0;
   }
-  for (int c = 0; c < 16; ++c)
-    for (int w = 0; w < 4; ++w) words[4 * c + w] = column[w][c];
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    for (int l = 0; l < counters; ++l) philox_round(key0, key1, c[0][l], c[1][l], c[2][l], c[3][l]);
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  for (int l = 0; l < counters; ++l) {
+    words[4 * l] = c[0][l];
+    words[4 * l + 1] = c[1][l];
+    words[4 * l + 2] = c[2][l];
+    words[4 * l + 3] = c[3][l];
+  }
+}
+
+// z + G of one block of at most kNoiseBlock tokens; the tail is -inf.
+SPECRT_ROW void score_block(const float* z, int n, int64_t seed, int32_t position, int32_t purpose, int32_t first, float* score) {
+  uint32_t words[kNoiseBlock];
+  noise_block(seed, position, purpose, first, words);
+  for (int l = 0; l < n; ++l) score[l] = z[l];
+  for (int l = n; l < kNoiseBlock; ++l) score[l] = -infinity();
+  for (int l = 0; l < kNoiseBlock; ++l) score[l] = score[l] + gumbel(words[l]);
+}
+
+// The best of z + G. A block whose best logit cannot win even with the largest noise is skipped: an equal score would lose to the lower id.
+SPECRT_ROW Best exact_of(const float* z, int n, int64_t seed, int32_t position, int32_t purpose, int32_t first) {
+  Best best;
+  float score[kNoiseBlock];
+  for (int i = 0; i < n; i += kNoiseBlock) {
+    const int m = std::min(kNoiseBlock, n - i);
+    if (!(max_of(z + i, m) + kGumbelMax > best.score)) continue;
+    score_block(z + i, m, seed, position, purpose, first + i, score);
+    const Best b = argmax_of(score, m, first + i);
+    if (b.score > best.score) best = b;
+  }
+  return best;
 }
 
 // Statistics of one block of at most 128 tokens (the order in params.h).

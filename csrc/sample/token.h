@@ -31,10 +31,10 @@ SPECRT_HD int32_t rank_token(uint64_t rank) { return rank ? static_cast<int32_t>
 
 // Repetition as Hugging Face (divide a positive logit, multiply a negative one), then frequency and presence as OpenAI: each step rounded.
 SPECRT_HD float penalize(float z, int32_t count, bool in_prompt, const float* f) {
-  const float repeated = z > 0.0f ? z / f[kRepetition] : z * f[kRepetition];
-  z = (count > 0 || in_prompt) ? repeated : z;
+  const float repeated = select(z > 0.0f, z / f[kRepetition], z * f[kRepetition]);
+  z = select((count > 0) | in_prompt, repeated, z);
   z = z - f[kFrequency] * static_cast<float>(count);
-  return z - (count > 0 ? f[kPresence] : 0.0f);
+  return z - select(count > 0, f[kPresence], 0.0f);
 }
 
 // The probability of z relative to the row's maximum, as an integer: sums of it have no order.

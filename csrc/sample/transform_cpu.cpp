@@ -12,12 +12,12 @@ struct Candidate {
 
 // The largest key t for which the weights of keys >= t sum to at least `need`. Narrows the list to one bin a pass; 1 <= need <= the sum of weights.
 uint32_t radix_threshold(std::vector<Candidate>& list, int64_t need) {
-  std::vector<int64_t> bins(kRadixBins);
+  int64_t bins[kRadixBins];
   uint32_t prefix = 0;
   for (int pass = 0; pass < 3; ++pass) {
     const int shift = radix_shift(pass);
     const uint32_t mask = radix_mask(pass);
-    std::fill(bins.begin(), bins.end(), 0);
+    std::fill(bins, bins + kRadixBins, 0);
     for (const Candidate& c : list) bins[(c.key >> shift) & mask] += c.weight;
     uint32_t bin = mask;
     for (; bin > 0 && bins[bin] < need; --bin) need -= bins[bin];
@@ -27,7 +27,9 @@ uint32_t radix_threshold(std::vector<Candidate>& list, int64_t need) {
   return prefix;
 }
 
-SPECRT_CLONES void penalize_row(float* z, int n, const int32_t* count, const uint8_t* prompt, const float* f) {
+SPECRT_CLONES void penalize_row(float* z, int n, const int32_t* count, const uint8_t* prompt, const float* table) {
+  float f[kSamplingF];  // a copy that z cannot alias
+  for (int i = 0; i < kSamplingF; ++i) f[i] = table[i];
   for (int v = 0; v < n; ++v) z[v] = penalize(z[v], count[v], prompt[v] != 0, f);
 }
 
@@ -67,10 +69,23 @@ SPECRT_CLONES Masses row_masses(const float* z, int n, float max, float floor) {
   return m;
 }
 
+// The tokens at or above the floor, with their masses.
+SPECRT_CLONES void gather(const float* z, int n, float max, float floor, std::vector<Candidate>& list) {
+  list.clear();
+  int64_t weight[kLanes];
+  for (int i = 0; i < n; i += kLanes) {
+    const int m = std::min(kLanes, n - i);
+    if (max_of(z + i, m) < floor) continue;
+    for (int l = 0; l < m; ++l) weight[l] = mass(z[i + l], max);
+    for (int l = 0; l < m; ++l)
+      if (z[i + l] >= floor) list.push_back({order_key(z[i + l]), weight[l]});
+  }
+}
+
 void top_k_row(float* z, int n, int k) {
   std::vector<Candidate> list;
   for (uint64_t rank : top_candidates(z, n, k)) list.push_back({static_cast<uint32_t>(rank >> 32), 1});
-  if (static_cast<int>(list.size()) > k) keep_from(z, n, key_value(radix_threshold(list, k)));
+  if (static_cast<int>(list.size()) >= k) keep_from(z, n, key_value(radix_threshold(list, k)));
 }
 
 // The set rarely reaches further than e^-8 below the maximum; where it does, every token with mass is a candidate.
@@ -79,9 +94,8 @@ void top_p_row(float* z, int n, float max, float top_p) {
   const Masses m = row_masses(z, n, max, floor);
   const int64_t need = needed_mass(top_p, m.total);
   if (m.near < need) floor = max - 28.0f;  // exp(-28) 2^40 < 1
-  std::vector<Candidate> list;
-  for (int v = 0; v < n; ++v)
-    if (z[v] >= floor) list.push_back({order_key(z[v]), mass(z[v], max)});
+  thread_local std::vector<Candidate> list;  // as large as the vocabulary for a flat row: kept, not allocated anew for each
+  gather(z, n, max, floor, list);
   keep_from(z, n, key_value(radix_threshold(list, need)));
 }
 

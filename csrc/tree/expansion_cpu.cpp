@@ -49,7 +49,7 @@ void select(const TreeSelectParams& p, int b) {
   const int64_t base = static_cast<int64_t>(b) * p.candidates, out = static_cast<int64_t>(b) * p.nodes;
   uint32_t keys[kMaxCandidates];
   for (int i = 0; i < n; ++i) {  // a parent's key is final before its children's
-    const int parent = p.cand_parent[base + i];
+    const int parent = candidate_before(p.cand_parent[base + i], i);
     keys[i] = score_key(p.cand_score[base + i]);
     if (parent >= 0) keys[i] = std::min(keys[i], keys[parent]);
   }
@@ -62,7 +62,7 @@ void select(const TreeSelectParams& p, int b) {
   for (int i = 0; i < n; ++i) {
     const bool taken = keys[i] > bound || (keys[i] == bound && bound > 0 && ties-- > 0);
     if (!taken) continue;
-    const int parent = p.cand_parent[base + i];
+    const int parent = candidate_before(p.cand_parent[base + i], i);
     node_of[i] = static_cast<int16_t>(size);
     p.tree_token[out + size] = p.cand_token[base + i];
     p.tree_parent[out + size] = parent >= 0 ? node_of[parent] : 0;
@@ -80,16 +80,18 @@ void launch_tree_expand_cpu(const TreeExpandParams& p) {
   for (int b = 0; b < p.batch; ++b) {
     if (p.max_depth[b] < p.level) continue;
     const int64_t base = static_cast<int64_t>(b) * p.candidates;
-    const int64_t children = static_cast<int64_t>(p.level == 1 ? b : p.beam_width * active++) * p.topk;
+    const int row0 = p.level == 1 ? b : p.beam_width * active++;
     int32_t* beam = p.beam + static_cast<int64_t>(b) * p.beam_width;
     for (int i = 0; i < n; ++i) {
       const int parent = p.level == 1 ? -1 : beam[i / p.topk];
-      float score = p.topk_score[children + i];
+      const int64_t child = static_cast<int64_t>(row0) * p.topk + i;
+      const bool known = row0 + i / p.topk < p.rows;
+      float score = known ? p.topk_score[child] : kNoScore;
       if (parent >= 0) score = p.cand_score[base + parent] + score;
       keys[i] = score_key(score);
-      p.cand_token[base + first + i] = p.topk_token[children + i];
+      p.cand_token[base + first + i] = known ? p.topk_token[child] : -1;
       p.cand_parent[base + first + i] = parent;
-      p.cand_score[base + first + i] = keys[i] ? score : bits_to_float(0xff800000u);
+      p.cand_score[base + first + i] = keys[i] ? score : kNoScore;
     }
     best_of(keys, n, p.beam_width, beam);
     for (int w = 0; w < p.beam_width; ++w) beam[w] += first;

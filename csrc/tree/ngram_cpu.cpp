@@ -131,7 +131,7 @@ class LookupTree {
   }
 
   static float log_sum_exp(const float* x, uint32_t leaders) {
-    float most = bits_to_float(0xff800000u), sum = 0.0f;
+    float most = kNoScore, sum = 0.0f;
     for (uint32_t all = leaders; all; all &= all - 1) most = std::max(most, x[__builtin_ctz(all)]);
     for (uint32_t all = leaders; all; all &= all - 1) sum = sum + exp_rn(x[__builtin_ctz(all)] - most);
     return most + log_rn(sum);
@@ -160,7 +160,9 @@ class LookupTree {
 }  // namespace
 
 void launch_ngram_propose_cpu(const NgramProposeParams& p) {
-  parallel_for(p.batch, static_cast<int64_t>(p.batch) * p.max_len, [&](int64_t b) { LookupTree(p, static_cast<int>(b)).propose(); });
+  int64_t work = 0;
+  for (int b = 0; b < p.batch; ++b) work += p.max_nodes[b] > 0 ? p.seq_lens[b] : 0;
+  parallel_for(p.batch, work, [&](int64_t b) { LookupTree(p, static_cast<int>(b)).propose(); });
 }
 
 }  // namespace specrt

@@ -93,7 +93,7 @@ struct TreeExpandParams {
   int32_t* row_path;                        // [R, path_depth], path_depth >= level
   int32_t* num_rows;                        // [1]
   int level, beam_width, topk;              // W, k
-  int batch, candidates, path_depth;        // B, C
+  int batch, candidates, path_depth, rows;  // B, C; rows of topk: a row past them has no children
 };
 
 struct TreeSelectParams {

@@ -5,6 +5,8 @@
 
 namespace specrt {
 
+constexpr float kNoScore = -__builtin_huge_valf();
+
 SPECRT_HD int clamp_to(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
 // Nodes of slot b's tree.
@@ -12,6 +14,9 @@ SPECRT_HD int tree_nodes(const int32_t* tree_size, int b, int nodes) { return cl
 
 // The parent of a node > 0. Topological order is the caller's promise; the clamp makes every walk to the root end all the same.
 SPECRT_HD int parent_before(int parent, int node) { return clamp_to(parent, 0, node - 1); }
+
+// The parent of a candidate, -1 for the root. Likewise.
+SPECRT_HD int candidate_before(int parent, int candidate) { return parent < candidate ? parent : candidate - 1; }
 
 // page * P + offset of a logical slot of request b; -1 outside the table, or where the table has no page (negative).
 SPECRT_HD int64_t kv_slot(const Paging& paging, int b, int logical) {
@@ -26,7 +31,7 @@ SPECRT_HD int first_candidate(int level, int beam_width, int topk) { return leve
 
 // An integer that orders as the float does; -0 counts as 0. A score that is -inf or NaN is no choice at all: 0, below every other.
 SPECRT_HD uint32_t score_key(float score) {
-  if (!(score > bits_to_float(0xff800000u))) return 0;
+  if (!(score > kNoScore)) return 0;
   const uint32_t u = float_to_bits(score + 0.0f);
   return u & 0x80000000u ? ~u : u | 0x80000000u;
 }

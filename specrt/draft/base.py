@@ -26,6 +26,13 @@ class Drafter(ABC):
     max_nodes: Tensor
     max_depth: Tensor
 
+    #: Positions its network was made for; None = any.
+    max_positions: int | None = None
+
+    def bytes_per_page(self, page_size: int) -> int:
+        """Bytes of a page in the drafter's own KV pool, 0 without one."""
+        return 0
+
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         """Allocates every buffer. ``pages``: size of a KV pool of its own; ``prefill_rows``: capacity of a prompt chunk."""
         self.state, self.page_size = state, page_size

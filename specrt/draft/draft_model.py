@@ -23,6 +23,11 @@ class DraftModelDrafter(Drafter):
     def __init__(self, model: DenseModel, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
         self.model, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = model, levels, beam_width, topk, noise, keep_logits
         self.scratch_slots = 1 + (levels - 1) * beam_width
+        self.max_positions = model.config.max_position_embeddings
+
+    def bytes_per_page(self, page_size: int) -> int:
+        m = self.model
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
@@ -57,7 +62,7 @@ class DraftModelDrafter(Drafter):
         rows = row_bucket(slots * self.beam_width, grow.batch.rows)
         mine = (self.max_nodes > 0).int() * s.active
         known = (s.seq_lens + 1) * mine  # the root included
-        torch.where(mine > 0, self.consumed, 0, out=sp.start)
+        torch.mul(self.consumed, mine, out=sp.start)
         sp.end.copy_(known)
         ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
         hidden = self.model.forward(span_batch, self.pool, self.scratch)

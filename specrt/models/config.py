@@ -8,6 +8,7 @@ from typing import Any
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3")
+MAX_LAYERS = 4096  # a damaged file may say anything; lists as long as this are built from it
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ModelConfig:
         read = _Reader(text)
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
-        layers = read.integer("num_hidden_layers")
+        layers = read.integer("num_hidden_layers", most=MAX_LAYERS)
         head_dim = read.integer("head_dim", 128 if architecture == "qwen3" else None, optional=True)
         if head_dim is None:
             if hidden % heads:
@@ -112,13 +113,13 @@ class _Reader:
     def __init__(self, values: dict[str, Any]):
         self.values = values
 
-    def integer(self, key: str, default: int | None = None, optional: bool = False) -> int:
+    def integer(self, key: str, default: int | None = None, optional: bool = False, most: int = 2**31 - 1) -> int:
         value = self.values.get(key)
         value = default if value is None else value
         if value is None and optional:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise ValueError(f"{key} must be an integer >= 1, " + ("and it is missing" if value is None else f"got {value!r}"))
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{key} must be an integer >= 1 and <= {most}, " + ("and it is missing" if value is None else f"got {value!r}"))
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

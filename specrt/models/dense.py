@@ -76,10 +76,12 @@ class DenseModel:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str) -> DenseModel:
-        """Reads the weights tensor by tensor; each is rounded to ``dtype`` once, as the last step. dtype: bfloat16 or float32."""
+        """Reads the weights tensor by tensor; each is rounded to ``dtype`` once, as the last step. dtype: bfloat16 or float32.
+        ValueError if there are no kernels for the model's shape, before anything is read."""
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
         c, source, device = checkpoint.config, checkpoint.tensors, torch.device(device)
+        _check_kernels(c, device)
 
         def vector(name: str) -> Tensor:
             return source.get(name).to(device=device, dtype=dtype).contiguous()
@@ -136,3 +138,15 @@ class DenseModel:
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, H] into float32 [R, V], unrounded."""
         self.lm_head(hidden, num_rows, out)
+
+
+def _check_kernels(config: ModelConfig, device: torch.device) -> None:
+    """What the attention ops are built for (csrc/ops/attention.cpp), said in the words of the config."""
+    group = config.num_heads // config.num_kv_heads
+    if device.type == "cuda":
+        if config.head_dim not in (64, 96, 128):
+            raise ValueError(f"head_dim = {config.head_dim} is not supported on CUDA; supported: 64, 96, 128")
+        if group > 16:
+            raise ValueError(f"{group} query heads a KV head are not supported on CUDA; supported: up to 16")
+    elif config.head_dim % 16:
+        raise ValueError(f"head_dim = {config.head_dim} is not supported; it must be a multiple of 16")

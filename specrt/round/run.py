@@ -5,7 +5,6 @@ device; the host decides who is in, and reads what came out (result.py)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,8 @@ from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
 from specrt.round.prompt import PromptRows
 from specrt.round.result import RoundResult, read_round, read_tree
+from specrt.round.setup import SlotSetup
 from specrt.round.state import RoundState
-
-
-@dataclass
-class SlotSetup:
-    """What the engine says about a request that enters a slot."""
-
-    tokens: list[int]  # prompt + tokens generated before (a request that was put back); the last is the root of the first round
-    prompt_len: int
-    seed: int  # signed 64-bit
-    params: Any  # SamplingParams
-    stop_ids: tuple[int, ...]  # suppressed while the output index is below min_tokens; at most state.STOP_IDS
-    method: str | None  # the drafter, None = no speculation
-    num_speculative_tokens: int  # most draft nodes
-    max_depth: int
 
 
 class Round:

@@ -46,16 +46,18 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     ValueError says what is wrong: no such model, a broken file, an unknown architecture or quantisation, missing, unexpected or misshapen tensors."""
     if not isinstance(model, (str, Path)) or not str(model):
         raise ValueError(f"model must be a path, a hub name or '{DEFAULT_MODEL}', got {model!r}")
-    name = str(model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _open_folder(name, path)
-    if path.is_file():
-        return _open_file(name, path)
-    if name == DEFAULT_MODEL:
-        return _open_gguf(name, default_model_file())
-    if _HUB_NAME.fullmatch(name) and not isinstance(model, Path):
-        return _open_folder(name, _download(name))
+    name, path = str(model), Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return _open_folder(name, path)
+        if path.is_file():
+            return _open_file(name, path)
+        if name == DEFAULT_MODEL:
+            return _open_gguf(name, default_model_file())
+        if _HUB_NAME.fullmatch(name) and not isinstance(model, Path):
+            return _open_folder(name, _download(name))
+    except OSError as error:
+        raise ValueError(f"model {name!r} cannot be read: {error}") from None
     raise ValueError(f"model {name!r} is no folder or file here; expected a path, a hub name like 'org/name', or '{DEFAULT_MODEL}'")
 
 

@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from specrt.models.config import ModelConfig, positive
+from specrt.models.config import MAX_LAYERS, ModelConfig, positive
 from specrt.weights.gguf_format import GgufContainer
 
 STORAGE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
@@ -77,10 +77,10 @@ class GgufFile:
             raise ValueError(f"{self.path}: metadata '{full}' must not be negative, got {value}")
         return value
 
-    def _size(self, key: str, default: int | None = None) -> int:
+    def _size(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         value = self._value(key, int, default)
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{self.path}: metadata '{self.architecture}.{key}' must be >= 1, got {value}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{self.path}: metadata '{self.architecture}.{key}' must be >= 1 and <= {most}, got {value}")
         return value
 
     def _config(self) -> ModelConfig:
@@ -96,7 +96,7 @@ class GgufFile:
         vocab = self.shape("model.embed_tokens.weight")[0]
         if self._size("vocab_size", vocab) != vocab:
             raise ValueError(f"{self.path}: '{self.architecture}.vocab_size' = {self._size('vocab_size')}, but token_embd.weight has {vocab} rows")
-        layers, kv_heads = self._size("block_count"), self._size("attention.head_count_kv", heads)
+        layers, kv_heads = self._size("block_count", most=MAX_LAYERS), self._size("attention.head_count_kv", heads)
         window = self._value("attention.sliding_window", int, 0)
         ends = (self._value(f"tokenizer.ggml.{name}_token_id", int, required=False) for name in ("eos", "eot", "eom"))
 

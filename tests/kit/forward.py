@@ -25,14 +25,28 @@ class Sequence:
 
     def forward(self, tokens: list[int], start: int, prefill: bool, features: dict[int, Tensor] | None = None) -> Tensor:
         """Tokens at positions start.. as prompt rows or as decode rows (each seeing its prefix only). Returns logits float32 [len(tokens), V]."""
-        model, device, count = self.model, self.model.device, len(tokens)
-        position = torch.arange(start, start + count, dtype=torch.int32, device=device)
-        page = self.table[0, (position // self.page_size).long()].long()
-        batch = RowBatch(token=torch.tensor(tokens, dtype=torch.int32, device=device), position=position, request=torch.zeros_like(position), prefix=position + 1,
-                         slot=page * self.page_size + position % self.page_size, num_rows=rows(count, device), block_table=self.table, workspace=self.workspace,
-                         prefill=prefill)
+        position = torch.arange(start, start + len(tokens), dtype=torch.int32, device=self.model.device)
+        return self._run(tokens, position, position + 1, position, None, prefill, features)
+
+    def tree(self, tokens: list[int], parents: list[int], start: int) -> Tensor:
+        """The rows of a token tree whose root (parent -1) stands at position start; topological. Returns logits float32 [len(tokens), V]."""
+        words, depths = [], []
+        for node, parent in enumerate(parents):
+            words.append(1 << node | (words[parent] if parent >= 0 else 0))
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        device = self.model.device
+        position = start + torch.tensor(depths, dtype=torch.int32, device=device)
+        slots = start + torch.arange(len(tokens), dtype=torch.int32, device=device)
+        return self._run(tokens, position, torch.full_like(position, start), slots, torch.tensor(words, dtype=torch.int64, device=device), False, None)
+
+    def _run(self, tokens: list[int], position: Tensor, prefix: Tensor, slots: Tensor, ancestors: Tensor | None, prefill: bool, features: dict[int, Tensor] | None) -> Tensor:
+        model, count = self.model, len(tokens)
+        page = self.table[0, (slots // self.page_size).long()].long()
+        batch = RowBatch(token=torch.tensor(tokens, dtype=torch.int32, device=model.device), position=position, request=torch.zeros_like(position), prefix=prefix,
+                         slot=page * self.page_size + slots % self.page_size, num_rows=rows(count, model.device), block_table=self.table, workspace=self.workspace,
+                         ancestors=ancestors, prefill=prefill)
         hidden = model.forward(batch, self.pool, self.scratch, features)
-        out = poisoned(count, model.config.vocab_size, dtype=torch.float32, device=device)
+        out = poisoned(count, model.config.vocab_size, dtype=torch.float32, device=model.device)
         model.logits(hidden, batch.num_rows, out)
         return out
 

@@ -194,7 +194,7 @@ def test_other_files_and_names_are_refused(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"1234")
     (tmp_path / "alone.safetensors").write_bytes(b"\0" * 64)
     (tmp_path / "empty").mkdir()
-    for model, message in ((tmp_path / "x.bin", "neither a .safetensors nor a .gguf"), (tmp_path / "nothing", "is no folder or file here"), ("", "must be a path"), (3, "got 3"),
+    for model, message in (("x" * 5000, "is no folder or file here|cannot be read"), (tmp_path / "x.bin", "neither a .safetensors nor a .gguf"), (tmp_path / "nothing", "is no folder or file here"), ("", "must be a path"), (3, "got 3"),
                            ("no-such-model", "'no-such-model' is no folder or file here.*smollm2-135m"), (tmp_path / "empty", "has no config.json"),
                            (tmp_path / "alone.safetensors", "alone.safetensors is not a readable")):
         with pytest.raises(ValueError, match=message):
@@ -220,3 +220,13 @@ def test_a_draft_fits_if_the_tokenizers_are_equal(tmp_path):
     other.save(str(draft / "tokenizer.json"))
     with pytest.raises(ValueError, match="has another tokenizer than target.*266 and 265 tokens"):
         check_draft(open_checkpoint(draft), open_checkpoint(target))
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "_open_file", refuse)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="cannot be read: .*Permission denied"):
+        open_checkpoint(tmp_path / "m.gguf")

@@ -151,7 +151,8 @@ def rewrite(path, old, new):
     (b"blk.1.attn_k.weight", b"blk.1.attn_z.weight", "'model.layers.1.self_attn.k_proj.weight' \\(and 1 are unexpected: 'blk.1.attn_z.weight'"),
     (b"GGUF\x03", b"GGUF\x01", "GGUF version 1 "), (b"GGUF", b"GGML", "begins with b'GGML'"),
     (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0gemma", "unknown architecture 'gemma'.*llama, qwen2, qwen3"),
-    (b"llama.block_count\x04\0\0\0\x03", b"llama.block_count\x04\0\0\0\x00", "block_count' must be >= 1, got 0")])
+    (b"llama.block_count\x04\0\0\0\x03\0\0\0", b"llama.block_count\x04\0\0\0\0\0\0\x40", "<= 4096, got 1073741824"),
+    (b"llama.block_count\x04\0\0\0\x03", b"llama.block_count\x04\0\0\0\x00", "block_count' must be >= 1 and <= 4096, got 0")])
 def test_a_changed_header_is_named(tmp_path, old, new, message):
     path = write_gguf(tmp_path / "m.gguf", "llama")
     rewrite(path, old, new)

@@ -1,0 +1,259 @@
+"""EngineConfig and SpeculativeConfig: what an engine is told at the start, every key checked.
+
+Keys follow vLLM's speculative_config (chains) and SGLang's (trees: num_steps, eagle_topk, num_draft_tokens)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from specrt.checks import boolean, choice, integer, known_keys, number, refuse
+
+MAX_NODES = 64  # rows of a request in a round: one 64-bit ancestor word a node
+DEFAULT_MAX_MODEL_LEN = 8192
+_CHAIN_LENGTH = {"ngram": 8}
+_DEFAULT_CHAIN_LENGTH = 4
+_DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
+_TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """One drafter and how its drafts are verified. Made by ``parse``, which fills in and checks everything.
+
+    A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included)."""
+
+    method: str
+    model: str | None = None
+    num_speculative_tokens: int | None = None
+    num_steps: int | None = None
+    eagle_topk: int | None = None
+    num_draft_tokens: int | None = None
+    prompt_lookup_min: int | None = None
+    prompt_lookup_max: int | None = None
+    rejection_sample_method: str = "exact"
+    synthetic_acceptance_length: float | None = None
+    draft_sample_method: str = "shared_noise"
+    quantization: str | None = None
+    draft_tensor_parallel_size: int = 1
+
+    @property
+    def is_tree(self) -> bool:
+        return self.num_draft_tokens is not None
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """Most draft nodes a round."""
+        return self.num_draft_tokens - 1 if self.is_tree else self.num_speculative_tokens
+
+    @property
+    def max_depth(self) -> int:
+        return min(self.num_steps, self.max_draft_tokens) if self.is_tree else self.num_speculative_tokens
+
+    @property
+    def unranked_tree_only(self) -> bool:
+        """Rejection sampling from a stored q: a tree must hold every child that was drawn (a lookup's drafts are a point mass, any tree will do)."""
+        return self.rejection_sample_method == "standard" and self.method != "ngram"
+
+    @classmethod
+    def parse(cls, given: Any) -> SpeculativeConfig:
+        """From the dict the user gave. ValueError names the key, the value and what would be accepted."""
+        if not isinstance(given, dict):
+            raise refuse("speculative_config", given, "None or a dict with at least 'method'")
+        known_keys("speculative_config", given, [f.name for f in fields(cls)])
+        given = {key: value for key, value in given.items() if value is not None}
+        values = _drafter(given) | _verification(given)
+        values |= _tree(values["method"], given) if any(key in given for key in _TREE_KEYS) else _chain(values["method"], given)
+        config = cls(**values)
+        _check_verifiable(config, given)
+        return config
+
+
+def _methods() -> list[str]:
+    from specrt.draft import DRAFTERS  # late: the registry needs the compiled extension, and tests add to it
+
+    return list(DRAFTERS)
+
+
+def _key(name: str) -> str:
+    return f"speculative_config[{name!r}]"
+
+
+def _drafter(given: dict[str, Any]) -> dict[str, Any]:
+    if "method" not in given:
+        raise ValueError(f"speculative_config has no 'method'; it must be one of {', '.join(map(repr, _methods()))}")
+    method = choice(_key("method"), given["method"], _methods())
+    values: dict[str, Any] = {"method": method}
+    if "model" in given:
+        if method == "ngram":
+            raise ValueError(f"{_key('model')} = {given['model']!r:.100} has no meaning for method 'ngram', which needs no model; leave it out")
+        if not isinstance(given["model"], (str, Path)) or not str(given["model"]):
+            raise refuse(_key("model"), given["model"], "a path, a hub name or 'smollm2-135m'")
+        values["model"] = str(given["model"])
+    elif method == "draft_model":
+        raise ValueError(f"{_key('model')} is missing; method 'draft_model' needs a path, a hub name or 'smollm2-135m'")
+    values |= _lookup(method, given)
+    if "quantization" in given:
+        raise refuse(_key("quantization"), given["quantization"], "None in this version")
+    if "draft_tensor_parallel_size" in given:
+        integer(_key("draft_tensor_parallel_size"), given["draft_tensor_parallel_size"], 1, 1)
+    if "draft_sample_method" in given:
+        values["draft_sample_method"] = choice(_key("draft_sample_method"), given["draft_sample_method"], ["shared_noise", "greedy"])
+        if method == "ngram" and values["draft_sample_method"] != "shared_noise":
+            raise ValueError(f"{_key('draft_sample_method')} = {given['draft_sample_method']!r} has no meaning for method 'ngram'; leave it out")
+    return values
+
+
+def _lookup(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """prompt_lookup_min, prompt_lookup_max: 5 and 5, or, where one is given, both equal (vLLM)."""
+    bounds = {key: integer(_key(key), given[key], 1, 1024) for key in ("prompt_lookup_min", "prompt_lookup_max") if key in given}
+    if method != "ngram":
+        if bounds:
+            raise ValueError(f"{_key(next(iter(bounds)))} belongs to method 'ngram', not to {method!r}; leave it out")
+        return {}
+    low = bounds.get("prompt_lookup_min", bounds.get("prompt_lookup_max", 5))
+    high = bounds.get("prompt_lookup_max", low)
+    if low > high:
+        raise ValueError(f"{_key('prompt_lookup_min')} = {low} is above prompt_lookup_max = {high}; it must be at most that")
+    return {"prompt_lookup_min": low, "prompt_lookup_max": high}
+
+
+def _chain(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    length = given.get("num_speculative_tokens", _CHAIN_LENGTH.get(method, _DEFAULT_CHAIN_LENGTH))
+    return {"num_speculative_tokens": integer(_key("num_speculative_tokens"), length, 1, MAX_NODES - 1)}
+
+
+def _tree(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    if "num_speculative_tokens" in given:
+        raise ValueError(f"{_key('num_speculative_tokens')} (a chain's length) and the tree keys {', '.join(_TREE_KEYS)} exclude each other; give one or the other")
+    steps = integer(_key("num_steps"), given.get("num_steps", _DEFAULT_STEPS), 1, MAX_NODES - 1)
+    topk = integer(_key("eagle_topk"), given.get("eagle_topk", _DEFAULT_TOPK), 1, MAX_NODES - 1)
+    nodes = integer(_key("num_draft_tokens"), given.get("num_draft_tokens", min(1 + steps * topk, MAX_NODES)), 2, MAX_NODES)
+    most = _most_nodes(method, steps, topk)
+    if nodes > most:
+        raise ValueError(f"{_key('num_draft_tokens')} = {nodes} is more than num_steps = {steps} with eagle_topk = {topk} can fill; it must be at most {most}")
+    return {"num_steps": steps, "eagle_topk": topk, "num_draft_tokens": nodes}
+
+
+def _most_nodes(method: str, steps: int, topk: int) -> int:
+    if method == "ngram":  # a trie: up to topk children a node
+        return 1 + sum(topk ** min(depth, 6) for depth in range(1, steps + 1))
+    return 1 + topk + (steps - 1) * topk * topk  # a beam of topk rows a level, topk children a row
+
+
+def _verification(given: dict[str, Any]) -> dict[str, Any]:
+    key = _key("rejection_sample_method")
+    rule = given.get("rejection_sample_method", "exact")
+    if rule == "typical":
+        raise ValueError(f"{key} = 'typical' is not available in this version; accepted: 'exact', 'standard', 'synthetic'")
+    values: dict[str, Any] = {"rejection_sample_method": choice(key, rule, ["exact", "standard", "synthetic"])}
+    length = given.get("synthetic_acceptance_length")
+    if rule == "synthetic":
+        values["synthetic_acceptance_length"] = number(_key("synthetic_acceptance_length"), length, 1.0, MAX_NODES,
+                                                       f"a number from 1 to the draft's depth + 1 (rejection_sample_method 'synthetic' needs it)")
+    elif length is not None:
+        raise ValueError(f"{_key('synthetic_acceptance_length')} = {length!r} goes with rejection_sample_method 'synthetic' only, not with {rule!r}")
+    return values
+
+
+def _check_verifiable(config: SpeculativeConfig, given: dict[str, Any]) -> None:
+    longest = config.max_depth + 1
+    if config.synthetic_acceptance_length is not None and config.synthetic_acceptance_length > longest:
+        raise refuse(_key("synthetic_acceptance_length"), config.synthetic_acceptance_length, f"at most the draft's depth + 1 = {longest}")
+    if not (config.unranked_tree_only and config.is_tree):
+        return
+    whole = 1 + config.num_steps * config.eagle_topk
+    if config.num_draft_tokens != whole:
+        raise ValueError(f"{_key('num_draft_tokens')} = {config.num_draft_tokens} re-ranks the tree after its nodes were drawn, which is biased under "
+                         f"rejection_sample_method 'standard'; it must be 1 + num_steps * eagle_topk = {whole} (at most {MAX_NODES}), or use rejection_sample_method 'exact'")
+
+
+#: The n-gram drafter that every engine has, so that a request may ask for it.
+DEFAULT_NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=8, prompt_lookup_min=5, prompt_lookup_max=5)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine is built from. ``parse`` checks the user's keys; ``for_model`` and ``with_pages`` fill in what depends on the model and the machine.
+
+    prefill_chunk: most prompt rows a step. num_pages: pages of the KV pool (0: not sized yet). enforce_eager: never capture CUDA graphs; rounds
+    run eagerly so far, so it changes nothing yet."""
+
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_batch_size: int = 8
+    max_model_len: int | None = None
+    kv_cache_memory: int | None = None
+    page_size: int = 64
+    enforce_eager: bool = False
+    speculative: SpeculativeConfig | None = None
+    prefill_chunk: int = 512
+    num_pages: int = 0
+
+    @classmethod
+    def parse(cls, *, device: str | None = None, dtype: str = "bfloat16", quantization: str | None = None, kv_cache_dtype: str = "auto", max_batch_size: int = 8,
+              max_model_len: int | None = None, kv_cache_memory: int | None = None, page_size: int = 64, enforce_eager: bool = False,
+              speculative_config: dict[str, Any] | None = None) -> EngineConfig:
+        if quantization == "fp8":
+            raise ValueError("quantization = 'fp8' is not available in this version; it must be None")
+        if quantization is not None:
+            raise refuse("quantization", quantization, "None")
+        if kv_cache_dtype == "fp8":
+            raise ValueError("kv_cache_dtype = 'fp8' is not available in this version; it must be 'auto' (the dtype of the weights)")
+        return cls(
+            device=_device(device),
+            dtype=choice("dtype", dtype, ["bfloat16", "float32"]),
+            kv_cache_dtype=choice("kv_cache_dtype", kv_cache_dtype, ["auto"]),
+            max_batch_size=integer("max_batch_size", max_batch_size, 1, 1024),
+            max_model_len=None if max_model_len is None else integer("max_model_len", max_model_len, 2, 2**24),
+            kv_cache_memory=None if kv_cache_memory is None else integer("kv_cache_memory (bytes)", kv_cache_memory, 1),
+            page_size=choice("page_size", page_size, [16, 32, 64]),
+            enforce_eager=boolean("enforce_eager", enforce_eager),
+            speculative=None if speculative_config is None else SpeculativeConfig.parse(speculative_config),
+        )
+
+    def for_model(self, max_position_embeddings: int) -> EngineConfig:
+        """With max_model_len settled: min(max_position_embeddings, 8192) where the user gave none."""
+        if self.max_model_len is None:
+            return replace(self, max_model_len=min(max_position_embeddings, DEFAULT_MAX_MODEL_LEN))
+        if self.max_model_len > max_position_embeddings:
+            raise refuse("max_model_len", self.max_model_len, f"at most the model's max_position_embeddings = {max_position_embeddings}")
+        return self
+
+    def with_pages(self, num_pages: int) -> EngineConfig:
+        return replace(self, num_pages=num_pages)
+
+    @property
+    def width(self) -> int:
+        """N: most rows of a request in a round. Never below what the always available n-gram drafter needs."""
+        drafts = max(c.max_draft_tokens for c in self.drafters.values())
+        return 1 + drafts
+
+    @property
+    def drafters(self) -> dict[str, SpeculativeConfig]:
+        """The configured method, and n-gram lookup: a request may choose between them."""
+        configured = {} if self.speculative is None else {self.speculative.method: self.speculative}
+        return {"ngram": replace(DEFAULT_NGRAM, rejection_sample_method=self.rejection_sample_method)} | configured
+
+    @property
+    def rejection_sample_method(self) -> str:
+        return "exact" if self.speculative is None else self.speculative.rejection_sample_method
+
+    @property
+    def synthetic_acceptance_length(self) -> float | None:
+        return None if self.speculative is None else self.speculative.synthetic_acceptance_length
+
+
+def _device(device: Any) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if available else "cpu"
+    choice("device", device, ["cuda", "cpu", None])
+    if device == "cuda" and not available:
+        raise ValueError("device = 'cuda' is not valid: there is no usable CUDA device (or torch was built without CUDA); it must be 'cpu' or None here")
+    return device

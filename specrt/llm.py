@@ -1,0 +1,208 @@
+"""LLM: the object users hold. Loads a model and its drafters, and generates."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from specrt.checks import boolean
+from specrt.config import EngineConfig
+from specrt.engine.engine import Engine
+from specrt.engine.output import RequestOutput, StreamPiece
+from specrt.engine.prompts import params_list, prompt_list, prompt_tokens
+from specrt.engine.request import Request
+from specrt.engine.seeds import draw_seed, sample_seed
+from specrt.sampling_params import SamplingParams
+
+_CUDA_SHARE = 0.85  # of the memory that is free once the weights are in; the rest is for the round's buffers
+
+
+class LLM:
+    """A language model with speculative decoding. Use from any number of threads; requests of all calls share the batch.
+
+    model: a Hugging Face folder, a .safetensors or .gguf file, a hub name, or "smollm2-135m" (embedded). device: None = CUDA if there is one. dtype:
+    "bfloat16" or "float32". max_batch_size: requests decoded together, others wait. max_model_len: most tokens of prompt and output; None = the
+    model's, at most 8192. kv_cache_memory: bytes for keys and values (drafter's included); None = all that the batch can use (on CUDA at most 85 % of
+    what is free). page_size: positions a KV page. speculative_config: None, or a dict as in the README, for example {"method": "ngram"}.
+    ValueError names a key that is not valid, and what would be."""
+
+    def __init__(self, model: str | Path, *, device: str | None = None, dtype: str = "bfloat16", quantization: str | None = None, kv_cache_dtype: str = "auto",
+                 max_batch_size: int = 8, max_model_len: int | None = None, kv_cache_memory: int | None = None, page_size: int = 64, enforce_eager: bool = False,
+                 speculative_config: dict[str, Any] | None = None):
+        config = EngineConfig.parse(
+            device=device, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype, max_batch_size=max_batch_size, max_model_len=max_model_len,
+            kv_cache_memory=kv_cache_memory, page_size=page_size, enforce_eager=enforce_eager, speculative_config=speculative_config)
+        self._lock = threading.Lock()
+        self._streams: dict[Request, deque[StreamPiece]] = {}  # pieces not fetched yet
+        self._dropped: deque[Request] = deque()  # requests of streams that were collected without close()
+        self._engine: Engine | None = load_engine(model, config)
+        self.config = self._engine.config
+        self.tokenizer = self._engine.tokenizer
+
+    def generate(self, prompts: Any, params: SamplingParams | list[SamplingParams] | None = None, chat: bool = False) -> list[RequestOutput]:
+        """One output a prompt, in order. prompts: a string, a list of token ids, or a list of either; with ``chat`` a message list or a list of
+        them. Nothing starts if anything of the call is not valid (ValueError)."""
+        given = self._prepare(prompts, params, chat)
+        requests = [request for samples in given for request in samples]
+        with self._lock:
+            engine = self._open()
+            for request in requests:
+                engine.add(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                with self._lock:
+                    self._step()
+        finally:
+            with self._lock:
+                for request in requests:
+                    engine.abort(request)
+        return [_joined([request.to_output() for request in samples]) for samples in given]
+
+    def stream(self, prompt: Any, params: SamplingParams | None = None, chat: bool = False) -> Stream:
+        """An iterator over what each round adds to one answer. Closing it early frees the request; several may be open at once. prompt: one of ``generate``'s."""
+        given = self._prepare(prompt, params, chat)
+        if len(given) != 1 or len(given[0]) != 1:
+            raise ValueError(f"stream takes one prompt and n = 1, got {len(given)} prompts and n = {len(given[0])}; open a stream for each")
+        stream = Stream(self, given[0][0])
+        with self._lock:
+            self._open().add(stream.request)
+            self._streams[stream.request] = stream.pieces
+        return stream
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start under their metric names ("specrt:spec_decode_num_drafts_total", ...); labelled ones are dicts {label: value}."""
+        with self._lock:
+            return self._open().metrics()
+
+    def close(self) -> None:
+        """Ends what is running and frees the model and its KV cache. May be called twice."""
+        with self._lock:
+            self._engine = None
+            self._streams.clear()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _open(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed")
+        return self._engine
+
+    def _prepare(self, prompts: Any, params: Any, chat: bool) -> list[list[Request]]:
+        """For each prompt its n requests, all checked."""
+        engine = self._open()
+        entries = prompt_list(prompts, boolean("chat", chat))
+        given = []
+        for i, (entry, p) in enumerate(zip(entries, params_list(params, len(entries)))):
+            try:
+                tokens = prompt_tokens(entry, chat, engine.tokenizer)
+                seed = draw_seed() if p.seed is None else p.seed
+                given.append([engine.prepare(tokens, p, sample_seed(seed, k)) for k in range(p.n)])
+            except ValueError as error:
+                raise (error if len(entries) == 1 else ValueError(f"prompts[{i}]: {error}")) from None
+        return given
+
+    def _step(self) -> None:
+        """One step of the engine, for everyone; the lock is held."""
+        engine = self._open()
+        while self._dropped:
+            self._forget(self._dropped.popleft())
+        for request, piece in engine.step():
+            if request in self._streams:
+                self._streams[request].append(piece)
+
+    def _forget(self, request: Request) -> None:
+        self._streams.pop(request, None)
+        if self._engine is not None:
+            self._engine.abort(request)
+
+
+class Stream:
+    """Pieces of one answer as rounds end. Iterate it; ``close`` (or leaving its ``with``) frees the request. ``output``: the whole answer, once it has ended."""
+
+    def __init__(self, llm: LLM, request: Request):
+        self._llm, self.request = llm, request
+        self.pieces: deque[StreamPiece] = deque()
+        self.output: RequestOutput | None = None
+        self._closed = False
+
+    def __iter__(self) -> Iterator[StreamPiece]:
+        return self
+
+    def __next__(self) -> StreamPiece:
+        if self._closed:
+            raise StopIteration
+        try:
+            with self._llm._lock:
+                while not self.pieces:
+                    if self.request.finish_reason is not None:  # another call's step failed and ended this request with it
+                        self.pieces.append(StreamPiece("", [], [], self.request.finish_reason, self.request.error, self.request.to_output()))
+                    else:
+                        self._llm._step()
+                piece = self.pieces.popleft()
+        except BaseException:
+            self.close()
+            raise
+        if piece.finish_reason is not None:
+            self.output = piece.output
+            self.close()
+        return piece
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            with self._llm._lock:
+                self._llm._forget(self.request)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # The collector may run in the middle of a step: only leave a note (close() takes the lock).
+        if not getattr(self, "_closed", True):
+            self._llm._dropped.append(self.request)
+
+
+def _joined(samples: list[RequestOutput]) -> RequestOutput:
+    samples[0].samples = samples
+    return samples[0]
+
+
+def load_engine(model: str | Path, config: EngineConfig) -> Engine:
+    """Target, drafters and KV pool for a checked configuration. ValueError if the checkpoint is broken, or a drafter or max_model_len does not fit it."""
+    import torch
+
+    from specrt.cache.pages import pool_pages
+    from specrt.cache.pool import KVPool
+    from specrt.draft import build
+    from specrt.models.dense import DenseModel
+    from specrt.round.run import Round
+    from specrt.weights import open_checkpoint
+
+    checkpoint = open_checkpoint(model)
+    if config.max_model_len is not None:
+        config.for_model(checkpoint.config.max_position_embeddings)  # refuse before the weights are read
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    has_tokenizer = checkpoint.folder is None or (checkpoint.folder / "tokenizer.json").is_file()
+    tokenizer = checkpoint.tokenizer() if has_tokenizer else None  # without one, prompts are token ids and outputs have no text
+    target = DenseModel.load(checkpoint, dtype, device)
+    drafters = {name: build(c, target=target, tokenizer=tokenizer, device=device, dtype=dtype) for name, c in config.drafters.items()}
+    positions = [checkpoint.config.max_position_embeddings, *(d.max_positions for d in drafters.values() if d.max_positions is not None)]
+    config = config.for_model(min(positions))
+    page_bytes = KVPool.bytes_per_page(target.num_layers, target.kv_heads, config.page_size, target.head_dim, dtype)
+    page_bytes += sum(d.bytes_per_page(config.page_size) for d in drafters.values())
+    memory = config.kv_cache_memory
+    if memory is None and device.type == "cuda":
+        memory = int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
+    pages = pool_pages(config.max_batch_size, config.max_model_len, Round.slack_of(config.width, drafters), config.page_size, page_bytes, memory)
+    config = config.with_pages(pages)
+    return Engine(Round(target, drafters, config), tokenizer, config, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)
