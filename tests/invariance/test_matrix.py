@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype):
     batch, want = reference(model, device, dtype)
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree")
     kinds = [False, None, {"method": "ngram"}, {"num_draft_tokens": 5}]
-    mixed = [type(c)(c.prompt, c.params.replace(speculative=kinds[i % 4])) for i, c in enumerate(batch)]
+    mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
     with make(model, device=device, dtype=dtype, max_batch_size=5, speculative_config=dict(method="replay", **TREE)) as llm:
         assert_same(answers(llm, mixed, together=True), want, "mixed")
 
@@ -117,7 +118,7 @@ def test_prompt_logprobs_do_not_depend_on_chunks(model, device):
     found = []
     for chunk in (None, 9):
         with make(model, chunk=chunk, device=device) as llm:
-            outs = llm.generate([c.prompt for c in batch], [c.params.replace(prompt_logprobs=2) for c in batch])
+            outs = llm.generate([c.prompt for c in batch], [replace(c.params, prompt_logprobs=2) for c in batch])
             found.append([o.prompt_logprobs for o in outs])
     assert found[0] == found[1] and len(found[0][1]) == 70
 
