@@ -85,7 +85,8 @@ def log32(x):
 
 
 def _log1p32(x):
-    return _log_reduced(F32(x), F32(0)) if x > F32(-0.29) else log32(F32(F32(1) + F32(x)))
+    near = F32(F32(1) + F32(x))  # in [sqrt(1/2), sqrt(2)) it needs no reduction, and x itself is the exact argument
+    return _log_reduced(F32(x), F32(0)) if F32(0.707106781186547524) <= near < F32(1.41421356) else log32(near)
 
 
 def noise_word(seed: int, position: int, index: int, purpose: int) -> int:
