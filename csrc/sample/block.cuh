@@ -1,5 +1,5 @@
-// Passes over a row by one block. Every function must be called by all threads of the block, and returns the same value to all of them. Results have no
-// order (maxima of ranks, integer sums) or the order of params.h (log-sum-exp), so they do not depend on the number of threads.
+// Passes over a row by one block. Every function must be called by all threads of the block, and returns the same value to all of them.
+// Results have no order (maxima of ranks, integer sums) or the order of params.h (log-sum-exp), so they do not depend on the number of threads.
 #pragma once
 #include "base/check.h"
 #include "sample/token.h"
@@ -54,8 +54,8 @@ __device__ inline uint64_t block_argmax(const float* x, int n) {
 
 // The four noise words of tokens 4c .. 4c + 3.
 __device__ inline void noise_words(int64_t seed, int32_t position, int32_t purpose, int c, uint32_t words[4]) {
-  philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32), static_cast<uint32_t>(c), static_cast<uint32_t>(position),
-             static_cast<uint32_t>(purpose), 0u, words);
+  philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32), static_cast<uint32_t>(c),
+             static_cast<uint32_t>(position), static_cast<uint32_t>(purpose), 0u, words);
 }
 
 // The best of x + G, as a rank; a thread takes four tokens a counter. Four that cannot win even with the largest noise are skipped: an equal score
@@ -120,8 +120,8 @@ __device__ inline float block_lse(const float* x, int n, float* stats) {
 }
 inline size_t lse_shared(int vocab) { return 2 * sizeof(float) * ((vocab + kLseBlock - 1) / kLseBlock); }
 
-// The k best of x[0..n), best first: store(i, rank) is called by thread 0; rank 0 = no token. A thread keeps its own best and looks again only when that was
-// taken; ranks are distinct, so one thread does.
+// The k best of x[0..n), best first: store(i, rank) is called by thread 0; rank 0 = no token. A thread keeps its own best and looks again
+// only when that was taken; ranks are distinct, so one thread does.
 template <typename Store> __device__ inline void block_top(const float* x, int n, int k, Store store) {
   uint64_t mine = 0;
   for (int v = threadIdx.x; v < n; v += kThreads) mine = max(mine, rank_of(x[v], v));

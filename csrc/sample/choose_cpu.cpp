@@ -1,4 +1,5 @@
-// sample_exact, row_logprobs, draft_topk. A row is cut in chunks, so that a few rows use every thread; the choice is a maximum, so the cut leaves no trace.
+// sample_exact, row_logprobs, draft_topk. A row is cut in chunks, so that a few rows use every thread; the choice is a maximum, so the cut
+// leaves no trace.
 #include "sample/row_cpu.h"
 
 namespace specrt {
@@ -66,7 +67,8 @@ void launch_draft_topk_cpu(const DraftTopkParams& p) {
     const int size = std::min(kChunk, p.vocab - first);
     const float* z = p.z + row * p.vocab + first;
     float* out = p.perturbed + row * p.vocab + first;
-    if (p.noise >= 0 && p.sampling_f[b * kSamplingF + kTemperature] > 0.0f) perturb_chunk(z, size, p.seeds[b], p.row_position[row] + 1, p.noise, first, out);
+    const bool noisy = p.noise >= 0 && p.sampling_f[b * kSamplingF + kTemperature] > 0.0f;
+    if (noisy) perturb_chunk(z, size, p.seeds[b], p.row_position[row] + 1, p.noise, first, out);
     else std::copy(z, z + size, out);
   });
   std::vector<float> lse(n);

@@ -1,8 +1,8 @@
 // Sampling: logits -> transformed logits z -> token, log-probabilities, drafts, and the rejection verifiers.
 //
 // CPU and CUDA give the same bits. Every sum either has one stated order or has none:
-//   * log-sum-exp (csrc/README.md, 6): blocks of 128 tokens, m_j = max, s_j = sum exp(z - m_j): lane i of 32 sums tokens 4i..4i+3 ascending, the lanes fold by
-//     a butterfly 16, 8, 4, 2, 1; over the row M = max m_j, S = sum over j ascending of s_j exp(m_j - M), lse = M + log S.
+//   * log-sum-exp (csrc/README.md, 6): blocks of 128 tokens, m_j = max, s_j = sum exp(z - m_j): lane i of 32 sums tokens 4i..4i+3 ascending,
+//     the lanes fold by a butterfly 16, 8, 4, 2, 1; over the row M = max m_j, S = sum over j ascending of s_j exp(m_j - M), lse = M + log S.
 //   * everything else that is summed (top-p mass, residual mass) is an integer: no order.
 //   * every choice is a maximum with the lowest token id on ties: no order.
 #pragma once

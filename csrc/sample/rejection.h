@@ -137,8 +137,8 @@ template <typename Team> SPECRT_TEAM Step step(Team& team, const Node& n, bool r
   return step_point(team, n);
 }
 
-// Slot b's walk from the root. A row whose status is not OK ends it before that row's token. Only first children have a q: children drawn at depth d
-// belong to the main path.
+// Slot b's walk from the root. A row whose status is not OK ends it before that row's token. q[b, d] belongs to the node at depth d of the
+// main path; a child that is not the first has no children where there is a q.
 template <typename Team> SPECRT_TEAM void walk_rejection(Team& team, const AcceptRejectionParams& p, int b) {
   const int64_t base = static_cast<int64_t>(b) * p.nodes, vocab = p.vocab;
   const int size = p.tree_size[b] < p.nodes ? p.tree_size[b] : p.nodes;

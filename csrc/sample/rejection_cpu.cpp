@@ -23,7 +23,9 @@ struct RowTeam {
   }
   SPECRT_ROW void set(float* address, float x) { *address = x; }
   SPECRT_ROW int32_t greedy(const float* x) { return std::max(argmax_of(x, vocab, 0).token, 0); }
-  SPECRT_ROW int32_t sample(const float* x, int64_t seed, int32_t position) { return std::max(exact_of(x, vocab, seed, position, kNoiseResidual, 0).token, 0); }
+  SPECRT_ROW int32_t sample(const float* x, int64_t seed, int32_t position) {
+    return std::max(exact_of(x, vocab, seed, position, kNoiseResidual, 0).token, 0);
+  }
   SPECRT_ROW bool writer() { return true; }
 };
 

@@ -21,8 +21,8 @@ SPECRT_HD uint32_t order_key(float x) {
 }
 SPECRT_HD float key_value(uint32_t key) { return bits_to_float((key >> 31) ? key & 0x7fffffffu : ~key); }
 
-// (value, token) pairs are ordered by value descending, then token ascending: one unsigned 64-bit order, in which a larger rank is better. 0 is "no token":
-// -inf and NaN are never chosen.
+// (value, token) pairs are ordered by value descending, then token ascending: one unsigned 64-bit order, in which a larger rank is better.
+// 0 is "no token": -inf and NaN are never chosen.
 SPECRT_HD uint64_t rank_of(float value, int32_t token) {
   return value > -infinity() ? (static_cast<uint64_t>(order_key(value)) << 32) | static_cast<uint32_t>(~token) : 0;
 }

@@ -1,5 +1,5 @@
-// sample_transform: one block a row, in place. Top-k and top-p thresholds by bisection over the order-preserving keys: each step is one pass that sums integers;
-// as soon as the keys that are still possible fit shared memory they are gathered there and the row is left alone.
+// sample_transform: one block a row, in place. Top-k and top-p thresholds by bisection over the order-preserving keys: each step is one
+// pass that sums integers; as soon as the keys that are still possible fit shared memory they are gathered there and the row is left alone.
 #include "sample/block.cuh"
 
 namespace specrt {

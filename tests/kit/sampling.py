@@ -52,7 +52,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 def exact(z: Tensor, seeds, positions, temperature=1.0, row_request=None) -> Tensor:
     """``ops.sample_exact``: tokens of positions ``positions`` + 1. One seed and temperature a slot; by default row r is slot r (or all are slot 0)."""
     device, R, B = z.device.type, z.shape[0], len(seeds)
-    f, _ = tables([{}] * B, device)
+    f = tables([{}], device)[0].repeat(B, 1)
     f[:, ops.TEMPERATURE] = torch.as_tensor(temperature, dtype=torch.float32)
     token = poisoned(R, dtype=torch.int32, device=device)
     request = (np.arange(R) if B == R else np.zeros(R)) if row_request is None else row_request
@@ -63,7 +63,7 @@ def exact(z: Tensor, seeds, positions, temperature=1.0, row_request=None) -> Ten
 def topk(z: Tensor, seeds, positions, k: int, noise: int, temperature=1.0) -> tuple[Tensor, Tensor, Tensor]:
     """``ops.draft_topk``: (token [R, k], score [R, k], perturbed [R, V])."""
     device, (R, V), B = z.device.type, z.shape, len(seeds)
-    f, _ = tables([{}] * B, device)
+    f = tables([{}], device)[0].repeat(B, 1)
     f[:, ops.TEMPERATURE] = torch.as_tensor(temperature, dtype=torch.float32)
     token, score = poisoned(R, k, dtype=torch.int32, device=device), poisoned(R, k, dtype=torch.float32, device=device)
     perturbed = poisoned(R, V, dtype=torch.float32, device=device)
@@ -76,7 +76,7 @@ def rejection(z: Tensor, token, parent, size, q: Tensor, q_levels, seeds, seq_le
     """``ops.accept_rejection`` on trees of one width N: rows of slot b are b * N .. b * N + N - 1. Returns (path, path_len, emitted, error)."""
     device, token = z.device.type, ints(token)
     B, N = token.shape
-    f, _ = tables([{}] * B, device)
+    f = tables([{}], device)[0].repeat(B, 1)
     f[:, ops.TEMPERATURE] = torch.as_tensor(temperature, dtype=torch.float32)
     path, emitted = (poisoned(B, N, dtype=torch.int32, device=device) for _ in range(2))
     path_len, error = (poisoned(B, dtype=torch.int32, device=device) for _ in range(2))
