@@ -109,10 +109,11 @@ template <typename T> class Attention {
     if (!seen) return;
     thread_local std::vector<float> memory;
     thread_local std::vector<Span> spans;
-    memory.resize(static_cast<size_t>(vectors) * (dim_ + kTile) + 2 * static_cast<size_t>(kTile) * dim_);
+    memory.resize(static_cast<size_t>(vectors) * (dim_ + kTile + 1) + 2 * static_cast<size_t>(kTile) * dim_);
     spans.resize(vectors);
     float* q = memory.data();
-    TileScratch scratch{q + vectors * dim_, q + vectors * dim_ + kTile * dim_, q + vectors * dim_ + 2 * kTile * dim_};
+    float *keys_at = q + vectors * dim_, *values_at = keys_at + kTile * dim_, *scores_at = values_at + kTile * dim_;
+    const TileScratch scratch{keys_at, values_at, scores_at, scores_at + vectors * kTile};
     for (int r = block.begin, i = 0; r < block.end; ++r)
       widen(static_cast<const T*>(p_.q) + (static_cast<int64_t>(r) * p_.q_heads + head * group_) * dim_, q + (i++) * group_ * dim_, group_ * dim_);
     float *m = partial, *l = partial + vectors, *o = partial + 2 * vectors;

@@ -2,6 +2,7 @@
 // the compiler keeps in vector registers, whatever their width: every output element is one chain of fma, so the width changes no bit.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "attention/params.h"
 #include "base/math.h"
@@ -18,6 +19,7 @@ struct TileScratch {
   float* keys;    // [D, 64], transposed
   float* values;  // [64, D]
   float* scores;  // [query vectors, 64]
+  float* factors; // [query vectors]
 };
 
 struct State {
@@ -78,22 +80,32 @@ inline void multiply(int rows, int columns, const float* a, int lda, const float
   }
 }
 
-// Scores -> probabilities of one query vector, in place; m becomes the new maximum. Returns a = exp2(old m - new m).
-template <typename T> SPECRT_CLONES float softmax_row(float* __restrict s, Span seen, float scale, float& m) {
-  const float inf = bits_to_float(0x7f800000u);
+// Scales the scores of one query vector in place, -inf where it sees nothing; returns their maximum and m's.
+SPECRT_CLONES static float scale_scores(float* __restrict s, Span seen, float scale, float m) {
   Lanes top;
   for (int i = 0; i < kTile; ++i) s[i] = s[i] * scale;
-  for (int i = 0; i < seen.begin; ++i) s[i] = -inf;
-  for (int i = seen.end; i < kTile; ++i) s[i] = -inf;
+  for (int i = 0; i < seen.begin; ++i) s[i] = -INFINITY;
+  for (int i = seen.end; i < kTile; ++i) s[i] = -INFINITY;
   for (int i = 0; i < 16; ++i) top.x[i] = m;
   for (int j = 0; j < kTile; j += 16)
     for (int i = 0; i < 16; ++i) top.x[i] = s[j + i] > top.x[i] ? s[j + i] : top.x[i];
-  for (int d = 8; d; d >>= 1)
-    for (int i = 0; i < d; ++i) top.x[i] = top.x[i + d] > top.x[i] ? top.x[i + d] : top.x[i];
-  const float a = exp2_rn(m - top.x[0]);
-  m = top.x[0];
+  for (int i = 0; i < 8; ++i) top.x[i] = top.x[i + 8] > top.x[i] ? top.x[i + 8] : top.x[i];
+  for (int i = 0; i < 4; ++i) top.x[i] = top.x[i + 4] > top.x[i] ? top.x[i + 4] : top.x[i];
+  for (int i = 0; i < 2; ++i) top.x[i] = top.x[i + 2] > top.x[i] ? top.x[i + 2] : top.x[i];
+  return top.x[1] > top.x[0] ? top.x[1] : top.x[0];
+}
+
+// m becomes the new maximum, `factor` (the new maximum before) a = exp2(m - m').
+SPECRT_CLONES static void raise_maxima(int vectors, float* __restrict m, float* __restrict factor) {
+  for (int v = 0; v < vectors; ++v) {
+    const float top = factor[v];
+    factor[v] = exp2_rn(m[v] - top);
+    m[v] = top;
+  }
+}
+
+template <typename T> SPECRT_CLONES void probabilities(float* __restrict s, float m) {
   for (int i = 0; i < kTile; ++i) s[i] = to_float(round_to<T>(exp2_rn(s[i] - m)));
-  return a;
 }
 
 // O += P V over the positions of `span`.
@@ -129,14 +141,17 @@ void attend_tile(int vectors, int dim, const float* q, const Span* spans, float 
   float* s = tile.scores;
   std::fill(s, s + vectors * kTile, 0.0f);
   for (int v = 0; v < vectors; v += 4) multiply(vectors - v, kTile, q + v * dim, dim, tile.keys, kTile, s + v * kTile, kTile, 0, dim);
+  float* factor = tile.factors;
+  for (int v = 0; v < vectors; ++v) factor[v] = spans[v].empty() ? m[v] : scale_scores(s + v * kTile, spans[v], scale, m[v]);
+  raise_maxima(vectors, m, factor);
   for (int v = 0; v < vectors; ++v) {
     if (spans[v].empty()) {
-      for (int j = 0; j < kTile; ++j) s[v * kTile + j] = 0.0f;  // adds nothing to the row sum
+      std::fill_n(s + v * kTile, kTile, 0.0f);  // adds nothing to the row sum
       continue;
     }
-    const float a = softmax_row<T>(s + v * kTile, spans[v], scale, m[v]);
-    l[v] = l[v] * a;
-    scale_row(o + v * dim, a, dim);
+    probabilities<T>(s + v * kTile, m[v]);
+    l[v] = l[v] * factor[v];
+    scale_row(o + v * dim, factor[v], dim);
   }
   sum_rows(vectors, s, l);
   for (int v = 0; v < vectors; v += 4) {  // what 4 vectors see together in one go, the rest of each before and after it: every chain ascends
