@@ -69,7 +69,7 @@ gpu-invariance: $(VENV)/.test $(VENV)/.model
 	$(PY) -m pytest tests/invariance $(PYTEST_ARGS)
 
 gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.test
-	compute-sanitizer --tool $* --error-exitcode 1 --kernel-name regex:specrt $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
+	compute-sanitizer --tool $* --error-exitcode 1 $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
 
 gpu-bench: $(VENV)/.model
 	@mkdir -p build/gpu

@@ -64,9 +64,9 @@ def decode(llm: LLM, peer: Transformers, prompts: list[Prompt], max_tokens: int,
     return rates
 
 
-def prefill(llm: LLM, peer: Transformers, prompts: list[Prompt], repeats: int) -> tuple[int, list[float], list[float]]:
+def prefill(llm: LLM, peer: Transformers, repeats: int) -> tuple[int, list[float], list[float]]:
     """(prompt tokens, our tokens/s, the peer's tokens/s), one rate a repeat: the time to the first token of a long prompt."""
-    text = "\n\n".join(p.text for p in prompts)
+    text = "\n\n".join(p.text for p in load_prompts(BUILT_IN))
     ids = llm.tokenizer.encode(text)[:PREFILL_TOKENS]
     ours, theirs = [], []
     for repeat in range(repeats + 1):  # the first one warms up
@@ -97,7 +97,7 @@ def main() -> None:
     peer = Transformers(open_checkpoint(args.model), torch.bfloat16)
     with LLM(args.model, device="cpu", dtype="bfloat16", max_batch_size=1, speculative_config=args.spec) as llm:
         rates = decode(llm, peer, prompts, args.max_tokens, args.repeats, args.lookup)
-        length, ours, theirs = prefill(llm, peer, prompts, args.repeats)
+        length, ours, theirs = prefill(llm, peer, args.repeats)
     shape = f"{args.model} bf16, batch 1, up to {args.max_tokens} tokens"
     for category in [*dict.fromkeys(p.category for p in prompts), "all"]:
         plain, ngram = rates.of("off", category), rates.of("on", category)

@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from dataclasses import dataclass
 
 from specrt import LLM, SamplingParams
 from specrt.cli.prompts import BUILT_IN, Prompt, load_prompts
-from specrt.cli.statistics import line
+from specrt.cli.statistics import Tally
 
 
-@dataclass
-class Answer:
-    token_ids: list[int]
-    seconds: float
-    rounds: int
-    accepted: int
-
-    def __str__(self) -> str:
-        return line(len(self.token_ids), self.seconds, self.rounds, self.accepted)
-
-
-def stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> Answer:
-    token_ids: list[int] = []
-    pieces = accepted = 0
-    start = time.perf_counter()
+def stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> Tally:
+    tally = Tally()
     for piece in llm.stream(prompt.messages, params, chat=True):
+        tally.add(piece)
         print(piece.text, end="", flush=True)
-        token_ids += piece.token_ids
-        pieces += 1
-        accepted += sum(piece.drafted)
         if piece.error is not None:
             sys.exit(f"\ndemo: {piece.error}")
     print("\n", flush=True)
-    return Answer(token_ids, time.perf_counter() - start, pieces, accepted)
+    return tally
 
 
 def shortened(text: str, width: int = 150) -> str:
@@ -55,7 +38,7 @@ def main() -> int:
     print(f"loading {args.model} ...", flush=True)
     off_params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, speculative=False)
     on_params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-    answers: list[tuple[Answer, Answer]] = []
+    answers: list[tuple[Tally, Tally]] = []
     with LLM(args.model, device=args.device, max_batch_size=1, speculative_config={"method": "ngram"}) as llm:
         llm.generate("Hello", SamplingParams(max_tokens=2))  # warms up: the first request pays for thread pools and page faults
         for number, prompt in enumerate(prompts, 1):
@@ -65,11 +48,11 @@ def main() -> int:
             print(f"{bold}speculation on (n-gram){plain}")
             on = stream(llm, prompt, on_params)
             answers.append((off, on))
-            print(f"  off:  {off}\n  on:   {on}\n  {off.seconds / on.seconds:.2f} x as fast; outputs identical: {'yes' if off.token_ids == on.token_ids else 'NO'}")
+            print(f"  off:  {off}\n  on:   {on}\n  tokens/s x {on.tokens_per_s / off.tokens_per_s:.2f}; outputs identical: {'yes' if off.token_ids == on.token_ids else 'NO'}")
     off_seconds, on_seconds = (sum(pair[mode].seconds for pair in answers) for mode in (0, 1))
     same = sum(off.token_ids == on.token_ids for off, on in answers)
     tokens = sum(len(on.token_ids) for _, on in answers)
-    print(f"\n{bold}{len(answers)} prompts, {tokens} tokens: {off_seconds:.1f} s with speculation off, {on_seconds:.1f} s with it on "
+    print(f"\n{bold}{len(answers)} prompts, {tokens} tokens, reading the prompts included: {off_seconds:.1f} s with speculation off, {on_seconds:.1f} s with it on "
           f"({off_seconds / on_seconds:.2f} x); identical outputs: {same} of {len(answers)}{plain}")
     return 0 if same == len(answers) else 1
 

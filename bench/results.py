@@ -73,14 +73,15 @@ class Results:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table()
+    grid = Table(box=box.SIMPLE_HEAD)
     for name in ("name", "shape", "value", "unit", "spread", "peer", "peer value", "ratio"):
-        grid.add_column(name, justify="left" if name in ("name", "shape", "unit", "peer") else "right")
+        grid.add_column(name, justify="left" if name in ("name", "shape", "unit", "peer") else "right", no_wrap=True)
     number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
     for r in rows:
         grid.add_row(r["name"], r["shape"], number(r["value"], ".3g" if r["value"] < 10 else ".1f"), r["unit"], number(r["spread"], ".1%"), r["peer"] or "",
                      number(r["peer_value"], ".1f"), number(r["ratio"], ".2f"))
-    Console().print(grid)
+    Console(width=max(Console().width, 200)).print(grid)

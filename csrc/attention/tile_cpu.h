@@ -29,32 +29,38 @@ struct Lanes {
   float x[16];
 };
 
+SPECRT_HD void load_lanes(Lanes& to, const float* from) {
+  for (int i = 0; i < 16; ++i) to.x[i] = from[i];
+}
+SPECRT_HD void store_lanes(const Lanes& from, float* to) {
+  for (int i = 0; i < 16; ++i) to[i] = from.x[i];
+}
+SPECRT_HD void fma_lanes(Lanes& sum, float a, const float* b) {
+  for (int i = 0; i < 16; ++i) sum.x[i] = fma_rn(a, b[i], sum.x[i]);
+}
+
 // c[r][0 .. 16 N) = chain over k in [k0, k1) of fma(a[r][k], b[k][..], c[r][..]), for M rows held in registers.
 template <int M, int N>
-SPECRT_HD void multiply_block(const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
+SPECRT_CLONES void multiply_block(const float* __restrict a, int lda, const float* __restrict b, int ldb, float* __restrict c, int ldc, int k0, int k1) {
   Lanes sum[M][N];
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-      for (int i = 0; i < 16; ++i) sum[r][n].x[i] = c[r * ldc + n * 16 + i];
-  for (int k = k0; k < k1; ++k)
+    for (int n = 0; n < N; ++n) load_lanes(sum[r][n], c + r * ldc + n * 16);
+  for (int k = k0; k < k1; ++k) {
 #pragma GCC unroll 8
-    for (int r = 0; r < M; ++r) {
-      const float x = a[r * lda + k];
+    for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n)
-        for (int i = 0; i < 16; ++i) sum[r][n].x[i] = fma_rn(x, b[k * ldb + n * 16 + i], sum[r][n].x[i]);
-    }
+      for (int n = 0; n < N; ++n) fma_lanes(sum[r][n], a[r * lda + k], b + k * ldb + n * 16);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < M; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-      for (int i = 0; i < 16; ++i) c[r * ldc + n * 16 + i] = sum[r][n].x[i];
+    for (int n = 0; n < N; ++n) store_lanes(sum[r][n], c + r * ldc + n * 16);
 }
 
 // The same for any number of columns that is a multiple of 16.
-template <int M> SPECRT_HD void multiply_rows(int columns, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
+template <int M> void multiply_rows(int columns, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
   for (; columns >= 64; columns -= 64, b += 64, c += 64) multiply_block<M, 4>(a, lda, b, ldb, c, ldc, k0, k1);
   if (columns >= 32) {
     multiply_block<M, 2>(a, lda, b, ldb, c, ldc, k0, k1);
@@ -63,7 +69,7 @@ template <int M> SPECRT_HD void multiply_rows(int columns, const float* a, int l
   if (columns) multiply_block<M, 1>(a, lda, b, ldb, c, ldc, k0, k1);
 }
 
-SPECRT_HD void multiply(int rows, int columns, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
+inline void multiply(int rows, int columns, const float* a, int lda, const float* b, int ldb, float* c, int ldc, int k0, int k1) {
   switch (rows) {
     case 1: return multiply_rows<1>(columns, a, lda, b, ldb, c, ldc, k0, k1);
     case 2: return multiply_rows<2>(columns, a, lda, b, ldb, c, ldc, k0, k1);
@@ -73,7 +79,7 @@ SPECRT_HD void multiply(int rows, int columns, const float* a, int lda, const fl
 }
 
 // Scores -> probabilities of one query vector, in place; m becomes the new maximum. Returns a = exp2(old m - new m).
-template <typename T> SPECRT_HD float softmax_row(float* s, Span seen, float scale, float& m) {
+template <typename T> SPECRT_CLONES float softmax_row(float* __restrict s, Span seen, float scale, float& m) {
   const float inf = bits_to_float(0x7f800000u);
   Lanes top;
   for (int i = 0; i < kTile; ++i) s[i] = s[i] * scale;
@@ -91,13 +97,35 @@ template <typename T> SPECRT_HD float softmax_row(float* s, Span seen, float sca
 }
 
 // O += P V over the positions of `span`.
-SPECRT_HD void accumulate_values(int vectors, int dim, const float* p, const TileScratch& tile, float* o, Span span) {
+inline void accumulate_values(int vectors, int dim, const float* p, const TileScratch& tile, float* o, Span span) {
   if (!span.empty()) multiply(vectors, dim, p, kTile, tile.values, dim, o, dim, span.begin, span.end);
+}
+
+SPECRT_CLONES static void scale_row(float* __restrict o, float a, int dim) {
+  for (int d = 0; d < dim; ++d) o[d] = o[d] * a;
+}
+
+// l[v] += p[v][0] + p[v][1] + .., one chain a vector, 8 chains at a time.
+inline void sum_rows(int vectors, const float* p, float* l) {
+  for (int v = 0; v < vectors; v += 8) {
+    const int n = std::min(8, vectors - v);
+    const float* rows[8];
+    float sum[8];
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = p + (v + std::min(i, n - 1)) * kTile;
+      sum[i] = l[v + std::min(i, n - 1)];
+    }
+    for (int j = 0; j < kTile; ++j) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum[i] = sum[i] + rows[i][j];
+    }
+    for (int i = 0; i < n; ++i) l[v + i] = sum[i];
+  }
 }
 
 // Folds one tile into the (m, l, O) of `vectors` query vectors q [vectors, D]; spans say what each sees (relative to the tile).
 template <typename T>
-SPECRT_CLONES void attend_tile(int vectors, int dim, const float* q, const Span* spans, float scale, TileScratch tile, float* m, float* l, float* o) {
+void attend_tile(int vectors, int dim, const float* q, const Span* spans, float scale, TileScratch tile, float* m, float* l, float* o) {
   float* s = tile.scores;
   std::fill(s, s + vectors * kTile, 0.0f);
   for (int v = 0; v < vectors; v += 4) multiply(vectors - v, kTile, q + v * dim, dim, tile.keys, kTile, s + v * kTile, kTile, 0, dim);
@@ -108,19 +136,9 @@ SPECRT_CLONES void attend_tile(int vectors, int dim, const float* q, const Span*
     }
     const float a = softmax_row<T>(s + v * kTile, spans[v], scale, m[v]);
     l[v] = l[v] * a;
-    for (int d = 0; d < dim; ++d) o[v * dim + d] = o[v * dim + d] * a;
+    scale_row(o + v * dim, a, dim);
   }
-  for (int v = 0; v < vectors; v += 8) {  // row sums, 8 chains at a time; p = 0 where nothing is seen leaves a sum as it is
-    const int n = std::min(8, vectors - v);
-    float sum[8] = {};
-    for (int i = 0; i < n; ++i) sum[i] = l[v + i];
-    const float* rows[8];
-    for (int i = 0; i < 8; ++i) rows[i] = s + (v + std::min(i, n - 1)) * kTile;
-    for (int j = 0; j < kTile; ++j)
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) sum[i] = sum[i] + rows[i][j];
-    for (int i = 0; i < n; ++i) l[v + i] = sum[i];
-  }
+  sum_rows(vectors, s, l);
   for (int v = 0; v < vectors; v += 4) {  // what 4 vectors see together in one go, the rest of each before and after it: every chain ascends
     const int n = std::min(4, vectors - v);
     Span joint = spans[v];
@@ -136,16 +154,50 @@ template <typename T> SPECRT_CLONES void widen(const T* from, float* to, int n) 
   for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-// Widens the tile's visible keys (transposed) and values; the other columns of the keys become zero, the other values are never read.
-template <typename T> SPECRT_CLONES void load_tile(const T* const* keys, const T* const* values, Span seen, int dim, TileScratch tile) {
-  for (int j = seen.begin; j < seen.end; ++j)
-    for (int d = 0; d < dim; ++d) tile.values[j * dim + d] = to_float(values[j][d]);
-  for (int j = 0; j < kTile; ++j) {
-    if (j >= seen.begin && j < seen.end)
-      for (int d = 0; d < dim; ++d) tile.keys[d * kTile + j] = to_float(keys[j][d]);
-    else
-      for (int d = 0; d < dim; ++d) tile.keys[d * kTile + j] = 0.0f;
+using Vec = float __attribute__((vector_size(64)));
+using VecIndex = int32_t __attribute__((vector_size(64)));
+
+// One step of a transpose in registers: exchanges the off-diagonal blocks of size S of the rows a and b = a + S.
+template <int S> SPECRT_HD void exchange(Vec& a, Vec& b) {
+  VecIndex low, high;
+  for (int i = 0; i < 16; ++i) {
+    low[i] = i & S ? 16 + i - S : i;
+    high[i] = i & S ? 16 + i : i + S;
   }
+  const Vec x = __builtin_shuffle(a, b, low), y = __builtin_shuffle(a, b, high);
+  a = x;
+  b = y;
+}
+
+template <int S> SPECRT_HD void exchange_all(Vec (&rows)[16]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (!(i & S)) exchange<S>(rows[i], rows[i + S]);
+}
+
+// to[d][j] = from[j][d] for 16 keys and 16 of their elements; `to` has rows of 64.
+template <typename T> SPECRT_CLONES void transpose_block(const T* const* from, int d, float* to) {
+  alignas(64) float wide[16][16];
+  for (int j = 0; j < 16; ++j)
+    for (int i = 0; i < 16; ++i) wide[j][i] = to_float(from[j][d + i]);
+  Vec rows[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) memcpy(&rows[j], wide[j], sizeof(Vec));
+  exchange_all<1>(rows);
+  exchange_all<2>(rows);
+  exchange_all<4>(rows);
+  exchange_all<8>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) memcpy(to + i * kTile, &rows[i], sizeof(Vec));
+}
+
+// Widens the tile's visible keys (transposed) and values. The columns of other keys repeat a visible one: their scores are computed and dropped.
+template <typename T> void load_tile(const T** keys, const T* const* values, Span seen, int dim, TileScratch tile) {
+  for (int j = seen.begin; j < seen.end; ++j) widen(values[j], tile.values + j * dim, dim);
+  for (int j = 0; j < kTile; ++j)
+    if (j < seen.begin || j >= seen.end) keys[j] = keys[seen.begin];
+  for (int j = 0; j < kTile; j += 16)
+    for (int d = 0; d < dim; d += 16) transpose_block(keys + j, d, tile.keys + d * kTile + j);
 }
 
 SPECRT_CLONES static void fold(State& into, float m, float l, const float* o, int dim) {

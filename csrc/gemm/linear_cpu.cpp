@@ -12,8 +12,10 @@
 namespace specrt {
 namespace {
 
-constexpr int kRowBlock = 96;    // rows whose partial sums (24 KB) and activations stay near while a panel passes
-constexpr int kChunk = 64;       // steps of k in a chunk: 16 KB of weights
+constexpr int kRowBlock = 48;          // most rows of a block: their partial sums take 12 KB
+constexpr int kChunk = 64;             // steps of k in a chunk: 16 KB of weights
+constexpr int64_t kCache = 512 << 10;  // half an L2 cache
+static_assert(kRowBlock % kMaxRows == 0);
 
 template <typename T> constexpr int kPair = sizeof(uint32_t) / sizeof(T);  // elements of x a step of k consumes
 
@@ -71,14 +73,23 @@ template <typename T, typename Out> void panel_block(const LinearParams& p, cons
   for (int r = 0; r < count; ++r) finish_row(acc + r * kPanel, bias, static_cast<Out*>(p.out) + (row + r) * p.out_features + first, outputs);
 }
 
+// Rows a block: about the same for all blocks, and a multiple of what a kernel takes.
+int64_t block_rows(int64_t n) {
+  const int64_t blocks = (n + kRowBlock - 1) / kRowBlock, even = (n + blocks - 1) / blocks;
+  return (even + kMaxRows - 1) / kMaxRows * kMaxRows;
+}
+
 template <typename T, typename Out> void linear(const LinearParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows);
   if (n <= 0) return;
   const StepKernels& kernels = step_kernels(p.dtype);
-  const int64_t panels = (p.out_features + kPanel - 1) / kPanel, blocks = (n + kRowBlock - 1) / kRowBlock;
+  const int64_t panels = (p.out_features + kPanel - 1) / kPanel, size = block_rows(n), blocks = (n + size - 1) / size;
+  // Where all of x fits the L2 cache a panel passes all rows before the next one comes, so that W is read from memory once. Where it does
+  // not, a block of rows stays and the panels pass: they prefetch themselves, x does not.
+  const bool x_stays = n * p.in_features * static_cast<int64_t>(sizeof(T)) <= kCache;
   parallel_for(panels * blocks, n * p.in_features * p.out_features, [&](int64_t i) {
-    const int64_t row = i % blocks * kRowBlock;
-    panel_block<T, Out>(p, kernels, i / blocks, row, static_cast<int>(std::min<int64_t>(kRowBlock, n - row)));
+    const int64_t panel = x_stays ? i / blocks : i % panels, row = (x_stays ? i % blocks : i / panels) * size;
+    panel_block<T, Out>(p, kernels, panel, row, static_cast<int>(std::min<int64_t>(size, n - row)));
   });
 }
 

@@ -3,6 +3,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef SPECRT_TORCH_CUDA
+// The stable C shim declares it only for torch's own CUDA builds (USE_CUDA), whose headers a CPU build must not see.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace specrt::ops {
 namespace {
 

@@ -6,7 +6,6 @@
 namespace specrt {
 
 constexpr int kLseBlock = 128;
-constexpr int kMaxTop = 64;  // most children draft_topk gives
 constexpr float kMass = 1099511627776.0f;  // 2^40
 
 SPECRT_HD float infinity() { return bits_to_float(0x7f800000u); }
@@ -47,10 +46,5 @@ SPECRT_HD int64_t needed_mass(float top_p, int64_t total) {
   need += static_cast<double>(need) < product ? 1 : 0;
   return need < 1 ? 1 : need > total ? total : need;
 }
-
-// The bits of a radix select's pass: 11, 11 and 10 from the top.
-constexpr int kRadixBins = 2048;
-SPECRT_HD int radix_shift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
-SPECRT_HD uint32_t radix_mask(int pass) { return pass == 2 ? 1023u : 2047u; }
 
 }  // namespace specrt

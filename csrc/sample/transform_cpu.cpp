@@ -5,6 +5,10 @@
 namespace specrt {
 namespace {
 
+// A pass of the radix selection takes 11, 11, then 10 bits from the top.
+constexpr int kRadixBins = 2048, kRadixShift[] = {21, 10, 0};
+constexpr uint32_t kRadixMask[] = {2047, 2047, 1023};
+
 struct Candidate {
   uint32_t key;
   int64_t weight;
@@ -15,8 +19,8 @@ uint32_t radix_threshold(std::vector<Candidate>& list, int64_t need) {
   int64_t bins[kRadixBins];
   uint32_t prefix = 0;
   for (int pass = 0; pass < 3; ++pass) {
-    const int shift = radix_shift(pass);
-    const uint32_t mask = radix_mask(pass);
+    const int shift = kRadixShift[pass];
+    const uint32_t mask = kRadixMask[pass];
     std::fill(bins, bins + kRadixBins, 0);
     for (const Candidate& c : list) bins[(c.key >> shift) & mask] += c.weight;
     uint32_t bin = mask;

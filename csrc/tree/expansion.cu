@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(kExpandThreads) tree_expand_kernel(TreeExpandP
     p.row_slot[row] = kv_slot(p.paging, b, prefix + (p.level - 1) * width + w);
     int32_t* path = p.row_path + static_cast<int64_t>(row) * p.path_depth;
     for (int i = p.level; i < p.path_depth; ++i) path[i] = -1;
-    for (int level = p.level, entry = w; level >= 1; --level) {
-      path[level - 1] = (level - 1) * width + entry;
-      entry = (candidate - first_candidate(level, width, k)) / k;
+    path[p.level - 1] = (p.level - 1) * width + w;
+    for (int level = p.level; level > 1; --level) {
+      path[level - 2] = (level - 2) * width + (candidate - first_candidate(level, width, k)) / k;
       candidate = p.cand_parent[base + candidate];
     }
   }
@@ -81,16 +81,19 @@ __global__ void __launch_bounds__(kSelectThreads) tree_select_kernel(TreeSelectP
       key = min(key, score_key(p.cand_score[base + up]));
     keys[i] = key;  // read back by this thread only, until the words below are there
   }
-  // The budget-th highest key, bit by bit.
+  // The budget-th highest key, or any bound that leaves just as many, bit by bit.
   uint32_t bound = 0;
-  for (int bit = 31; bit >= 0; --bit) {
+  for (int bit = 31, at_least = n; bit >= 0 && at_least > budget; --bit) {
     const uint32_t trial = bound | 1u << bit;
     int count = 0;
     for (int i0 = 0; i0 < n; i0 += kSelectThreads) {
       const int i = i0 + threadIdx.x;
       count += __syncthreads_count(i < n && keys[i] >= trial);
     }
-    if (count >= budget) bound = trial;
+    if (count >= budget) {
+      bound = trial;
+      at_least = count;
+    }
   }
   int taken_above = 0, tied = 0;
   for (int i0 = 0; i0 < n; i0 += kSelectThreads) {

@@ -6,16 +6,25 @@
 namespace specrt {
 namespace {
 
-// The W best of n keys, descending, ties by lower index.
-void best_of(const uint32_t* keys, int n, int width, int32_t* best) {
+// The W best keys seen, descending, ties by lower index (the order in which they come).
+struct Best {
+  explicit Best(int width_) : width(width_) {}
+  const int width;
   int count = 0;
-  for (int i = 0; i < n; ++i) {
-    if (count == width && keys[i] <= keys[best[width - 1]]) continue;
+  uint32_t key[kMaxNodes];
+  int32_t index[kMaxNodes];
+
+  void add(uint32_t k, int i) {
+    if (count == width && k <= key[width - 1]) return;
     int at = count < width ? count++ : width - 1;
-    for (; at > 0 && keys[best[at - 1]] < keys[i]; --at) best[at] = best[at - 1];
-    best[at] = i;
+    for (; at > 0 && key[at - 1] < k; --at) {
+      key[at] = key[at - 1];
+      index[at] = index[at - 1];
+    }
+    key[at] = k;
+    index[at] = i;
   }
-}
+};
 
 // The row of beam entry w for the next level. The path needs no state: a candidate's index says which beam entry of the level above it hangs from.
 void write_row(const TreeExpandParams& p, int b, int w, int row) {
@@ -29,9 +38,10 @@ void write_row(const TreeExpandParams& p, int b, int w, int row) {
   p.row_slot[row] = kv_slot(p.paging, b, first + (p.level - 1) * p.beam_width + w);
   int32_t* path = p.row_path + static_cast<int64_t>(row) * p.path_depth;
   std::fill(path + p.level, path + p.path_depth, -1);
-  for (int level = p.level, entry = w; level >= 1; --level) {
-    path[level - 1] = (level - 1) * p.beam_width + entry;
-    entry = (candidate - first_candidate(level, p.beam_width, p.topk)) / p.topk;
+  path[p.level - 1] = (p.level - 1) * p.beam_width + w;
+  for (int level = p.level; level > 1; --level) {
+    const int entry = (candidate - first_candidate(level, p.beam_width, p.topk)) / p.topk;
+    path[level - 2] = (level - 2) * p.beam_width + entry;
     candidate = p.cand_parent[base + candidate];
   }
 }
@@ -53,10 +63,13 @@ void select(const TreeSelectParams& p, int b) {
     keys[i] = score_key(p.cand_score[base + i]);
     if (parent >= 0) keys[i] = std::min(keys[i], keys[parent]);
   }
-  // The budget-th highest key, bit by bit; then the keys above it, and as many equal to it as there is room for, lowest index first.
+  // The budget-th highest key, or any bound that leaves just as many, bit by bit; then the keys above it, and as many equal to it as there is room for, lowest index first.
   uint32_t bound = 0;
-  for (int bit = 31; bit >= 0; --bit)
-    if (count_at_least(keys, n, bound | 1u << bit) >= budget) bound |= 1u << bit;
+  int at_least = n;
+  for (int bit = 31; bit >= 0 && at_least > budget; --bit) {
+    const int count = count_at_least(keys, n, bound | 1u << bit);
+    if (count >= budget) bound |= 1u << bit, at_least = count;
+  }
   int ties = budget - (bound == ~0u ? 0 : count_at_least(keys, n, bound + 1)), size = 1;
   int16_t node_of[kMaxCandidates];
   for (int i = 0; i < n; ++i) {
@@ -74,27 +87,30 @@ void select(const TreeSelectParams& p, int b) {
 }  // namespace
 
 void launch_tree_expand_cpu(const TreeExpandParams& p) {
-  const int first = first_candidate(p.level, p.beam_width, p.topk), n = p.level == 1 ? p.topk : p.beam_width * p.topk;
+  const int first = first_candidate(p.level, p.beam_width, p.topk), sources = p.level == 1 ? 1 : p.beam_width;
   int active = 0, row = 0;
-  uint32_t keys[kMaxCandidates];
   for (int b = 0; b < p.batch; ++b) {
     if (p.max_depth[b] < p.level) continue;
     const int64_t base = static_cast<int64_t>(b) * p.candidates;
     const int row0 = p.level == 1 ? b : p.beam_width * active++;
     int32_t* beam = p.beam + static_cast<int64_t>(b) * p.beam_width;
-    for (int i = 0; i < n; ++i) {
-      const int parent = p.level == 1 ? -1 : beam[i / p.topk];
-      const int64_t child = static_cast<int64_t>(row0) * p.topk + i;
-      const bool known = row0 + i / p.topk < p.rows;
-      float score = known ? p.topk_score[child] : kNoScore;
-      if (parent >= 0) score = p.cand_score[base + parent] + score;
-      keys[i] = score_key(score);
-      p.cand_token[base + first + i] = known ? p.topk_token[child] : -1;
-      p.cand_parent[base + first + i] = parent;
-      p.cand_score[base + first + i] = keys[i] ? score : kNoScore;
+    Best best(p.beam_width);
+    int candidate = first;
+    for (int w = 0; w < sources; ++w) {
+      const int parent = p.level == 1 ? -1 : beam[w];
+      const bool known = row0 + w < p.rows;
+      for (int j = 0; j < p.topk; ++j, ++candidate) {
+        const int64_t child = static_cast<int64_t>(row0 + w) * p.topk + j;
+        float score = known ? p.topk_score[child] : kNoScore;
+        if (parent >= 0) score = p.cand_score[base + parent] + score;
+        const uint32_t key = score_key(score);
+        p.cand_token[base + candidate] = known ? p.topk_token[child] : -1;
+        p.cand_parent[base + candidate] = parent;
+        p.cand_score[base + candidate] = key ? score : kNoScore;
+        best.add(key, candidate);
+      }
     }
-    best_of(keys, n, p.beam_width, beam);
-    for (int w = 0; w < p.beam_width; ++w) beam[w] += first;
+    std::copy(best.index, best.index + p.beam_width, beam);
     if (p.max_depth[b] <= p.level) continue;
     for (int w = 0; w < p.beam_width; ++w) write_row(p, b, w, row++);
   }
@@ -102,7 +118,7 @@ void launch_tree_expand_cpu(const TreeExpandParams& p) {
 }
 
 void launch_tree_select_cpu(const TreeSelectParams& p) {
-  parallel_for(p.batch, static_cast<int64_t>(p.batch) * p.candidates * 8, [&](int64_t b) { select(p, static_cast<int>(b)); });
+  for (int b = 0; b < p.batch; ++b) select(p, b);
 }
 
 }  // namespace specrt

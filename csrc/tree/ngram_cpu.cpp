@@ -160,8 +160,8 @@ class LookupTree {
 }  // namespace
 
 void launch_ngram_propose_cpu(const NgramProposeParams& p) {
-  int64_t work = 0;
-  for (int b = 0; b < p.batch; ++b) work += p.max_nodes[b] > 0 ? p.seq_lens[b] : 0;
+  int64_t work = 0;  // the scan compares 16 tokens at a time
+  for (int b = 0; b < p.batch; ++b) work += p.max_nodes[b] > 0 ? p.seq_lens[b] / 16 : 0;
   parallel_for(p.batch, work, [&](int64_t b) { LookupTree(p, static_cast<int>(b)).propose(); });
 }
 

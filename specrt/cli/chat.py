@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from typing import Any
 
 from specrt.cli import options, statistics
@@ -36,20 +35,20 @@ def coloured(piece: Any, decode: Any) -> str:
 
 def answer(llm: Any, messages: list[dict[str, str]], params: Any, colour: bool) -> str:
     """Streams one answer to standard output and returns its text; Ctrl-C ends it early and closing the stream frees the request."""
-    text, tokens, rounds, accepted, start = "", 0, 0, 0, time.perf_counter()
+    text, tally = "", statistics.Tally()
     stream = llm.stream(messages, params, chat=True)
     try:
         for piece in stream:
             print(coloured(piece, llm.tokenizer.decode) if colour else piece.text, end="", flush=True)
-            text, tokens, rounds, accepted = text + piece.text, tokens + len(piece.token_ids), rounds + 1, accepted + sum(piece.drafted)
+            text += piece.text
+            tally.add(piece)
             if piece.error is not None:
                 print(f"\nspecrt chat: {piece.error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(PLAIN if colour else "", end="")
     finally:
         stream.close()
-    summary = statistics.line(tokens, time.perf_counter() - start, rounds, accepted)
-    print(f"\n\x1b[2m[{summary}]{PLAIN}" if colour else "")
+    print(f"\n\x1b[2m[{tally}]{PLAIN}" if colour else "")
     return text
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
+import specrt.llm
 from specrt import LLM, SamplingParams
 from specrt.draft import DRAFTERS
 from tests.kit.replay import ReplayDrafter
@@ -34,10 +35,10 @@ class Answer:
 class Coverage:
     """What a variant did, so that a test can assert that it tested something."""
 
-    accepted_per_pos: list[int] = field(default_factory=list)
-    drafted: int = 0
-    accepted: int = 0
-    put_back: int = 0
+    accepted_per_pos: list[int]
+    drafted: int
+    accepted: int
+    put_back: int
 
 
 def cases(count: int, vocab: int, lengths: tuple[int, ...], max_tokens: int, seed: int = 0) -> list[Case]:
@@ -52,6 +53,19 @@ def cases(count: int, vocab: int, lengths: tuple[int, ...], max_tokens: int, see
     return out
 
 
+def make(model, chunk: int | None = None, **settings) -> LLM:
+    """An LLM with every page poisoned; ``chunk``: prompt rows a step (not a user's setting: chunks must not matter)."""
+    load = specrt.llm.load_engine
+    if chunk is not None:
+        specrt.llm.load_engine = lambda model, config: load(model, replace(config, prefill_chunk=chunk))
+    try:
+        llm = LLM(model, **settings)
+    finally:
+        specrt.llm.load_engine = load
+    poison(llm)
+    return llm
+
+
 def answers(llm: LLM, batch: list[Case], together: bool) -> list[Answer]:
     if together:
         outs = llm.generate([c.prompt for c in batch], [c.params for c in batch])
@@ -64,8 +78,9 @@ def answers(llm: LLM, batch: list[Case], together: bool) -> list[Answer]:
 
 def coverage(llm: LLM) -> Coverage:
     m = llm.metrics()
-    prefix = "specrt:spec_decode_num_"
-    return Coverage(list(m[prefix + "accepted_tokens_per_pos_total"]), m[prefix + "draft_tokens_total"], m[prefix + "accepted_tokens_total"])
+    spec = "specrt:spec_decode_num_"
+    return Coverage(list(m[spec + "accepted_tokens_per_pos_total"].values()), m[spec + "draft_tokens_total"], m[spec + "accepted_tokens_total"],
+                    m["specrt:num_preemptions_total"])
 
 
 def register_replay(monkeypatch, references: list[tuple[Case, Answer]], vocab: int, shape: str) -> None:
@@ -82,9 +97,9 @@ def register_replay(monkeypatch, references: list[tuple[Case, Answer]], vocab: i
 
 def poison(llm: LLM) -> None:
     """Fills every page with NaN, and fills pages again when they are freed: stale or unwritten keys and values must not matter."""
-    rounds = llm.engine.round
+    engine = llm._engine
+    rounds, allocator = engine.round, engine.scheduler.allocator
     pools = [rounds.pool] + [d.pool for d in rounds.drafters.values() if hasattr(d, "pool")]
-    allocator = llm.engine.pages
     for pool in pools:
         pool.k.fill_(float("nan"))
         pool.v.fill_(float("nan"))

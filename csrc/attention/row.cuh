@@ -1,0 +1,78 @@
+// What a row sees, where its keys lie, and the fold of partial results: shared by all attention kernels.
+#pragma once
+#include "attention/params.h"
+#include "base/math.h"
+#include "ptx/convert.cuh"
+
+namespace specrt {
+
+struct Row {
+  int prefix = 0, len = 0, first = 0;  // visible: logical positions first .. len-1
+
+  // The visible positions of [begin, begin + size) are [low, high), relative to begin; none where high <= low.
+  __device__ int low(int begin) const { return max(0, first - begin); }
+  __device__ int high(int begin, int size) const { return min(size, len - begin); }
+  __device__ bool sees(int begin, int size) const { return low(begin) < high(begin, size); }
+};
+
+__device__ __forceinline__ Row describe_row(const AttentionParams& p, int r) {
+  Row row;
+  row.prefix = row.len = p.row_prefix[r];
+  if (p.ancestors) row.len += __popcll(p.ancestors[r]);
+  else if (p.paths)
+    for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++row.len;
+  if (p.window > 0) row.first = max(0, row.len - p.window);
+  return row;
+}
+
+// Slot of a logical position of row r.
+__device__ __forceinline__ int slot_of(const AttentionParams& p, int r, const Row& row, int position) {
+  const int d = position - row.prefix;
+  if (d < 0) return position;
+  if (p.paths) return row.prefix + p.paths[static_cast<int64_t>(r) * p.path_depth + d];
+  uint64_t word = static_cast<uint64_t>(p.ancestors[r]);
+  for (int i = 0; i < d; ++i) word &= word - 1;
+  return row.prefix + __ffsll(static_cast<long long>(word)) - 1;
+}
+
+// Offset of a slot's first element in the pools, for one KV head. A page has 16, 32 or 64 slots.
+__device__ __forceinline__ int64_t slot_offset(const AttentionParams& p, int request, int kv_head, int slot) {
+  const int64_t page = p.block_table[static_cast<int64_t>(request) * p.max_pages + (slot >> (__ffs(p.page) - 1))];
+  return ((page * p.kv_heads + kv_head) * p.page + (slot & (p.page - 1))) * p.head_dim;
+}
+
+// The two factors of a fold (params.h); m becomes the new maximum.
+struct FoldFactors {
+  float kept, added;
+};
+__device__ __forceinline__ FoldFactors fold_factors(float& m, float m2) {
+  const float top = m2 > m ? m2 : m;
+  const FoldFactors f{ptx::ex2(m - top), ptx::ex2(m2 - top)};
+  m = top;
+  return f;
+}
+__device__ __forceinline__ float fold_value(float x, float x2, FoldFactors f) { return fma_rn(x2, f.added, x * f.kept); }
+
+#define SPECRT_MINUS_INF __int_as_float(0xff800000)
+
+// A head's (m, l, O) spread over a warp: element lane + 32 i in o[i].
+template <int N> struct WarpState {
+  float m, l, o[N];
+  __device__ void reset() {
+    m = SPECRT_MINUS_INF;
+    l = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) o[i] = 0.0f;
+  }
+  __device__ void fold(const WarpState& s) {
+    const FoldFactors f = fold_factors(m, s.m);
+    l = fold_value(l, s.l, f);
+#pragma unroll
+    for (int i = 0; i < N; ++i) o[i] = fold_value(o[i], s.o[i], f);
+  }
+};
+
+// float32 tensors: both ops (rows_f32.cu).
+void launch_attention_f32(const AttentionParams& p, void* stream);
+
+}  // namespace specrt

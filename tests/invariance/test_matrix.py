@@ -1,0 +1,127 @@
+"""Tokens and logprobs are a function of (weights, prompt, sampling parameters, seed) alone: nothing else of design section 4's matrix changes a bit."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.invariance.matrix import answers, assert_same, cases, coverage, make, register_replay
+from tests.kit.tiny import CONFIGS, tiny_vocab, write_folder
+
+# SmolLM2's layer (9 query heads, 3 KV heads of 64), few of them; and one with a sliding window and page-crossing lengths.
+SMOL = {**CONFIGS["llama"], "hidden_size": 576, "intermediate_size": 256, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 2,
+        "max_position_embeddings": 2048}
+VOCAB = SMOL["vocab_size"]
+LENGTHS = (1, 5, 16, 40, 70, 130, 65, 33)
+TOKENS = 40
+DTYPES = ["bfloat16", "float32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("target"), SMOL)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory):
+    """Another small model of the same tokenizer: accepted by luck only, so rejections are certain."""
+    return write_folder(tmp_path_factory.mktemp("draft"), {**SMOL, "num_hidden_layers": 1}, seed=1)
+
+
+@functools.lru_cache(maxsize=None)
+def reference(model, device, dtype):
+    """Every request alone, without speculation."""
+    batch = cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS)
+    with make(model, device=device, dtype=dtype, max_batch_size=1) as llm:
+        return batch, answers(llm, batch, together=False)
+
+
+TREE = dict(num_steps=6, eagle_topk=3, num_draft_tokens=14)
+VARIANTS = {
+    "batch": (dict(), {}),
+    "chunked-3": (dict(), dict(chunk=3)),
+    "chunked-64": (dict(), dict(chunk=64)),
+    "pages-16": (dict(), dict(page_size=16)),
+    "pages-32": (dict(), dict(page_size=32)),
+    "ngram-chain": (dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, num_speculative_tokens=7), {}),
+    "ngram-tree": (dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, **TREE), {}),
+    "replay-chain": (dict(method="replay", num_speculative_tokens=9), {}),
+    "replay-chain-chunked": (dict(method="replay", num_speculative_tokens=63), dict(chunk=7, page_size=16)),
+    "replay-tree": (dict(method="replay", **TREE), {}),
+    "replay-tree-64": (dict(method="replay", num_steps=20, eagle_topk=4, num_draft_tokens=64), dict(page_size=16)),
+    "draft-self-chain": (dict(method="draft_model", model="target", num_speculative_tokens=4), {}),
+    "draft-self-tree": (dict(method="draft_model", model="target", num_steps=3, eagle_topk=3, num_draft_tokens=10), {}),
+    "draft-other-chain": (dict(method="draft_model", model="draft", num_speculative_tokens=3), {}),
+    "draft-other-tree": (dict(method="draft_model", model="draft", num_steps=3, eagle_topk=2, num_draft_tokens=6, draft_sample_method="greedy"), dict(page_size=32)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_changes_a_bit(monkeypatch, model, draft, device, dtype, variant):
+    batch, want = reference(model, device, dtype)
+    spec, settings = VARIANTS[variant]
+    spec = {**spec, **({"model": str({"target": model, "draft": draft}[spec["model"]])} if "model" in spec else {})}
+    register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree" if "num_steps" in spec else "chain")
+    with make(model, device=device, dtype=dtype, max_batch_size=3, speculative_config=spec or None, **settings) as llm:
+        assert_same(answers(llm, batch, together=True), want, variant)
+        seen = coverage(llm)
+    if spec:
+        assert seen.drafted > 0
+    if spec.get("method") == "replay":
+        deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-64": 6}[variant]
+        assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
+        assert seen.accepted < seen.drafted
+    if variant.startswith("draft-self"):
+        assert seen.accepted > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_put_back_and_recomputed(monkeypatch, model, device, dtype):
+    """Pages for about two requests: the third is put back and recomputed, in the middle of speculation."""
+    batch, want = reference(model, device, dtype)
+    register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree")
+    page = 2 * 2 * 3 * 16 * 64 * getattr(torch, dtype).itemsize  # k and v, layers, heads, positions, head dim
+    with make(model, device=device, dtype=dtype, max_batch_size=4, page_size=16, kv_cache_memory=18 * page, speculative_config=dict(method="replay", **TREE)) as llm:
+        assert_same(answers(llm, batch, together=True), want, "put back")
+        assert coverage(llm).put_back > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype):
+    """Off, chain and tree by request, joining and leaving as others end."""
+    batch, want = reference(model, device, dtype)
+    register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree")
+    kinds = [False, None, {"method": "ngram"}, {"num_draft_tokens": 5}]
+    mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
+    with make(model, device=device, dtype=dtype, max_batch_size=5, speculative_config=dict(method="replay", **TREE)) as llm:
+        assert_same(answers(llm, mixed, together=True), want, "mixed")
+
+
+def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device):
+    config = {**CONFIGS["mistral"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 24, "max_position_embeddings": 2048}
+    folder = write_folder(tmp_path / "window", config)
+    batch = cases(4, config["vocab_size"], (3, 30, 75, 90), 30)
+    with make(folder, device=device, max_batch_size=1) as llm:
+        want = answers(llm, batch, together=False)
+    for shape, spec in (("chain", dict(num_speculative_tokens=8)), ("tree", TREE)):
+        register_replay(monkeypatch, list(zip(batch, want)), config["vocab_size"], shape)
+        with make(folder, device=device, chunk=5, page_size=16, speculative_config=dict(method="replay", **spec)) as llm:
+            assert_same(answers(llm, batch, together=True), want, shape)
+
+
+def test_prompt_logprobs_do_not_depend_on_chunks(model, device):
+    batch = cases(3, VOCAB, (20, 70, 100), 4)
+    found = []
+    for chunk in (None, 9):
+        with make(model, chunk=chunk, device=device) as llm:
+            outs = llm.generate([c.prompt for c in batch], [replace(c.params, prompt_logprobs=2) for c in batch])
+            found.append([o.prompt_logprobs for o in outs])
+    assert found[0] == found[1] and len(found[0][1]) == 70
+
+
+def test_the_tiny_vocabulary_fits():
+    assert len(tiny_vocab()) <= VOCAB

@@ -1,0 +1,111 @@
+import random
+
+import pytest
+import torch
+
+from specrt import ops
+from tests.kit.compare import poisoned
+from tests.ops.tree_cases import POISON, ints, random_table, random_trees, slot_of
+
+I32, I64 = torch.int32, torch.int64
+
+
+def build(device, token, parent, size, seq_lens, table, page_size, capacity):
+    """Every output of tree_build, as nested lists."""
+    batch, nodes = len(token), len(token[0])
+    shapes = dict(tree_depth=((batch, nodes), I32), tree_ancestors=((batch, nodes), I64), row_offset=((batch + 1,), I32), row_request=((capacity,), I32),
+                  row_node=((capacity,), I32), row_token=((capacity,), I32), row_position=((capacity,), I32), row_prefix=((capacity,), I32),
+                  row_slot=((capacity,), I64), row_ancestors=((capacity,), I64), num_rows=((1,), I32))
+    out = {name: poisoned(*shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    ops.tree_build(*(ints(x, device) for x in (token, parent, size, seq_lens, table)), page_size, *out.values())
+    return {name: t.tolist() for name, t in out.items()}
+
+
+def signed(word):
+    return word - (1 << 64) if word >> 63 else word
+
+
+def expected(token, parent, size, seq_lens, table, page_size, capacity):
+    batch, nodes = len(token), len(token[0])
+    want = dict(tree_depth=[[POISON] * nodes for _ in token], tree_ancestors=[[POISON] * nodes for _ in token], row_offset=[])
+    rows = []
+    for b in range(batch):
+        want["row_offset"].append(min(len(rows), capacity))
+        for node in range(size[b]):
+            path, up = [], node
+            while up >= 0:
+                path.append(up)
+                up = parent[b][up]
+            word = signed(sum(1 << n for n in path))
+            want["tree_depth"][b][node], want["tree_ancestors"][b][node] = len(path) - 1, word
+            rows.append((b, node, token[b][node], seq_lens[b] + len(path) - 1, seq_lens[b], slot_of(table[b], page_size, seq_lens[b] + node), word))
+    rows = rows[:capacity]
+    want["row_offset"].append(len(rows))
+    for i, name in enumerate(["row_request", "row_node", "row_token", "row_position", "row_prefix", "row_slot", "row_ancestors"]):
+        want[name] = [r[i] for r in rows] + [POISON] * (capacity - len(rows))
+    want["num_rows"] = [len(rows)]
+    return want
+
+
+@pytest.mark.parametrize("batch,nodes,page_size", [(1, 1, 16), (1, 64, 16), (3, 33, 32), (8, 64, 64), (70, 7, 16)])
+def test_tree_build_equals_brute_force(device, batch, nodes, page_size):
+    rng = random.Random(batch * 100 + nodes)
+    for _ in range(4):
+        token, parent, size = random_trees(rng, batch, nodes, vocab=50)
+        table = random_table(rng, batch, 5)
+        seq_lens = [rng.randrange(0, 5 * page_size) for _ in range(batch)]  # some trees run past the table
+        for capacity in (batch * nodes, max(1, sum(size) // 2)):  # and some past the rows
+            case = (token, parent, size, seq_lens, table, page_size, capacity)
+            assert build(device, *case) == expected(*case)
+
+
+def test_ancestors_hold_the_parents_word_and_the_node(device):
+    rng = random.Random(5)
+    token, parent, size = random_trees(rng, 4, 64, sizes=[64] * 4, vocab=64)
+    got = build(device, token, parent, size, [9] * 4, random_table(rng, 4, 2), 64, 256)
+    for words, parents, depths in zip(got["tree_ancestors"], parent, got["tree_depth"]):
+        assert words[0] == 1 and depths[0] == 0
+        for node in range(1, 64):
+            assert words[node] == signed(words[parents[node]] & (1 << 64) - 1 | 1 << node) and depths[node] == depths[parents[node]] + 1
+
+
+def test_a_page_that_is_not_there_gives_no_slot(device):
+    got = build(device, [[3, 4, 5]], [[-1, 0, 1]], [3], [15], [[7, -1]], 16, 3)
+    assert got["row_slot"] == [7 * 16 + 15, -1, -1]
+
+
+def span(device, history, start, end, table, page_size, capacity):
+    batch = len(history)
+    shapes = dict(row_offset=(batch + 1, I32), row_request=(capacity, I32), row_token=(capacity, I32), row_position=(capacity, I32),
+                  row_prefix=(capacity, I32), row_slot=(capacity, I64), num_rows=(1, I32))
+    out = {name: poisoned(n, dtype=dtype, device=device) for name, (n, dtype) in shapes.items()}
+    ops.span_rows(*(ints(x, device) for x in (history, start, end, table)), page_size, *out.values())
+    return {name: t.tolist() for name, t in out.items()}
+
+
+@pytest.mark.parametrize("batch", [1, 5, 67])
+def test_span_rows_equals_brute_force(device, batch):
+    rng = random.Random(batch)
+    length, page_size, capacity = 70, 16, batch * 40
+    history = [[rng.randrange(1000) for _ in range(length)] for _ in range(batch)]
+    table = random_table(rng, batch, 4)  # 64 positions: the last ones have no slot
+    start = [rng.randrange(0, 70) for _ in range(batch)]
+    end = [s + rng.randrange(-5, 40) for s in start]
+    end = [min(e, length) for e in end]
+    rows, offsets = [], []
+    for b in range(batch):
+        offsets.append(len(rows))
+        rows += [(b, history[b][t], t, t + 1, slot_of(table[b], page_size, t)) for t in range(start[b], end[b])]
+    got = span(device, history, start, end, table, page_size, capacity)
+    for i, name in enumerate(["row_request", "row_token", "row_position", "row_prefix", "row_slot"]):
+        assert got[name] == [r[i] for r in rows] + [POISON] * (capacity - len(rows)), name
+    assert got["row_offset"] == offsets + [len(rows)] and got["num_rows"] == [len(rows)]
+
+
+def test_a_wrong_argument_is_named(device):
+    with pytest.raises(RuntimeError, match="tree_build.*'tree_token'.*64"):
+        build(device, [[0] * 65], [[0] * 65], [1], [0], [[0]], 16, 65)
+    with pytest.raises(RuntimeError, match="tree_build.*'page_size'"):
+        build(device, [[0]], [[0]], [1], [0], [[0]], 0, 1)
+    with pytest.raises(RuntimeError, match="span_rows.*'start'"):
+        span(device, [[0]], [0, 0], [1], [[0]], 16, 1)
