@@ -19,6 +19,8 @@ def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: A
     from specrt.models.dense import DenseModel
     from specrt.weights import open_checkpoint
 
+    if tokenizer is None:
+        raise ValueError("speculative_config['method'] = 'draft_model' needs the target's tokenizer to compare with the draft model's, and the target has none")
     checkpoint = open_checkpoint(config.model)
     if checkpoint.tokenizer().fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"speculative_config['model']: the draft model {config.model!r} has another tokenizer than the target (the token -> id tables differ); "
