@@ -1,7 +1,8 @@
 #include "ops/checks.h"
 
+#include <stdexcept>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/Exception.h>
 
 #ifdef SPECRT_TORCH_CUDA
 // The stable C shim declares it only for torch's own CUDA builds (USE_CUDA), whose headers a CPU build must not see.
@@ -49,8 +50,7 @@ Checker::Checker(const char* op, const Tensor& first) : op_(op), cuda_(first.is_
 
 void Checker::refuse(const char* arg, const std::string& got, const std::string& want) const {
   std::string message = std::string("specrt::") + op_ + ": argument '" + arg + "': got " + got + ", want " + want;
-  STD_TORCH_CHECK(false, message.c_str());
-  __builtin_unreachable();
+  throw std::runtime_error(message);
 }
 
 void Checker::operator()(const char* arg, const Tensor& t, std::initializer_list<Dim> shape, std::initializer_list<ScalarType> dtypes) {
@@ -88,8 +88,7 @@ Device Checker::device() const {
 
 void no_cuda(const char* op) {
   std::string message = std::string("specrt::") + op + ": this build has no CUDA kernels (no nvcc or a CPU-only torch when it was built); use device=\"cpu\"";
-  STD_TORCH_CHECK(false, message.c_str());
-  __builtin_unreachable();
+  throw std::runtime_error(message);
 }
 
 }  // namespace specrt::ops
