@@ -14,6 +14,7 @@ MAX_NODES = 64  # rows of a request in a round: one 64-bit ancestor word a node
 DEFAULT_MAX_MODEL_LEN = 8192
 _CHAIN_LENGTH = {"ngram": 8}
 _DEFAULT_CHAIN_LENGTH = 4
+_LOOKUP = (2, 4)  # prompt_lookup_min, prompt_lookup_max
 _DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
 _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 
@@ -106,14 +107,15 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lookup(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """prompt_lookup_min, prompt_lookup_max: 5 and 5, or, where one is given, both equal (vLLM)."""
+    """prompt_lookup_min, prompt_lookup_max: where one is given, both equal (vLLM); with neither, 2 and 4, which drafts more often than vLLM's 5 and 5
+    and measured better on summaries and answers from a text."""
     bounds = {key: integer(_key(key), given[key], 1, 1024) for key in ("prompt_lookup_min", "prompt_lookup_max") if key in given}
     if method != "ngram":
         if bounds:
             raise ValueError(f"{_key(next(iter(bounds)))} belongs to method 'ngram', not to {method!r}; leave it out")
         return {}
-    low = bounds.get("prompt_lookup_min", bounds.get("prompt_lookup_max", 5))
-    high = bounds.get("prompt_lookup_max", low)
+    low = bounds.get("prompt_lookup_min", bounds.get("prompt_lookup_max", _LOOKUP[0]))
+    high = bounds.get("prompt_lookup_max", low if bounds else _LOOKUP[1])
     if low > high:
         raise ValueError(f"{_key('prompt_lookup_min')} = {low} is above prompt_lookup_max = {high}; it must be at most that")
     return {"prompt_lookup_min": low, "prompt_lookup_max": high}
@@ -170,7 +172,7 @@ def _check_verifiable(config: SpeculativeConfig, given: dict[str, Any]) -> None:
 
 
 #: The n-gram drafter that every engine has, so that a request may ask for it.
-DEFAULT_NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=8, prompt_lookup_min=5, prompt_lookup_max=5)
+DEFAULT_NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=_CHAIN_LENGTH["ngram"], prompt_lookup_min=_LOOKUP[0], prompt_lookup_max=_LOOKUP[1])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def parse(**given) -> SpeculativeConfig:
 def test_chain_defaults():
     draft, ngram = parse(**DRAFT), parse(**NGRAM)
     assert (draft.num_speculative_tokens, draft.is_tree, draft.max_draft_tokens, draft.max_depth) == (4, False, 4, 4)
-    assert (ngram.num_speculative_tokens, ngram.prompt_lookup_min, ngram.prompt_lookup_max) == (8, 5, 5)
+    assert (ngram.num_speculative_tokens, ngram.prompt_lookup_min, ngram.prompt_lookup_max) == (8, 2, 4)
     assert (draft.rejection_sample_method, draft.draft_sample_method, draft.draft_tensor_parallel_size, draft.quantization) == ("exact", "shared_noise", 1, None)
     assert parse(**DRAFT, num_speculative_tokens=None).num_speculative_tokens == 4, "None is as if the key were not there"
 
