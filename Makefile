@@ -62,18 +62,22 @@ build/gpu/%: $(SOURCES)
 gpu-build: $(VENV)/.run
 	$(MAKE) build SPECRT_CUDA=ON SPECRT_ARCH=$$($(PY) requirements/card.py)
 
+# Several processes: most of the time goes to the references on the CPU.
+GPU_PYTEST := OMP_NUM_THREADS=2 $(PY) -m pytest -n 8 $(PYTEST_ARGS)
+
 gpu-tests: $(VENV)/.test $(VENV)/.model
-	$(PY) -m pytest --ignore=tests/invariance $(PYTEST_ARGS)
+	$(GPU_PYTEST) --ignore=tests/invariance
 
 gpu-invariance: $(VENV)/.test $(VENV)/.model
-	$(PY) -m pytest tests/invariance $(PYTEST_ARGS)
+	$(GPU_PYTEST) tests/invariance
+	$(PY) bench/exactness.py --requests 64 --tokens 256
+	$(PY) bench/exactness.py --requests 64 --tokens 128 --model llama-8b-random
 
 gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.test
 	compute-sanitizer --tool $* --error-exitcode 1 $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
 
 gpu-bench: $(VENV)/.model
-	@mkdir -p build/gpu
-	$(PY) -m specrt bench --device cuda --dtype bfloat16 --json build/gpu/bench.json
+	$(PY) bench/bench_gpu.py
 
 clean:
 	rm -rf build specrt/_C.so

@@ -1,4 +1,4 @@
-"""What the CUDA backend does so far, on one GPU, cold weights, CUDA-graph timed; writes bench/results/<card>.json, row by row.
+"""What the CUDA backend does so far, on one GPU, cold weights, CUDA-graph timed; writes bench/results/<card>.json.
 
     linear_bf16_m*: every linear layer and lm_head of the Llama-3.1-8B shape (15 GB of distinct weights), beside cuBLAS (torch.mm) in the same run; floor: the
     bytes over the read bandwidth measured in the run. prefill_linear_bf16_m4096: one layer's. decode_attention, verify_attention: a layer, beside torch's
@@ -13,7 +13,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from results import Results, print_table
+from results import Results, card, print_table
 
 from specrt import LLM, SamplingParams, ops
 
@@ -93,7 +93,7 @@ def attention(results: Results) -> None:
             words.append(words[(i - 1) // 2] | 1 << i)
         ancestors = torch.tensor([w - (1 << 64) if w >> 63 else w for w in words], dtype=torch.int64, device=DEVICE).repeat(batch)
         workspace = ops.attention_workspace(rows, HEADS, DIM, per * page, DEVICE)
-        read = [p[:, :, :, :, :].view(-1).view(torch.int32) for p in pools]
+        read = [p.view(-1).view(torch.int32) for p in pools]
         floor = median(graph_times(lambda: [r.max() for r in read])) / copies * 1e6
         ks = [p[0, : batch * (context // page)].view(batch, context // page, KV_HEADS, page, DIM).transpose(1, 2).reshape(batch, KV_HEADS, context, DIM) for p in pools[:4]]
         vs = [p[1, : batch * (context // page)].view(batch, context // page, KV_HEADS, page, DIM).transpose(1, 2).reshape(batch, KV_HEADS, context, DIM) for p in pools[:4]]
@@ -132,8 +132,7 @@ def end_to_end(results: Results, model: str) -> None:
 
 
 def add(results: Results, name: str, shape: str, values: list[float], unit: str, peer: str | None, peer_value: float | None, floor: float | None) -> None:
-    row = results.add(name, shape, values, unit, peer, peer_value)
-    row |= {"floor": floor, "share_of_floor": floor / row["value"] if floor else None}
+    row = results.add(name, shape, values, unit, peer, peer_value, floor)
     print(name, f"{row['value']:.4g} {unit}", f"peer {peer_value:.4g}" if peer_value else "", f"share of floor {row['share_of_floor']:.2f}" if floor else "", flush=True)
 
 
@@ -141,14 +140,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     args = parser.parse_args()
-    card = "h100" if "H100" in torch.cuda.get_device_name() else torch.cuda.get_device_name().lower().replace(" ", "_")
-    results = Results(f"{card}.json", "cuda")
+    results = Results(f"{card()}.json", "cuda")
     torch.manual_seed(0)
-    attention(results)
-    linears(results)
-    torch.cuda.empty_cache()
-    end_to_end(results, args.model)
-    results.write()
+    for part in (attention, linears, lambda r: end_to_end(r, args.model)):
+        part(results)
+        results.write()
+        torch.cuda.empty_cache()
     print_table(results.rows)
 
 

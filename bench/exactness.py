@@ -4,12 +4,11 @@
     python bench/exactness.py --device cuda --model llama-8b-random
 
 Every request is generated plainly (all together, and a few of them alone), then again with every drafter, as chains and trees, chunked, with small pages
-and too few of them; tokens and logprobs are compared with ==. Free pages hold NaN. Exits 1 on the first difference. Writes bench/results/exactness_<device>.json."""
+and too few of them; tokens and logprobs are compared with ==. Free pages hold NaN. Exits 1 on the first difference. Writes bench/results/exactness_<card>.json."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import specrt.llm  # noqa: E402
 import specrt.weights  # noqa: E402
-from bench.results import FOLDER, commit, csrc_digest, machine  # noqa: E402
+from bench.results import Results, card  # noqa: E402
 from specrt.draft import DRAFTERS  # noqa: E402
 from specrt.models.config import ModelConfig  # noqa: E402
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make  # noqa: E402
@@ -71,7 +70,9 @@ def main() -> int:
     plain.close()
     del plain
 
-    rows = []
+    results = Results(f"exactness_{card() if a.device == 'cuda' else 'cpu'}.json", a.device)
+    shape = f"{a.model} {a.dtype}, {a.requests} requests of {a.tokens} tokens"
+    results.add("exactness, alone against together", f"{a.model} {a.dtype}, {a.alone} requests of {a.tokens} tokens", [0], "differing tokens")
     for name, (spec, extra) in VARIANTS.items():
         if a.variants and not any(text in name for text in a.variants):
             continue
@@ -102,18 +103,12 @@ def main() -> int:
             seen = coverage(llm)
         del llm
         compared[name] = a.requests * a.tokens
-        rows.append({"variant": name, "tokens": compared[name], "differing": 0, "drafted": seen.drafted, "accepted": seen.accepted, "put_back": seen.put_back,
-                     "deepest_accepted": sum(n > 0 for n in seen.accepted_per_pos)})
+        results.add(f"exactness, {name}", shape, [0], "differing tokens",
+                    note=f"{seen.accepted} of {seen.drafted} drafts accepted, to depth {sum(n > 0 for n in seen.accepted_per_pos)}; {seen.put_back} put back")
         print(f"{name}: {compared[name]} tokens equal; {seen.accepted} of {seen.drafted} drafts accepted, {seen.put_back} put back; "
               f"{time.perf_counter() - started:.1f} s", flush=True)
-    result = {"machine": machine(a.device), "model": a.model, "dtype": a.dtype, "requests": a.requests, "tokens_compared": sum(compared.values()), "differing": 0,
-              "alone": compared["alone"], "digest": csrc_digest(), "commit": commit(), "rows": rows}
-    path = FOLDER / f"exactness_{a.device}.json"
-    results = json.loads(path.read_text()) if path.exists() else []
-    results = [r for r in results if r["model"] != a.model] + [result]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{result['tokens_compared']} tokens compared, none differs -> {path}")
+    results.write()
+    print(f"{sum(compared.values())} tokens compared, none differs -> {results.path}")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
-KEYS = ("name", "shape", "value", "unit", "peer", "peer_value", "ratio", "spread", "digest", "commit", "date", "machine")
+KEYS = ("name", "shape", "value", "unit", "floor", "share_of_floor", "peer", "peer_value", "ratio", "spread", "note", "digest", "commit", "date")
 
 
 def csrc_digest() -> str:
@@ -44,6 +44,12 @@ def machine(device: str = "cpu") -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} threads"
 
 
+def card() -> str:
+    """The GPU's short name, for file names: "h100"."""
+    name = machine("cuda")
+    return "h100" if "H100" in name else name.lower().replace(" ", "_")
+
+
 def _cpuinfo() -> list[str]:
     try:
         return Path("/proc/cpuinfo").read_text().splitlines()
@@ -52,24 +58,32 @@ def _cpuinfo() -> list[str]:
 
 
 class Results:
-    """Collects rows; ``write`` replaces FOLDER/<file>."""
+    """Rows of one file of FOLDER, {"machine", "rows"}. ``write`` replaces the rows that were measured again (same name, shape and peer) and keeps the others: their digest says
+    which kernels they belong to. Rows of another machine are dropped."""
 
     def __init__(self, file: str, device: str = "cpu"):
-        self.path = FOLDER / file
-        self._common = {"digest": csrc_digest(), "commit": commit(), "date": date.today().isoformat(), "machine": machine(device)}
+        self.path, self.machine = FOLDER / file, machine(device)
+        self._common = {"digest": csrc_digest(), "commit": commit(), "date": date.today().isoformat()}
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, name: str, shape: str, values: list[float], unit: str, peer: str | None = None, peer_value: float | None = None) -> dict[str, Any]:
-        """``values``: one a repeat. ``ratio`` is value / peer_value."""
+    def add(self, name: str, shape: str, values: list[float], unit: str, peer: str | None = None, peer_value: float | None = None, floor: float | None = None,
+            note: str | None = None) -> dict[str, Any]:
+        """``values``: one a repeat; their median is the row's. ``ratio`` is value / peer_value; ``floor``: the least that the bytes moved allow (a time), share_of_floor = floor / value."""
         value = median(values)
-        row = {"name": name, "shape": shape, "value": value, "unit": unit, "peer": peer, "peer_value": peer_value,
-               "ratio": value / peer_value if peer_value else None, "spread": (max(values) - min(values)) / value if value else 0.0, **self._common}
+        row = {"name": name, "shape": shape, "value": value, "unit": unit, "floor": floor, "share_of_floor": floor / value if floor else None, "peer": peer, "peer_value": peer_value,
+               "ratio": value / peer_value if peer_value else None, "spread": (max(values) - min(values)) / value if value else 0.0, "note": note, **self._common}
         self.rows.append(row)
         return row
 
     def write(self) -> None:
+        key = lambda r: (r["name"], r["shape"], r["peer"])  # noqa: E731
+        kept: list[dict[str, Any]] = []
+        if self.path.exists():
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            if before["machine"] == self.machine:
+                kept = [r for r in before["rows"] if key(r) not in {key(n) for n in self.rows}]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        self.path.write_text(json.dumps({"machine": self.machine, "rows": kept + self.rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -78,10 +92,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     grid = Table(box=box.SIMPLE_HEAD)
-    for name in ("name", "shape", "value", "unit", "spread", "peer", "peer value", "ratio"):
+    for name in ("name", "shape", "value", "unit", "spread", "of floor", "peer", "peer value", "ratio"):
         grid.add_column(name, justify="left" if name in ("name", "shape", "unit", "peer") else "right", no_wrap=True)
     number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
     for r in rows:
-        grid.add_row(r["name"], r["shape"], number(r["value"], ".3g" if r["value"] < 10 else ".1f"), r["unit"], number(r["spread"], ".1%"), r["peer"] or "",
+        grid.add_row(r["name"], r["shape"], number(r["value"], ".3g" if r["value"] < 10 else ".1f"), r["unit"], number(r["spread"], ".1%"), number(r["share_of_floor"], ".2f"), r["peer"] or "",
                      number(r["peer_value"], ".1f"), number(r["ratio"], ".2f"))
     Console(width=max(Console().width, 200)).print(grid)

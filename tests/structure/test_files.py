@@ -43,9 +43,9 @@ def test_no_flag_lets_the_compiler_choose_an_order():
 
 def test_results_have_one_form():
     for path in (ROOT / "bench" / "results").glob("*.json"):
-        rows = json.loads(path.read_text())
-        assert isinstance(rows, list) and rows, path
-        for row in rows:
+        content = json.loads(path.read_text())
+        assert content.keys() == {"machine", "rows"} and content["machine"] and content["rows"], path
+        for row in content["rows"]:
             assert tuple(row) == KEYS, f"{path.name}: {sorted(set(row) ^ set(KEYS))}"
             assert isinstance(row["value"], (int, float)) and row["spread"] >= 0 and re.fullmatch(r"[0-9a-f]{16}", row["digest"]), path.name
             assert (row["peer_value"] is None) == (row["ratio"] is None)
