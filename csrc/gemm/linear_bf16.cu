@@ -2,7 +2,7 @@
 //
 // Two kernels, one order (params.h). `few_rows` gives each of the 4 ranges of K to warps of its own: a CTA streams 16..64 weight rows along
 // four fronts at once, with no barrier between them until the end. `many_rows` walks the ranges one after the other on a 128 x 128 tile.
-// Which of them runs is a function of the shapes; which rows share a tile changes no bit.
+// Which of them runs is a function of the shapes and of the card's shared memory; which rows share a tile changes no bit.
 // Bytes: the weights once (many_rows: once per 128 rows, mostly from L2), x once per block of weight rows (from L2).
 #include "base/check.h"
 #include "base/math.h"
@@ -39,7 +39,7 @@ template <int MT_, int warps_, int NT_, int stages_> struct Few {
   static constexpr int stage_bytes = (outputs + tokens) * kTileRowBytes, range_bytes = stages * stage_bytes;
   static constexpr int pitch = outputs + 4;  // floats, of the sums in shared memory
   static constexpr int shared_bytes = kRanges * range_bytes + 128;
-  static_assert(kRanges * tokens * pitch * 4 <= kRanges * range_bytes, "the sums reuse the stages");
+  static_assert(tokens * pitch * 4 <= range_bytes, "the sums reuse the stages");
 };
 
 // Barrier of one range's threads.
@@ -98,8 +98,8 @@ template <typename C> __global__ void __launch_bounds__(C::threads) few_rows(Lin
 }
 
 // 128 weight rows x 128 tokens a CTA; 2 x 4 warps of 64 x 32.
-struct Many {
-  static constexpr int MT = 4, NT = 4, threads = 256, stages = 4;
+template <int stages_> struct Many {
+  static constexpr int MT = 4, NT = 4, threads = 256, stages = stages_;
   static constexpr int outputs = 128, tokens = 128;
   static constexpr int stage_bytes = (outputs + tokens) * kTileRowBytes;
   static constexpr int pitch = outputs + 4;
@@ -107,8 +107,7 @@ struct Many {
   static_assert(tokens * pitch * 4 <= stages * stage_bytes, "the sums reuse the stages");
 };
 
-__global__ void __launch_bounds__(Many::threads, 1) many_rows(LinearParams p) {
-  using C = Many;
+template <typename C> __global__ void __launch_bounds__(C::threads, 1) many_rows(LinearParams p) {
   const int first_row = blockIdx.x * C::tokens, first_output = blockIdx.y * C::outputs;
   const int num_rows = min(*p.num_rows, p.rows), count = min(num_rows - first_row, C::tokens);
   if (count <= 0) return;
@@ -175,15 +174,48 @@ template <typename Narrow, typename Wide> void launch_few(const LinearParams& p,
   else launch<Narrow>(few_rows<Narrow>, p, stream);
 }
 
+// The pipelines' depths are what fits the shared memory a block may have; no bit depends on them.
+struct Deep {  // 227 KB: sm_90, sm_100
+  using Few8 = Few<1, 1, 1, 4>;
+  using Few8Wide = Few<1, 4, 1, 3>;
+  using Few16 = Few<1, 1, 2, 4>;
+  using Few16Wide = Few<1, 4, 2, 3>;
+  using Few32 = Few<2, 1, 4, 3>;
+  using Few32Wide = Few<2, 2, 4, 4>;
+  using Few64 = Few<2, 1, 8, 4>;
+  using Few64Wide = Few<2, 2, 8, 3>;
+  using Rest = Many<4>;
+};
+struct Shallow {  // 99 KB: every card since sm_80
+  using Few8 = Few<1, 1, 1, 4>;
+  using Few8Wide = Few<1, 4, 1, 2>;
+  using Few16 = Few<1, 1, 2, 4>;
+  using Few16Wide = Few<1, 4, 2, 2>;
+  using Few32 = Few<2, 1, 4, 3>;
+  using Few32Wide = Few<2, 2, 4, 2>;
+  using Few64 = Few<2, 1, 8, 2>;
+  using Few64Wide = Few64;
+  using Rest = Many<3>;
+};
+
+template <typename Set> void launch_by_rows(const LinearParams& p, cudaStream_t stream) {
+  using Rest = typename Set::Rest;
+  const int64_t rest_ctas = static_cast<int64_t>(ceil_div(p.rows, Rest::tokens)) * ceil_div(p.out_features, Rest::outputs);
+  if (p.rows <= 8) launch_few<typename Set::Few8, typename Set::Few8Wide>(p, stream);
+  else if (p.rows <= 16) launch_few<typename Set::Few16, typename Set::Few16Wide>(p, stream);
+  else if (p.rows <= 32) launch_few<typename Set::Few32, typename Set::Few32Wide>(p, stream);
+  else if (p.rows <= 64 || rest_ctas < 128) launch_few<typename Set::Few64, typename Set::Few64Wide>(p, stream);
+  else launch<Rest>(many_rows<Rest>, p, stream);
+}
+
 }  // namespace
 
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
-  const int64_t many_ctas = static_cast<int64_t>(ceil_div(p.rows, Many::tokens)) * ceil_div(p.out_features, Many::outputs);
-  if (p.rows <= 8) launch_few<Few<1, 1, 1, 4>, Few<1, 4, 1, 3>>(p, stream);
-  else if (p.rows <= 16) launch_few<Few<1, 1, 2, 4>, Few<1, 4, 2, 3>>(p, stream);
-  else if (p.rows <= 32) launch_few<Few<2, 1, 4, 3>, Few<2, 2, 4, 4>>(p, stream);
-  else if (p.rows <= 64 || many_ctas < 128) launch_few<Few<2, 1, 8, 4>, Few<2, 2, 8, 3>>(p, stream);
-  else launch<Many>(many_rows, p, stream);
+  int card = 0, shared = 0;
+  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
+  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, card));
+  if (shared >= 227 * 1024) launch_by_rows<Deep>(p, stream);
+  else launch_by_rows<Shallow>(p, stream);
 }
 
 }  // namespace specrt
