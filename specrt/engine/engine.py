@@ -58,6 +58,8 @@ class Engine:
             raise ValueError(f"stop_token_ids: {len(end_ids)} ids end the output (the model's own included); at most {MAX_STOP_IDS} may")
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop = {params.stop!r} needs a tokenizer, which this checkpoint has not; use stop_token_ids")
+        if params.token_mask is not None and self.config.rejection_sample_method == "synthetic":
+            raise ValueError("token_mask does not go with rejection_sample_method 'synthetic', which accepts drafts that a mask forbids; use 'exact' or 'standard'")
         text = OutputText(self.tokenizer.detokenizer() if self.tokenizer is not None else None, params.stop)
         request = Request(tokens, params, seed, speculation, end_ids, text, self.config.max_model_len, self.config.rejection_sample_method)
         needed, there = self.scheduler.most_pages(request), self.scheduler.allocator.num_pages
