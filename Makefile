@@ -68,8 +68,8 @@ gpu-tests: $(VENV)/.test $(VENV)/.model
 gpu-invariance: $(VENV)/.test $(VENV)/.model
 	$(PY) -m pytest tests/invariance $(PYTEST_ARGS)
 
-gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.test
-	compute-sanitizer --tool $* --error-exitcode 1 $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
+gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.run
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --error-exitcode 1 $(PY) bench/sanitize_ops.py
 
 gpu-bench: $(VENV)/.model
 	@mkdir -p build/gpu
