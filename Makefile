@@ -73,8 +73,8 @@ gpu-invariance: $(VENV)/.test $(VENV)/.model
 	$(PY) bench/exactness.py --requests 64 --tokens 256
 	$(PY) bench/exactness.py --requests 64 --tokens 128 --model llama-8b-random
 
-gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.test
-	compute-sanitizer --tool $* --error-exitcode 1 $(PY) -m pytest tests/ops -k cuda -m "not slow" $(PYTEST_ARGS)
+gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.run
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --error-exitcode 1 $(PY) bench/sanitize_ops.py
 
 gpu-bench: $(VENV)/.model
 	$(PY) bench/bench_gpu.py

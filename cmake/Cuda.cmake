@@ -1,7 +1,7 @@
 # nvcc, the architecture list, and the flags of every kernel. Knows nothing of torch.
 include(CheckLanguage)
 set(SPECRT_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc is found), ON (fail without it), OFF")
-set(SPECRT_ARCH "90a" CACHE STRING "CUDA architectures of the kernels, CMake's list form (90a; 80 for Ampere and later by PTX)")
+set(SPECRT_ARCH "90a" CACHE STRING "CUDA architectures of the kernels, CMake's list form, machine code only: 90a for Hopper, 80 for every Ampere and Ada card, \"80;90a\" for both")
 set(SPECRT_HAS_CUDA OFF)
 if(NOT SPECRT_CUDA STREQUAL "OFF")
   if(NOT CMAKE_CUDA_COMPILER AND EXISTS /usr/local/cuda/bin/nvcc)

@@ -34,11 +34,11 @@ template <typename T> __global__ void rms_norm_kernel(RmsNormParams p) {
 }
 
 template <typename T> __global__ void silu_mul_kernel(SiluMulParams p) {
-  const int row = blockIdx.y;
+  const int row = blockIdx.x;
   if (row >= *p.num_rows) return;
   const T* gate = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(row) * 2 * p.inter;
   T* out = static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.inter;
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.inter; i += gridDim.x * blockDim.x) {
+  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < p.inter; i += gridDim.y * blockDim.x) {
     float g = to_float(gate[i]);
     float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
     out[i] = round_to<T>(s * to_float(gate[p.inter + i]));
@@ -56,7 +56,7 @@ template <typename T> __global__ void embedding_kernel(EmbeddingParams p) {
 }
 
 template <typename T> void rms_norm(const RmsNormParams& p, cudaStream_t s) { rms_norm_kernel<T><<<(p.rows + kWarps - 1) / kWarps, kWarps * 32, 0, s>>>(p); }
-template <typename T> void silu_mul(const SiluMulParams& p, cudaStream_t s) { silu_mul_kernel<T><<<dim3((p.inter + 255) / 256, p.rows), 256, 0, s>>>(p); }
+template <typename T> void silu_mul(const SiluMulParams& p, cudaStream_t s) { silu_mul_kernel<T><<<dim3(p.rows, (p.inter + 255) / 256), 256, 0, s>>>(p); }
 template <typename T> void embedding(const EmbeddingParams& p, cudaStream_t s) { embedding_kernel<T><<<p.rows, 128, 0, s>>>(p); }
 
 }  // namespace

@@ -18,6 +18,10 @@ AttentionParams describe(Checker& check, Sym& R, const Tensor& q, const Tensor& 
   check("out", out, {R, Hq, D}, {q.scalar_type()});
   check.require(Hkv > 0 && Hq % Hkv == 0, "q", "query heads a multiple of the " + std::to_string(Hkv) + " KV heads, not " + std::to_string(Hq));
   check.require(P == 16 || P == 32 || P == 64, "k_pool", "pages of 16, 32 or 64 tokens, not " + std::to_string(P));
+  check.aligned("q", q);
+  check.aligned("k_pool", k_pool);
+  check.aligned("v_pool", v_pool);
+  check.aligned("out", out);
   check.require(window >= 0, "window", "0 (none) or a positive number of positions");
   if (check.cuda()) {
     check.require(D == 64 || D == 96 || D == 128, "q", "a head dim of 64, 96 or 128 on CUDA, not " + std::to_string(D));
@@ -39,6 +43,7 @@ void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, 
   check("paths", paths, {R, depth}, {kI32});
   check.require(!(ancestors.has_value() && paths.has_value()), "paths", "None where ancestors are given");
   check("workspace", workspace, {W}, {kF32});
+  check.aligned("workspace", workspace);
   if (check.cuda()) {
     const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, need = R * p.q_heads * chunks * (p.head_dim + 2);
     check.require(W >= need, "workspace", "at least " + std::to_string(need) + " floats (ops.attention_workspace with max_len >= max_pages * P)");

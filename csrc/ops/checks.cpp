@@ -78,6 +78,10 @@ void Checker::require(bool condition, const char* arg, const std::string& what) 
   if (!condition) refuse(arg, "a value out of range", what);
 }
 
+void Checker::aligned(const char* arg, const Tensor& t) const {
+  if (cuda_ && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16) refuse(arg, "a view that begins inside 16 bytes", "a 16-byte aligned address on CUDA");
+}
+
 Device Checker::device() const {
   Device d{cuda_, nullptr};
 #ifdef SPECRT_TORCH_CUDA

@@ -41,6 +41,8 @@ class Checker {
   }
   // A condition on values or sizes: `what` says what would be accepted.
   void require(bool condition, const char* arg, const std::string& what) const;
+  // CUDA kernels copy 16 bytes at a time from and to these.
+  void aligned(const char* arg, const Tensor& t) const;
   bool cuda() const { return cuda_; }
   Device device() const;  // with the current stream of the tensors' device
 

@@ -5,8 +5,6 @@ namespace specrt::ops {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// cp.async reads 16 bytes at a time.
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 int64_t pair_of(const Tensor& t) { return t.scalar_type() == kBF16 ? 2 : 1; }
 
 void pack_linear(Tensor weight, Tensor packed) {
@@ -28,8 +26,8 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
     check("weight", weight, {N, K}, {x.scalar_type()});
     if (x.scalar_type() == kBF16) {
       check.require(K % 8 == 0, "x", "K divisible by 8 (bfloat16 on CUDA reads 16 bytes at a time); K = " + std::to_string(K));
-      check.require(aligned(x), "x", "a 16-byte aligned address");
-      check.require(aligned(weight), "weight", "a 16-byte aligned address");
+      check.aligned("x", x);
+      check.aligned("weight", weight);
     }
   } else {
     const int64_t g = pair_of(x);

@@ -40,6 +40,8 @@ void kv_commit(Tensor k_pools, Tensor v_pools, Tensor block_table, Tensor seq_le
   check("path", path, {B, N}, {kI32});
   check("path_len", path_len, {B}, {kI32});
   check.require(D % 16 == 0 && D > 0, "k_pools", "a head dim that is a multiple of 16");
+  check.aligned("k_pools", k_pools);
+  check.aligned("v_pools", v_pools);
   if (B == 0 || L == 0 || Hkv == 0) return;
   KvCommitParams p{dtype_of(k_pools), inout<void>(k_pools), inout<void>(v_pools), in<int32_t>(block_table), in<int32_t>(seq_lens), in<int32_t>(path),
                    in<int32_t>(path_len), static_cast<int>(L), static_cast<int>(pages), static_cast<int>(Hkv), static_cast<int>(P), static_cast<int>(D),

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from bench import sanitize_ops
 from specrt import ops
 from tests.structure.sources import ROOT
 
@@ -47,3 +48,14 @@ def test_the_python_function_mirrors_the_schema(name):
 def test_every_function_of_ops_is_an_op():
     calls = set(re.findall(r"_C\.(\w+)\(", (ROOT / "specrt" / "ops.py").read_text()))
     assert calls == set(SCHEMAS)
+
+
+def test_the_sanitizer_sees_every_op():
+    """bench/sanitize_ops.py is what compute-sanitizer runs."""
+    called = set(re.findall(r"ops\.(\w+)\(", (ROOT / "bench" / "sanitize_ops.py").read_text()))
+    assert set(SCHEMAS) <= called
+
+
+def test_the_sanitizer_run_passes_on_the_cpu():
+    for part in (sanitize_ops.linears, sanitize_ops.row_wise, sanitize_ops.paged, sanitize_ops.sampling, sanitize_ops.drafting):
+        part(sanitize_ops.Kit("cpu"))
