@@ -42,18 +42,6 @@ template <int MT_, int warps_, int NT_, int stages_> struct Few {
   static_assert(tokens * pitch * 4 <= range_bytes, "the sums reuse the stages");
 };
 
-// Barrier of one range's threads. The barrier's number is a constant in each branch: with a number in a register compute-sanitizer's racecheck loses track of it.
-template <typename C> __device__ __forceinline__ void range_sync(int range) {
-  static_assert(kRanges == 4, "a case each");
-  if constexpr (C::warps == 1) { __syncwarp(); return; }
-  switch (range) {
-    case 0: asm volatile("bar.sync 1, %0;" ::"n"(C::range_threads) : "memory"); break;
-    case 1: asm volatile("bar.sync 2, %0;" ::"n"(C::range_threads) : "memory"); break;
-    case 2: asm volatile("bar.sync 3, %0;" ::"n"(C::range_threads) : "memory"); break;
-    default: asm volatile("bar.sync 4, %0;" ::"n"(C::range_threads) : "memory");
-  }
-}
-
 template <typename C> __global__ void __launch_bounds__(C::threads) few_rows(LinearParams p) {
   const int first_row = blockIdx.x * C::tokens, first_output = blockIdx.y * C::outputs;
   const int num_rows = min(*p.num_rows, p.rows), count = min(num_rows - first_row, C::tokens);
@@ -77,13 +65,15 @@ template <typename C> __global__ void __launch_bounds__(C::threads) few_rows(Lin
     if (step < steps) copy_step(step);
     ptx::cp_async_commit();
   }
-  for (int step = 0; step < steps; ++step) {
+  // Ranges differ by a step at most: they walk together, so that one barrier serves all.
+  const int most = ceil_div(tiles, kRanges);
+  for (int step = 0; step < most; ++step) {
     ptx::cp_async_wait<C::stages - 2>();
-    range_sync<C>(range);  // this step's tiles are there for all, and all are done with the previous step's buffer, which is filled next
+    __syncthreads();  // this step's tiles are there for all, and all are done with the previous step's buffer, which is filled next
     if (step + C::stages - 1 < steps) copy_step(step + C::stages - 1);
     ptx::cp_async_commit();
     const uint32_t stage = buffers + step % C::stages * C::stage_bytes;
-    tile::multiply_tiles(stage + warp * 16 * C::MT * kTileRowBytes, stage + C::outputs * kTileRowBytes, active, acc);
+    if (step < steps) tile::multiply_tiles(stage + warp * 16 * C::MT * kTileRowBytes, stage + C::outputs * kTileRowBytes, active, acc);
   }
 
   // Range sums meet in shared memory, [range][token][output], over the stages: every copy has landed and every warp is done reading.
