@@ -1,7 +1,9 @@
-"""Acceptance of one tree level under exact verification: the drafter's children picked with the shared noise, against its plain top-k.
+"""Acceptance of one tree level, and of a short chain: children picked with the shared noise, against plain top-k and the standard ratio test.
 
 The drafter is the target itself with its linear weights rounded to a few bits (a fair stand-in for a small model of the same family), or --draft MODEL. Each
-round drafts one level of k children; its acceptance is the share of rounds in which the target's token is among them. Writes bench/results/acceptance.json."""
+round drafts one level of k children; its acceptance is the share of rounds in which one of them is emitted. For the chain it is accepted drafts a round. Shared noise
+and plain top-k are verified exactly and emit the same text; the ratio test (multi-round without replacement for more than one child) draws its own.
+Writes bench/results/acceptance_DEVICE.json."""
 
 from __future__ import annotations
 
@@ -23,6 +25,8 @@ from specrt.text.gguf_vocab import tokenizer_from_metadata
 from specrt.weights import Checkpoint, open_checkpoint
 
 CHILDREN = (1, 4, 8)
+CHAIN = 4
+METHODS: dict[str, dict[str, str]] = {"shared noise": {}, "plain top-k": {"draft_sample_method": "greedy"}, "ratio test": {"rejection_sample_method": "standard"}}
 TEMPERATURES = (1.0, 0.6)
 GROUP = 64  # weights that share a scale
 
@@ -49,50 +53,55 @@ def write_draft(checkpoint: Checkpoint, folder: Path, bits: int) -> None:
         shutil.copy(checkpoint.folder / "tokenizer.json", folder)
 
 
-def level_acceptance(llm: LLM, prompts: list[Prompt], temperature: float, max_tokens: int) -> tuple[float, int]:
-    """(share of rounds whose draft was accepted, rounds)."""
-    accepted = rounds = 0
-    for seed, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, ignore_eos=True)
-        (output,) = llm.generate([prompt.messages], params, chat=True)
+def acceptance(llm: LLM, prompts: list[Prompt], temperature: float, max_tokens: int) -> tuple[float, int]:
+    """(accepted drafts a round, rounds). For one level that is the share of rounds whose draft was accepted. A request's last round is cut by max_tokens only
+    where the chain is longer than what is left, which is the same for every method."""
+    params = [SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed, ignore_eos=True) for seed in range(len(prompts))]
+    outputs = llm.generate([prompt.messages for prompt in prompts], params, chat=True)
+    for output in outputs:
         if output.error:
             raise SystemExit(f"acceptance: {output.error}")
-        accepted += sum(output.stats.num_accepted_tokens_per_pos)
-        rounds += output.stats.num_rounds
-    return accepted / rounds, rounds
+    return sum(o.stats.num_accepted_tokens for o in outputs) / sum(o.stats.num_rounds for o in outputs), sum(o.stats.num_rounds for o in outputs)
+
+
+def shapes() -> dict[str, dict[str, int]]:
+    """What is drafted: the name of a shape -> its keys in speculative_config."""
+    levels = {f"{k} children": {"num_steps": 1, "eagle_topk": k, "num_draft_tokens": k + 1} for k in CHILDREN if k > 1}
+    return {"1 child": {"num_speculative_tokens": 1}, **levels, f"chain of {CHAIN}": {"num_speculative_tokens": CHAIN}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--draft", help="a draft model instead of the rounded target")
-    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--prompts", default=BUILT_IN)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--prompts", default=BUILT_IN, help="JSON lines with category and turns; the built-in ones if not given")
+    parser.add_argument("--limit", type=int, help="prompts a category")
+    parser.add_argument("--max-tokens", type=int, default=112)
+    parser.add_argument("--output", help="file under bench/results/; acceptance_DEVICE.json if not given")
     args = parser.parse_args()
     prompts = load_prompts(args.prompts, limit=args.limit)
-    results = Results("acceptance.json", args.device)
+    results = Results(args.output or f"acceptance_{args.device}.json", args.device)
     with tempfile.TemporaryDirectory() as temporary:
         draft = args.draft
         if draft is None:
             write_draft(open_checkpoint(args.model), Path(temporary), args.bits)
             draft = temporary
         described = args.draft or f"the target with {args.bits}-bit projections"
-        share: dict[tuple[str, int, float], float] = {}
-        for method, children in track([(m, k) for k in CHILDREN for m in ("top-k", "shared noise")], description="acceptance", transient=True):
-            config = {"method": "draft_model", "model": draft}
-            config |= {"num_speculative_tokens": 1} if children == 1 else {"num_steps": 1, "eagle_topk": children, "num_draft_tokens": children + 1}
-            if method == "top-k":
-                config["draft_sample_method"] = "greedy"
-            with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=1, speculative_config=config) as llm:
+        found: dict[tuple[str, str, float], tuple[float, int]] = {}
+        for (name, keys), method in track([(s, m) for s in shapes().items() for m in METHODS], description="acceptance", transient=True):
+            config = {"method": "draft_model", "model": draft, **keys, **METHODS[method]}
+            with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=len(prompts), max_model_len=2048, speculative_config=config) as llm:
                 for t in TEMPERATURES:
-                    share[method, children, t], rounds = level_acceptance(llm, prompts, t, args.max_tokens)
-                    if method == "shared noise":
-                        shape = f"{args.model}, T = {t}, {children} children, {rounds} rounds, draft: {described}"
-                        results.add("level acceptance, shared noise", shape, [share[method, children, t]], "accepted/round", "plain top-k", share["top-k", children, t])
+                    found[name, method, t] = acceptance(llm, prompts, t, args.max_tokens)
+        for t in TEMPERATURES:
+            for name in shapes():
+                shared, rounds = found[name, "shared noise", t]
+                for peer in (m for m in METHODS if m != "shared noise"):
+                    shape = f"{args.model}, T = {t}, {name}, {rounds} rounds, draft: {described}"
+                    results.add("acceptance, shared noise", shape, [shared], "accepted/round", peer, found[name, peer, t][0])
     results.write()
     print_table(results.rows)
 

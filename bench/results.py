@@ -95,7 +95,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for name in ("name", "shape", "value", "unit", "spread", "of floor", "peer", "peer value", "ratio"):
         grid.add_column(name, justify="left" if name in ("name", "shape", "unit", "peer") else "right", no_wrap=True)
     number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    value = lambda x: number(x, ".3g" if x is not None and x < 10 else ".1f")  # noqa: E731
     for r in rows:
-        grid.add_row(r["name"], r["shape"], number(r["value"], ".3g" if r["value"] < 10 else ".1f"), r["unit"], number(r["spread"], ".1%"), number(r["share_of_floor"], ".2f"), r["peer"] or "",
-                     number(r["peer_value"], ".1f"), number(r["ratio"], ".2f"))
+        grid.add_row(r["name"], r["shape"], value(r["value"]), r["unit"], number(r["spread"], ".1%"), number(r["share_of_floor"], ".2f"), r["peer"] or "",
+                     value(r["peer_value"]), number(r["ratio"], ".2f"))
     Console(width=max(Console().width, 200)).print(grid)

@@ -61,7 +61,7 @@ class RandomTensors:
 
     def get(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        generator = torch.Generator(self._device).manual_seed(self._seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))  # 32 bits: a CPU generator ignores the rest
         x = torch.randn(shape, generator=generator, device=self._device)
         if name.endswith("norm.weight"):
             return 1 + 0.1 * x
