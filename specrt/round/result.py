@@ -26,16 +26,6 @@ class RoundResult:
     top_token: np.ndarray | None  # int32 [B, N, n]
     top_logprob: np.ndarray | None  # float32 [B, N, n]
 
-    @property
-    def drafted(self) -> np.ndarray:
-        """bool [B, N]: the emitted token was a draft (all but the last of a request)."""
-        return np.arange(self.emitted.shape[1])[None] < self.path_len[:, None] - 1
-
-
-def read_columns(parts: list[tuple[Tensor, ...]]) -> tuple[np.ndarray, ...]:
-    """Prompt log-probabilities: tuples of tensors, one a chunk, joined column by column."""
-    return tuple(torch.cat(column).numpy(force=True) for column in zip(*parts))
-
 
 def read_tree(state: RoundState, slot: int) -> tuple[list[int], list[int]]:
     size = int(state.tree_size[slot])
