@@ -27,6 +27,11 @@ class RoundResult:
     top_logprob: np.ndarray | None  # float32 [B, N, n]
 
 
+def read_columns(parts: list[tuple[Tensor, ...]]) -> tuple[np.ndarray, ...]:
+    """Prompt log-probabilities: tuples of tensors, one a chunk, joined column by column."""
+    return tuple(torch.cat(column).numpy(force=True) for column in zip(*parts))
+
+
 def read_tree(state: RoundState, slot: int) -> tuple[list[int], list[int]]:
     size = int(state.tree_size[slot])
     return state.tree_token[slot, :size].tolist(), state.tree_parent[slot, :size].tolist()
