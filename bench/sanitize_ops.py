@@ -51,9 +51,9 @@ class Kit:
 
 def linears(k: Kit) -> None:
     cuda = torch.device(k.device).type == "cuda"
-    # capacity, rows in use, K, N. Wide variants begin at 128 blocks of 64 outputs, many_rows at 128 tiles; 22 tiles of K wrap every pipeline.
-    few = [(rows, used, *shape) for rows, used in [(1, 1), (8, 0), (7, 5), (16, 13), (27, 23), (51, 43)] for shape in [(1352, 40), (72, 8200 if cuda else 200)]]
-    for rows, used, depth, outputs in [*few, (130, 77, 1352, 40), (130, 129, 328, 8200 if cuda else 200)]:
+    # capacity, rows in use, K, N. CUDA: 40 outputs are narrow clusters, 4000 wide ones, 16300 one range of K, 5640 the ranges in turn; 22 steps of K wrap every pipeline.
+    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 40), (1352, 4000 if cuda else 200), (72, 16300 if cuda else 200)]]
+    for rows, used, depth, outputs in [*few, (260, 257, 1352, 40), (300, 290, 1352, 5640 if cuda else 200)]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         for dtype, b in [(BF16, bias), (F32, None)]:
             out = k.out(rows, outputs, dtype=dtype)

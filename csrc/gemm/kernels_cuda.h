@@ -6,7 +6,9 @@
 
 namespace specrt {
 
-constexpr int kRanges = 4;  // ranges of K, whose sums are added ascending (params.h)
+// Ranges of K (params.h): a weight of many outputs occupies the chip without them.
+constexpr int kRanges = 4;
+constexpr int num_ranges(int out_features) { return out_features > 127 * 128 ? 1 : kRanges; }
 
 void linear_f32_cuda(const LinearParams& p, cudaStream_t stream);
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream);

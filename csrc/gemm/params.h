@@ -4,8 +4,8 @@
 //   CPU: one fp32 chain an output, k ascending. float32: acc = fma(x_k, w_k, acc). bfloat16, in pairs: acc = fma(x_2j, w_2j, fma(x_2j+1, w_2j+1, acc)),
 //     which is what vdpbf16ps computes (found by comparing 2e6 random cases on a Zen 5); that instruction also reads denormals as zero and flushes
 //     denormal results to zero, the portable code does not.
-//   CUDA bfloat16: K padded with zeros to tiles of 64, the T tiles cut in kRanges contiguous ranges [s T / 4, (s+1) T / 4); a range is one tensor-core chain
-//     from zero, k ascending in steps of 16; the range sums are added ascending; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
+//   CUDA bfloat16: K padded with zeros to T steps of 64, cut in S = num_ranges(N) contiguous ranges [s T / S, (s+1) T / S); a range is one tensor-core chain
+//     from zero, k ascending in steps of 16; the range sums are added ascending, to zero; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
 // The bias is added to the sum in fp32, then comes the one rounding to out's dtype.
 #pragma once
 #include "base/types.h"

@@ -28,6 +28,7 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
       check.require(K % 8 == 0, "x", "K divisible by 8 (bfloat16 on CUDA reads 16 bytes at a time); K = " + std::to_string(K));
       check.aligned("x", x);
       check.aligned("weight", weight);
+      check.aligned("out", out);
     }
   } else {
     const int64_t g = pair_of(x);

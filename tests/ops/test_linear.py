@@ -11,7 +11,8 @@ from tests.kit.compare import assert_bits, assert_close, poisoned, rows
 
 BF16, F32 = torch.bfloat16, torch.float32
 FORMS = [(F32, F32), (BF16, BF16), (BF16, F32)]  # dtype of x and W, dtype of out
-WIDE = (16400, 264)  # (N, K): so wide that CUDA takes its large tiles from 65 rows on
+WIDE = (16400, 264)  # (N, K): so wide that CUDA takes all of K as one range
+TURNS = [(5640, 264), (5640, 72)]  # on CUDA: clusters up to 256 rows, the ranges in turn above; the second has empty ranges
 # Gaussian inputs: the sums' own rounding, or the one rounding to bf16.
 TOLERANCE = {F32: 2e-6, BF16: 4e-3}
 
@@ -28,7 +29,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, out_dtype: to
 
 @pytest.mark.parametrize("dtype, out_dtype", FORMS)
 @pytest.mark.parametrize("m", [1, 3, 17, 64, 65, 160, 300])
-@pytest.mark.parametrize("n, k", [(8, 8), (100, 64), (576, 576), (960, 1000), (1000, 1536), WIDE])
+@pytest.mark.parametrize("n, k", [(8, 8), (100, 64), (576, 576), (960, 1000), (1000, 1536), TURNS[0], WIDE])
 def test_linear_matches_float64(device, dtype, out_dtype, m, n, k):
     x, w, b = inputs(m, n, k, dtype, device)
     want = x.double() @ w.double().T
@@ -43,7 +44,7 @@ def test_odd_k_on_the_cpu(dtype, k):
 
 
 @pytest.mark.parametrize("dtype, out_dtype", FORMS)
-@pytest.mark.parametrize("n, k", [(100, 64), (576, 1000), (960, 4096), WIDE])
+@pytest.mark.parametrize("n, k", [(100, 64), (576, 1000), (960, 4096), *TURNS, WIDE])
 def test_a_row_does_not_depend_on_the_others(device, dtype, out_dtype, n, k):
     x, w, b = inputs(300, n, k, dtype, device)
     w = ops.pack_linear(w)

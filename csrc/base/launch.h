@@ -1,0 +1,37 @@
+// One way to launch a kernel: grid, stream, cluster, programmatic dependent launch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "base/check.h"
+
+namespace specrt {
+
+struct Launch {
+  dim3 grid, block;
+  int shared_bytes = 0;
+  cudaStream_t stream = nullptr;
+  int cluster = 1;         // CTAs of a cluster, along x
+  bool dependent = false;  // may start before the stream's earlier kernels end (ptx/dependency.cuh says what the kernel owes then)
+};
+
+template <typename... Params, typename... Args> void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
+  if (at.shared_bytes > 48 * 1024) SPECRT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.shared_bytes));
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = at.grid;
+  config.blockDim = at.block;
+  config.dynamicSmemBytes = at.shared_bytes;
+  config.stream = at.stream;
+  config.attrs = attributes;
+  if (at.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(at.cluster), 1, 1};
+  }
+  if (at.dependent) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  SPECRT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+}  // namespace specrt

@@ -1,0 +1,30 @@
+// The bulk tensor copy engine (sm_90): boxes of a row-major matrix into shared memory, completing on an mbarrier.
+#pragma once
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace specrt::ptx {
+
+// For what many CTAs read: L2 should keep it longer than what passes once.
+__device__ __forceinline__ uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Copies the map's box at (column, row) to the shared address `to`; what lies outside the matrix becomes zeros and counts as bytes too.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, uint64_t policy) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map),
+               "r"(column), "r"(row), "r"(barrier), "l"(policy)
+               : "memory");
+}
+
+// The same without a hint.
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(column), "r"(row),
+               "r"(barrier)
+               : "memory");
+}
+
+}  // namespace specrt::ptx
