@@ -1,4 +1,4 @@
-# make demo | test | build | gpu [PART=...] | clean.      Everything lives in .venv/, build/ and specrt/_C.so.
+# make demo | test | build | bench | gpu [PART=... | ROWS=...] | evidence-check | evidence-table | clean.      Everything lives in .venv/, build/ and specrt/_C.so.
 PYTHON ?= python3
 SPECRT_CUDA ?= AUTO
 SPECRT_ARCH ?= 90a
@@ -7,7 +7,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PY := $(CURDIR)/$(VENV)/bin/python
 
-.PHONY: demo test build gpu clean FORCE
+.PHONY: demo test build bench gpu evidence-check evidence-table clean FORCE
 .DEFAULT_GOAL := test
 
 demo: build $(VENV)/.model
@@ -44,16 +44,26 @@ build/build.ninja: CMakeLists.txt $(wildcard cmake/*.cmake) build/.settings $(VE
 build: build/build.ninja
 	cmake --build build
 
-# --- a GPU host: every part can be run alone (make gpu PART=tests), `make gpu` runs those that have not passed since the last change ---
+# The benchmark binaries, in build/bin: torch-free, built on demand.
+bench: build/build.ninja
+	cmake --build build --target bench
+
+evidence-check evidence-table: evidence-%: $(VENV)/.run
+	$(PY) bench/evidence.py $*
+
+# --- a GPU host: every part can be run alone (make gpu PART=tests), `make gpu` runs those that have not passed since the last change;
+# make gpu ROWS=linear_bf16_m8,... measures these rows of the evidence alone ---
 
 GPU_PARTS := build tests invariance memcheck racecheck bench
 SOURCES := $(shell git ls-files csrc cmake specrt tests bench CMakeLists.txt 2>/dev/null)
-ifdef PART
+ifdef ROWS
+gpu: gpu-evidence
+else ifdef PART
 gpu: $(addprefix gpu-,$(subst sanitize,memcheck racecheck,$(PART)))
 else
 gpu: $(GPU_PARTS:%=build/gpu/%)
 endif
-.PHONY: $(GPU_PARTS:%=gpu-%)
+.PHONY: $(GPU_PARTS:%=gpu-%) gpu-evidence
 
 build/gpu/%: $(SOURCES)
 	$(MAKE) gpu-$*
@@ -76,7 +86,11 @@ gpu-invariance: $(VENV)/.test $(VENV)/.model
 gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.run
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $* --error-exitcode 1 $(PY) bench/sanitize_ops.py
 
-gpu-bench: $(VENV)/.model
+gpu-evidence: $(VENV)/.run
+	$(MAKE) bench SPECRT_CUDA=ON SPECRT_ARCH=$$($(PY) requirements/card.py)
+	$(PY) bench/evidence.py measure $(if $(ROWS),--rows $(ROWS))
+
+gpu-bench: $(VENV)/.model gpu-evidence
 	$(PY) bench/bench_gpu.py
 
 clean:

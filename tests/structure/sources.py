@@ -17,6 +17,11 @@ def native_files(*suffixes: str) -> list[Path]:
     return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (suffixes or (".h", ".cpp", ".cu", ".cuh")))
 
 
+def bench_files() -> list[Path]:
+    """Sources of the benchmark binaries."""
+    return sorted(p for p in (ROOT / "bench" / "native").rglob("*") if p.suffix in (".h", ".cpp", ".cu"))
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -1,13 +1,11 @@
-"""Rules on files: size, forbidden calls and flags, the form of the results."""
+"""Rules on files: size, forbidden calls and flags."""
 
 import ast
-import json
 import re
 
 import pytest
 
-from bench.results import KEYS
-from tests.structure.sources import ROOT, module_name, native_files, python_files
+from tests.structure.sources import ROOT, bench_files, module_name, native_files, python_files
 
 MOST_LINES = 600
 HOST_READS = {"item", "cpu", "tolist", "nonzero", "numpy"}
@@ -15,7 +13,7 @@ HOST_READS = {"item", "cpu", "tolist", "nonzero", "numpy"}
 HOST_READER = "specrt.round.result"
 
 
-@pytest.mark.parametrize("path", [*python_files("specrt", "bench", "tests"), *native_files()], ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", [*python_files("specrt", "bench", "tests"), *native_files(), *bench_files()], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_files_stay_readable(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= MOST_LINES, f"{len(lines)} lines; split the concept"
@@ -39,13 +37,3 @@ def test_no_flag_lets_the_compiler_choose_an_order():
     assert not re.search(r"fast[-_]math|-Ofast|funsafe|fassociative", code)
     for path in native_files(".cu", ".cuh"):
         assert not re.search(r"\batomicAdd\s*\(\s*(\(float|reinterpret_cast<float)", path.read_text()), f"{path}: float atomics have no order"
-
-
-def test_results_have_one_form():
-    for path in (ROOT / "bench" / "results").glob("*.json"):
-        content = json.loads(path.read_text())
-        assert content.keys() == {"machine", "rows"} and content["machine"] and content["rows"], path
-        for row in content["rows"]:
-            assert tuple(row) == KEYS, f"{path.name}: {sorted(set(row) ^ set(KEYS))}"
-            assert isinstance(row["value"], (int, float)) and row["spread"] >= 0 and re.fullmatch(r"[0-9a-f]{16}", row["digest"]), path.name
-            assert (row["peer_value"] is None) == (row["ratio"] is None)

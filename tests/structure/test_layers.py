@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.structure.sources import ROOT, imports, includes, module_name, native_files, python_files
+from tests.structure.sources import ROOT, bench_files, imports, includes, module_name, native_files, python_files
 
 # Left to right: a room may use the rooms to its right. draft stands left of models (a drafter may be made of a model), never the other way.
 ORDER = [{"cli", "serve", "train"}, {"llm"}, {"engine"}, {"round"}, {"draft"}, {"models"}, {"layers"}, {"ops"}]
@@ -92,3 +92,12 @@ def test_sources_are_named_as_the_build_expects():
     for path in native_files(".cpp"):
         room = path.parent.name
         assert room in ("ops", "base") or path.name.endswith("_cpu.cpp"), path
+
+
+@pytest.mark.parametrize("path", bench_files(), ids=lambda p: p.name)
+def test_benchmark_binaries_stand_on_the_kernels_library_alone(path):
+    for name in includes(path):
+        room = name.split("/")[0]
+        assert not re.match(r"(torch|ATen|c10|pybind11)/|Python\.h|cublas", name), f"{path.name} includes {name}"
+        if room in NATIVE:
+            assert room in ("base", "ptx") or name == f"{room}/params.h", f"{path.name} includes {name}: kernels are called through their launchers"

@@ -1,0 +1,138 @@
+"""The results files and the table made from them; measuring, with programs that only pretend to."""
+
+import json
+import re
+import stat
+
+import pytest
+
+from bench import evidence, results
+from bench.evidence import JUDGED, Limit
+from bench.results import EVERY, KEYS, ROOMS, ROOT, card, csrc_digest, rooms_of
+from tests.structure.sources import bench_files
+
+FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_results_have_one_form(path):
+    content = json.loads(path.read_text())
+    assert content.keys() == {"machine", "rows"} and content["machine"] and content["rows"]
+    for row in content["rows"]:
+        assert tuple(row) == KEYS, f"{sorted(set(row) ^ set(KEYS))}"
+        assert all(isinstance(row[key], str) and row[key] for key in ("name", "shape", "unit", "commit"))
+        assert all(row[key] is None or isinstance(row[key], (int, float)) for key in ("floor", "share_of_floor", "peer_value", "ratio"))
+        assert isinstance(row["value"], (int, float)) and row["spread"] >= 0
+        assert re.fullmatch(r"[0-9a-f]{16}", row["digest"]) and re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"])
+        assert (row["peer_value"] is None) == (row["ratio"] is None) and (row["floor"] is None) == (row["share_of_floor"] is None)
+        assert row["floor"] is None or row["share_of_floor"] == pytest.approx(row["floor"] / row["value"])
+    if card(content["machine"]) == path.stem:
+        names = [row["name"] for row in content["rows"]]
+        assert len(names) == len(set(names)), "a GPU row is known by its name"
+
+
+def test_the_table_is_up_to_date():
+    text = evidence.README.read_text()
+    assert evidence.with_table(text) == text, "make evidence-table"
+
+
+def test_rows_know_their_rooms():
+    assert rooms_of("linear_bf16_m8") == tuple(sorted([*EVERY, "gemm"])) == rooms_of("prefill_linear_bf16_m4096")
+    assert rooms_of("decode_attention_b1_1k") == tuple(sorted([*EVERY, "attention"]))
+    assert rooms_of("decode_step_b1_1k") is None and rooms_of("verify_n64_b1_1k") is None and rooms_of("llama1b_decode_step_b1") is None
+    for room in {room for rooms in ROOMS.values() for room in rooms}:
+        assert (ROOT / "csrc" / room).is_dir()
+
+
+def test_every_row_of_the_binaries_has_rooms():
+    names = [name for path in bench_files() if path.suffix == ".cu" for name in re.findall(r'\{"([a-z]\w*_\w+)", ', path.read_text())]
+    assert len(names) > 25 and {name for name in JUDGED if re.match("linear_bf16|sampling|.*attention", name)} <= set(names)
+    assert not [name for name in names if rooms_of(name) is None and name not in ("gate_up", "lm_head")]
+
+
+def test_a_digest_is_of_its_rooms(tmp_path, monkeypatch):
+    for name in ("base/a.h", "gemm/a.cu", "sample/a.cu"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True)
+        (tmp_path / "csrc" / name).write_text("1")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    before = [csrc_digest(rooms) for rooms in (rooms_of("linear_"), rooms_of("sampling_"), None)]
+    (tmp_path / "csrc" / "sample" / "a.cu").write_text("2")
+    after = [csrc_digest(rooms) for rooms in (rooms_of("linear_"), rooms_of("sampling_"), None)]
+    assert [a == b for a, b in zip(before, after)] == [True, False, False]
+
+
+def test_cards_have_files_of_their_own():
+    assert card("NVIDIA H100 80GB HBM3") == "h100"
+    assert len({card(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-80GB")}) == 4
+
+
+def test_limits():
+    row = {"value": 10.0, "floor": 9.0, "peer_value": 8.0}
+    assert Limit("share", 0.9).holds(row) and not Limit("share", 0.91).holds(row)
+    assert Limit("peer", 0.8).holds(row) and not Limit("peer", 0.81).holds(row)
+    assert Limit("read", 1.0, 1.0).holds(row) and not Limit("read", 1.0, 0.9).holds(row)
+    assert Limit("value", 10).holds(row) and not Limit("value", 9.9).holds(row)
+    bare = {"value": 1.0, "floor": None, "peer_value": None}
+    assert not any(Limit(kind, 0.0, 9.0).holds(bare) for kind in ("share", "peer", "read"))
+
+
+PROGRAM = """#!/bin/sh
+names="linear_bf16_m1 linear_bf16_m8"
+[ "$1" = --list ] && { echo $names; exit 0; }
+rows=$2
+while [ $# -gt 0 ]; do [ "$1" = --json ] && json=$2; shift; done
+for name in $(echo $rows | tr , ' '); do
+  [ $name = $BREAKS ] && exit 1
+  echo '{"machine": "NVIDIA H100 80GB HBM3", "name": "'$name'", "shape": "s", "value": '$VALUE', "unit": "ms", "floor": 4.0, "peer": null, "peer_value": null, "spread": 0.01, "read_bandwidth": 3e12}' >>$json
+done
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A folder with one pretended program; results and README go there too."""
+    program = tmp_path / "bench_pretended"
+    program.write_text(PROGRAM)
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "README.md").write_text(f"before\n{evidence.BEGIN}old\n{evidence.END}\nafter\n")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    monkeypatch.setattr(evidence, "README", tmp_path / "README.md")
+    monkeypatch.setenv("VALUE", "5.0")
+    monkeypatch.setenv("BREAKS", "none")
+    return tmp_path
+
+
+def test_measuring_writes_rows_and_table(bench, monkeypatch):
+    evidence.measure(None, bench, None)
+    monkeypatch.setenv("VALUE", "4.0")
+    evidence.measure(["linear_bf16_m8"], bench, None)
+    content = json.loads((bench / "h100.json").read_text())
+    assert {row["name"]: row["value"] for row in content["rows"]} == {"linear_bf16_m1": 5.0, "linear_bf16_m8": 4.0}
+    assert all(row["digest"] == csrc_digest(rooms_of("linear_")) and tuple(row) == KEYS for row in content["rows"])
+    text = (bench / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    assert re.search(r"\*\*linear_bf16_m8\*\* .*\| aim \|", text) and re.search(r"\*\*linear_bf16_m1\*\* .*\| no \|", text)
+    found = evidence.complaints(content)
+    assert any(c.startswith("linear_bf16_m1: must") for c in found) and not any(c.startswith("linear_bf16_m8:") for c in found)
+    assert len(found) == len(JUDGED) - 1
+
+
+def test_a_row_that_fails_leaves_those_before_it(bench, monkeypatch):
+    monkeypatch.setenv("BREAKS", "linear_bf16_m8")
+    with pytest.raises(SystemExit, match="bench_pretended ended with status 1"):
+        evidence.measure(None, bench, None)
+    assert [row["name"] for row in json.loads((bench / "h100.json").read_text())["rows"]] == ["linear_bf16_m1"]
+
+
+def test_unknown_rows_are_refused(bench):
+    with pytest.raises(SystemExit, match="no program measures linear_bf16_m9; there are linear_bf16_m1, linear_bf16_m8"):
+        evidence.measure(["linear_bf16_m9"], bench, None)
+
+
+def test_stale_rows_are_found(bench):
+    evidence.measure(None, bench, None)
+    content = json.loads((bench / "h100.json").read_text())
+    assert not any(evidence.stale(row) for row in content["rows"])
+    content["rows"][0]["digest"] = "0" * 16
+    assert "linear_bf16_m1: stale" in "\n".join(evidence.complaints(content))
