@@ -55,7 +55,7 @@ evidence-check evidence-table: evidence-%: $(VENV)/.run
 # make gpu ROWS=linear_bf16_m8,... measures these rows of the evidence alone ---
 
 GPU_PARTS := build tests invariance memcheck racecheck bench
-SOURCES := $(shell git ls-files csrc cmake specrt tests bench CMakeLists.txt 2>/dev/null)
+SOURCES := $(filter-out bench/results/% bench/README.md,$(shell git ls-files csrc cmake specrt tests bench CMakeLists.txt 2>/dev/null))
 ifdef ROWS
 gpu: gpu-evidence
 else ifdef PART

@@ -40,10 +40,10 @@ def csrc_digest(rooms: tuple[str, ...] | None = None) -> str:
 
 
 def commit() -> str:
-    """The commit, with a "+" where the working tree differs from it; "unknown" outside a checkout."""
+    """The commit, with a "+" where the working tree differs from it (the results apart, which a run writes); "unknown" outside a checkout."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!bench/README.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         return head + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -33,11 +33,13 @@ def graph_seconds(run: Callable[[], object], repeats: int = 10) -> float:
 def peer(name: str) -> tuple[str, float] | None:
     """(what it is, microseconds a layer) for the attention row called ``name``; None for other rows, or where torch has no GPU.
     Decode and verify: SDPA sees the committed keys only, unmasked, which is less work than ours."""
+    fields = ROW.fullmatch(name)
+    if not fields:
+        return None
     import torch
     import torch.nn.functional as F
 
-    fields = ROW.fullmatch(name)
-    if not fields or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return None
     batch, nodes, context = int(fields["batch"] or 1), int(fields["nodes"] or 1), int(fields["k"]) * 1024
     causal = fields[1] == "prefill"

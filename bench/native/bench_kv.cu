@@ -20,14 +20,13 @@ constexpr double kTolerance = 1e-2;  // of bf16 results, rounded up to three tim
 
 double as_double(bf16 x) { return static_cast<double>(to_float(x)); }
 
-// Reads and writes of so many bytes: each is also read once by the floor.
-double floor_of(size_t bytes) {
+// A pure read of so many bytes.
+double floor_of(size_t bytes, const Flush& flush) {
   const size_t rounded = (bytes + 15) / 16 * 16;
-  const int copies = std::min(cold_copies(rounded), 256);
-  const Buffer data = random_buffer(DType::kF32, rounded / 4 * copies, 40);
+  const Buffer data = random_buffer(DType::kF32, rounded / 4 * kCopies, 40);
   std::vector<const void*> regions;
-  for (int copy = 0; copy < copies; ++copy) regions.push_back(data.at(rounded * copy));
-  return time_reads(regions, rounded).seconds;
+  for (int copy = 0; copy < kCopies; ++copy) regions.push_back(data.at(rounded * copy));
+  return time_reads(regions, rounded, &flush).seconds;
 }
 
 template <typename Enqueue> Row timed(const std::string& name, const std::string& shape, int copies, size_t bytes, bool correct, const std::string& checks, Enqueue&& enqueue) {
@@ -39,7 +38,7 @@ template <typename Enqueue> Row timed(const std::string& name, const std::string
   row.seconds = timing.seconds / copies;
   row.spread = timing.spread;
   row.bytes = static_cast<double>(bytes);
-  row.floor = floor_of(bytes);
+  row.floor = floor_of(bytes, flush);
   row.correct = correct;
   row.checks = checks;
   return row;

@@ -55,7 +55,7 @@ Row measure(const Node& node) {
 }
 
 Row measure(const Read& read, double bandwidth) {
-  const int copies = cold_copies(read.bytes, 1);
+  const int copies = cold_copies(read.bytes, read.bytes < 1000000000 ? 4 : 1);
   const Buffer data = random_buffer(DType::kF32, read.bytes / 4 * copies, 50);
   std::vector<const void*> regions;
   for (int copy = 0; copy < copies; ++copy) regions.push_back(data.at(read.bytes * copy));

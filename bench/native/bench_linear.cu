@@ -117,7 +117,7 @@ class Bench {
       add(report, row, "/" + linear->shape.label, std::to_string(linear->shape.N) + " x " + std::to_string(linear->shape.K), {linear}, linear->shape.count, tokens,
           bandwidth, linear->weight_bytes(), fine, checks);
     }
-    const char* what = model_.shapes.size() == 1 ? "" : row.one_layer ? ", one layer" : ", all layers + lm_head";
+    const std::string what = row.one_layer ? ", one layer" : model_.shapes.size() == 1 ? ", " + std::to_string(model_.shapes[0].count) + " weights" : ", all layers + lm_head";
     add(report, row, "", model_.title + what, parts, 1, tokens, bandwidth, bytes, correct, correct ? "all of the above hold" : "WRONG: see above");
   }
 

@@ -106,7 +106,7 @@ size_t count_not_finite(const void* from, DType type, size_t count) {
 }
 
 void enqueue_delay(cudaStream_t stream) {
-  delay_kernel<<<1, 1, 0, stream>>>(300000);
+  delay_kernel<<<1, 1, 0, stream>>>(1000000);
   SPECRT_CHECK_LAUNCH();
 }
 

@@ -47,6 +47,7 @@ class Buffer {
 template <typename T> Buffer upload(const std::vector<T>& values) {
   Buffer buffer(values.size() * sizeof(T));
   SPECRT_CUDA_CHECK(cudaMemcpy(buffer.as(), values.data(), buffer.bytes(), cudaMemcpyHostToDevice));
+  SPECRT_CUDA_CHECK(cudaDeviceSynchronize());  // a small copy may return before it has arrived
   return buffer;
 }
 
@@ -65,7 +66,7 @@ Buffer random_buffer(DType type, size_t count, uint32_t seed, float scale = 1.0f
 void poison(void* to, size_t bytes);
 size_t count_not_finite(const void* from, DType type, size_t count);
 
-// Keeps the GPU busy for about a third of a millisecond, so that what is enqueued after it is there before it starts.
+// Keeps the GPU busy for about a millisecond, so that what is enqueued after it has been handed over before it starts.
 void enqueue_delay(cudaStream_t stream);
 
 // The largest |got - reference| / |reference| over consecutive vectors of `length` (Euclidean norms); infinite where something is NaN.
