@@ -27,7 +27,7 @@ const Case kCases[] = {{"sampling_b32_v128k", 32, 0.7f, 0.9f}, {"sampling_b1_v12
 class Bench {
  public:
   explicit Bench(const Case& row) : case_(row), bytes_(static_cast<size_t>(row.rows) * kVocab * 4), copies_(cold_copies(bytes_)) {
-    // A spread of 3: at temperature 0.7, top-p 0.9 keeps a few per cent of the vocabulary.
+    // A spread of 3: at temperature 0.7, top-p 0.9 keeps some tens to hundreds of tokens.
     fresh_ = random_buffer(DType::kF32, bytes_ / 4 * copies_, 30, 3.0f);
     logits_ = Buffer(fresh_.bytes());
     std::vector<int32_t> request(row.rows), position(row.rows, kPosition), integers(row.rows * kSamplingI, 0);
