@@ -32,6 +32,7 @@ struct LinearParams {
 };
 
 void launch_pack_linear_cpu(const PackLinearParams& p);
+void launch_pack_linear_cuda(const PackLinearParams& p, void* stream);
 void launch_linear_cpu(const LinearParams& p);
 void launch_linear_cuda(const LinearParams& p, void* stream);
 
