@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
+from specrt.round.admission import upload
 from specrt.round.result import read_columns
 from specrt.round.state import RoundState, SpanRows
 
@@ -34,10 +36,10 @@ class PromptRows:
         total = sum(end - start for _, start, end in spans)
         if total > sp.rows:
             raise ValueError(f"prefill: {total} rows in one chunk, at most {sp.rows}")
-        sp.start.zero_()
-        sp.end.zero_()
+        bounds = np.zeros((2, s.batch), dtype=np.int32)
         for slot, start, end in spans:
-            sp.start[slot], sp.end[slot] = start, end
+            bounds[:, slot] = start, end
+        sp.bounds.copy_(upload(bounds, s.device))
         ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
         batch = self.batch.head(row_bucket(total, sp.rows))
         features = {j: f[: batch.rows] for j, f in self.features.items()}

@@ -14,6 +14,8 @@ class ReplayDrafter(Drafter):
     """shape: "chain" (right up to a random depth, then wrong), "tree" (random topology that holds the right path to a random depth, among
     wrong siblings, in random node order)."""
 
+    captured = False  # it reads what is known
+
     def __init__(self, shape: str, vocab: int, seed: int = 0):
         self.shape, self.vocab, self.random = shape, vocab, random.Random(seed)
         self.references: dict[tuple[int, tuple[int, ...]], list[int]] = {}
