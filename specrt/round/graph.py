@@ -51,11 +51,11 @@ class RoundGraphs:
         else:
             graph = self.graphs[key]
             if graph is None:
-                graph = self.graphs[key] = self._capture(function)
+                graph = self.graphs[key] = self.capture(function)
             self.graphs.move_to_end(key)
             graph.replay()
 
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Not by ``with torch.cuda.graph``, which waits for the device, collects garbage and empties the allocator's cache: the round before is still running."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         collects = gc.isenabled()
