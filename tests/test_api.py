@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 class Pair:
     """One engine with a replay drafter. ``same`` generates without speculation, shows the drafter the answer, generates with it, and compares everything."""
 
-    def __init__(self, folder, device: str, speculative: dict, **settings):
+    def __init__(self, folder, device: str, speculative: dict, late: bool, **settings):
         self.drafter = ReplayDrafter("chain" if "num_steps" not in speculative else "tree", VOCAB)
         patch = pytest.MonkeyPatch()
         patch.setitem(DRAFTERS, "replay", lambda *_, **__: self.drafter)
@@ -36,6 +36,7 @@ class Pair:
             self.llm = LLM(folder, device=device, dtype="float32", max_model_len=256, page_size=16, speculative_config=speculative, **settings)
         finally:
             patch.undo()
+        self.llm._engine.round.lookahead = int(late)
 
     def same(self, prompt, continuation=None, **given):
         """continuation: what the drafter shall draft from, where it reaches past the answer's end."""
@@ -78,11 +79,11 @@ def pairs(folder):
         one.llm.close()
 
 
-@pytest.fixture(params=["chain", "tree"])
+@pytest.fixture(params=["chain", "tree", "chain read late", "tree read late"])
 def pair(request, pairs, folder, device):
     key = request.param, device
     if key not in pairs:
-        pairs[key] = Pair(folder, device, {"chain": CHAIN, "tree": TREE}[request.param])
+        pairs[key] = Pair(folder, device, CHAIN if request.param.startswith("chain") else TREE, late=request.param.endswith("late"))
     return pairs[key]
 
 
