@@ -172,9 +172,10 @@ class Engine:
             pending = self.round.launch((lambda: failed.update(self._set_masks(active))) if masked else None)
             launched = _InFlight(pending, active, failed)
         events = self._collect()
-        self._in_flight = launched
-        for request in active:
-            request.in_flight = 1 + request.speculation.max_depth if request.finish_reason is None else 0
+        alive = [request for request in active if request.finish_reason is None]
+        self._in_flight = launched if alive else None
+        for request in alive:
+            request.in_flight = 1 + request.speculation.max_depth
         if self.round.lookahead == 0:
             events += self._collect()
         return events
