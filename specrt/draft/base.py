@@ -48,7 +48,7 @@ class Drafter(ABC):
         self.max_depth[slot] = max_depth
 
     def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
-        """Consumes the prompt rows the target has just processed (``batch``, its pages are shared); ``end`` int32 [B]: the position after the last row of each slot,
+        """In a graph too, by the capacity of ``batch``: consumes the prompt rows the target has just processed (their pages are shared); ``end`` int32 [B]: the position after the last row of each slot,
         0 where it has none. The token after a row is history[position + 1]: always known."""
 
     @abstractmethod

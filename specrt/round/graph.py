@@ -1,4 +1,4 @@
-"""CUDA graphs of rounds: one for each shape of round that recurs."""
+"""CUDA graphs of rounds and prompt chunks: one for each shape that recurs."""
 
 from __future__ import annotations
 

@@ -84,11 +84,16 @@ class Round:
         """Runs tokens[start:end] of each (slot, start, end) through the target and the slot's drafter; end <= len(tokens) - 1, lengths sum to at most prefill_chunk.
 
         prompt_logprobs {slot: n}: returns {slot: (logprob [len], top_token [len, n], top_logprob [len, n])} of the tokens start+1 .. end, as numpy."""
-        batch, features = self.prompt.run(spans)
-        for name, drafter in self.drafters.items():
-            if any(self.setups[slot].method == name for slot, _, _ in spans):
-                drafter.prefill(batch, self.prompt.span.end, features)
-        return self.prompt.logprobs(spans, prompt_logprobs or {})
+        rows = self.prompt.place(spans)
+        names = tuple(name for name in self.drafters if any(self.setups[slot].method == name for slot, _, _ in spans))
+
+        def forward() -> None:
+            batch, features = self.prompt.forward(rows)
+            for name in names:
+                self.drafters[name].prefill(batch, self.prompt.span.end, features)
+
+        self.graphs.run(("prefill", rows, names), forward)
+        return self.prompt.logprobs(spans, rows, prompt_logprobs or {})
 
     def activate(self, slot: int) -> None:
         """The slot's prompt is in: it takes part in rounds from now on."""
