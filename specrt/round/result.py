@@ -23,9 +23,7 @@ class RoundResult:
     emitted: np.ndarray  # int32 [B, N]
     error: np.ndarray  # int32 [B]: ops.STATUS_*
     tree_size: np.ndarray  # int32 [B]
-    tree_token: np.ndarray  # int32 [B, N]
     tree_depth: np.ndarray  # int32 [B, N]
-    path: np.ndarray  # int32 [B, N]
     chosen: np.ndarray | None  # float32 [B, N]: log-probability of each emitted token, where a request asked
     top_token: np.ndarray | None  # int32 [B, N, n]
     top_logprob: np.ndarray | None  # float32 [B, N, n]
@@ -66,7 +64,7 @@ class PendingResult:
         if p is not None:  # row row_offset[b] + path[b, i] chose emitted[b, i]
             rows = np.clip(v["row_offset"][:-1, None] + v["path"], 0, p.rows - 1)
             chosen, top_token, top_logprob = (t.numpy()[rows] for t in (p.chosen, p.top_token, p.top_logprob))
-        return RoundResult(v["path_len"], v["emitted"], v["error"], v["tree_size"], v["tree_token"], v["tree_depth"], v["path"], chosen, top_token, top_logprob)
+        return RoundResult(v["path_len"], v["emitted"], v["error"], v["tree_size"], v["tree_depth"], chosen, top_token, top_logprob)
 
 
 class ResultRing:

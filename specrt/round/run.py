@@ -97,8 +97,10 @@ class Round:
 
     def activate(self, slot: int) -> None:
         """The slot's prompt is in: it takes part in rounds from now on."""
-        self.state.seq_lens[slot].fill_(len(self.setups[slot].tokens) - 1)
-        self.state.active[slot].fill_(1)
+        s, tokens = self.state, self.setups[slot].tokens
+        s.seq_lens[slot].fill_(len(tokens) - 1)
+        s.tree_token[slot, 0].fill_(tokens[-1])
+        s.active[slot].fill_(1)
         self.running.add(slot)
         self._shape = None
 
@@ -154,11 +156,11 @@ class Round:
 
     def propose(self, shape: RoundShape) -> None:
         s = self.state
-        s.tree_token[:, :1] = s.history.gather(1, s.seq_lens[:, None].long())
         s.tree_size.copy_(s.active)
         for name, slots, depth in shape.drafts:
             self.drafters[name].propose(slots, depth)
-        s.tree_size.mul_(s.active)  # a slot still in prefill has a budget, but no round
+        if shape.drafts:
+            s.tree_size.mul_(s.active)  # a slot still in prefill has a budget, but no round
 
     def verify(self, shape: RoundShape) -> None:
         s = self.state
@@ -190,11 +192,10 @@ class Round:
     def commit(self, shape: RoundShape) -> None:
         s = self.state
         ops.kv_commit(self.pool.k, self.pool.v, s.block_table, s.seq_lens, s.path, s.path_len)
-        ops.round_advance(s.path_len, s.emitted, s.seq_lens, s.history, s.output_count)
+        # The host will learn a round late that a request is over: a slot at its limit stops by itself, before it grows past its pages.
+        ops.round_advance(s.path_len, s.emitted, s.limit, s.seq_lens, s.history, s.output_count, s.active, s.tree_token)
         for name, slots, depth in shape.drafts:
             self.drafters[name].extend(self.features, slots, depth)
-        # The host will learn a round late that a request is over: it must not grow past its pages meanwhile.
-        s.active.mul_(s.seq_lens < s.limit)
 
     def _draft_logits(self) -> tuple[Tensor, Tensor]:
         return next((stored for drafter in self.drafters.values() if (stored := drafter.draft_logits()) is not None), self.no_q)

@@ -12,7 +12,7 @@ class RoundState:
     """B slots, N nodes a slot (root included), R = B * N rows, V vocabulary, T history capacity, M pages a slot.
 
     Between two rounds the truth is ``history`` and ``seq_lens``: history[b, : seq_lens[b]] has its KV in the pages ("committed"), and
-    history[b, seq_lens[b]] is the root, the last known token, whose KV the next round writes."""
+    history[b, seq_lens[b]] is the root, the last known token, whose KV the next round writes; tree_token[b, 0] has it too."""
 
     def __init__(self, batch: int, nodes: int, vocab: int, history: int, max_pages: int, device: torch.device):
         self.batch, self.nodes, self.rows, self.vocab, self.device = batch, nodes, batch * nodes, vocab, device

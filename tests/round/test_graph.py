@@ -68,7 +68,7 @@ def copied(result) -> Copied:
     nodes = np.arange(result.emitted.shape[1])[None] < result.tree_size[:, None]
     cut = lambda array, mask: None if array is None else array[mask]  # noqa: E731
     return Copied({"path_len": result.path_len.copy(), "error": result.error.copy(), "tree_size": result.tree_size.copy(), "emitted": result.emitted[used],
-                   "path": result.path[used], "tree_token": result.tree_token[nodes], "tree_depth": result.tree_depth[nodes], "chosen": cut(result.chosen, used),
+                   "tree_depth": result.tree_depth[nodes], "chosen": cut(result.chosen, used),
                    "top_token": cut(result.top_token, used), "top_logprob": cut(result.top_logprob, used)})
 
 
