@@ -44,8 +44,8 @@ class Drafter(ABC):
 
     def admit(self, slot: int, max_nodes: int, max_depth: int) -> None:
         """Host side: the slot's budget (0: the slot is another drafter's, or nobody's)."""
-        self.max_nodes[slot] = max_nodes
-        self.max_depth[slot] = max_depth
+        self.max_nodes[slot].fill_(max_nodes)  # an assignment of a number would wait for the device
+        self.max_depth[slot].fill_(max_depth)
 
     def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
         """In a graph too, by the capacity of ``batch``: consumes the prompt rows the target has just processed (their pages are shared); ``end`` int32 [B]: the position after the last row of each slot,

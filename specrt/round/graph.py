@@ -37,7 +37,6 @@ class RoundGraphs:
         self.enabled = enabled
         self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph | None] = OrderedDict()
         if enabled:
-            self.pool = torch.cuda.graph_pool_handle()
             self._settle = weakref.finalize(self, torch.cuda.synchronize, device)  # a graph is not destroyed while it runs
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
@@ -62,7 +61,7 @@ class RoundGraphs:
         gc.disable()  # what it would free could wait for the device, which a capture forbids
         try:
             with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")  # other threads of the process may use CUDA meanwhile
+                graph.capture_begin(pool=self._pool(), capture_error_mode="thread_local")  # other threads of the process may use CUDA meanwhile
                 try:
                     function()
                 finally:
@@ -71,6 +70,10 @@ class RoundGraphs:
             if collects:
                 gc.enable()
         return graph
+
+    def _pool(self) -> tuple[int, int]:
+        """The pool of the graphs there are: it ends with the last of them."""
+        return next((graph.pool() for graph in self.graphs.values() if graph is not None), None) or torch.cuda.graph_pool_handle()
 
     def _make_room(self) -> None:
         while len(self.graphs) >= MOST_GRAPHS:

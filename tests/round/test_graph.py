@@ -177,6 +177,10 @@ def test_the_least_recently_used_graph_goes_first():
     for key in range(MOST_GRAPHS + 3):
         for _ in range(2):
             graphs.run(key, lambda: x.add_(1))
-        graphs.run(0, lambda: x.add_(0))
+        graphs.run(0, lambda: x.add_(1))
     assert len(graphs.graphs) == MOST_GRAPHS and 0 in graphs.graphs and 1 not in graphs.graphs
-    assert int(x) == 2 * (MOST_GRAPHS + 3)
+    assert int(x) == 3 * (MOST_GRAPHS + 3)
+    graphs.graphs.clear()  # the pool ends with its last graph
+    for _ in range(2):
+        graphs.run("anew", lambda: x.mul_(0))
+    assert int(x) == 0
