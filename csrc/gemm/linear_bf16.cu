@@ -1,6 +1,3 @@
-#ifndef PAIRMIN
-#define PAIRMIN 90
-#endif
 // bfloat16 linear on Hopper's warpgroup tensor cores: 64 or 128 weight rows on the wide side, 16 to 256 tokens on the narrow one.
 //
 // One kernel, three ways through K (params.h has the order; which way runs, and how deep its pipeline is, changes no bit):
@@ -195,7 +192,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       if (totals)
 #pragma unroll
         for (int i = 0; i < T::values; ++i) total[i] = 0.0f;
-      int range = pair ? 2 * rank : 0;
+      int range = pair ? 2 * rank : 0, range_end = range_begin(range + 1, all_steps) - begin;
       for (int step = 0; step < steps; ++step) {
         ptx::mbarrier_wait(full + 8 * s, parity);
         const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
@@ -204,7 +201,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 #pragma unroll
         for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
         ptx::wgmma_commit();
-        if (totals && range_begin(range + 1, all_steps) <= begin + step + 1) {  // a range ends here (with fewer steps than ranges some are empty: zero sums)
+        if (totals && range_end <= step + 1) {  // a range ends here (with fewer steps than ranges some are empty: zero sums)
           ptx::wgmma_wait<0>();
           if (!(pair && rank == 1 && step == steps - 1)) {
 #pragma unroll
@@ -213,7 +210,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
               sum[i] = 0.0f;
             }
           }
-          while (range < kRanges - 1 && range_begin(range + 1, all_steps) <= begin + step + 1) ++range;
+          while (range < kRanges - 1 && range_end <= step + 1) range_end = range_begin(++range + 1, all_steps) - begin;
         } else {
           ptx::wgmma_wait<T::lag>();
         }
@@ -335,12 +332,13 @@ void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
   if (major != 9) fail("linear: bfloat16 on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\" or dtype=\"float32\"");
   const int outputs = ceil_div(p.out_features, 128);
+  constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {
     if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
   } else if (p.rows > 256 && outputs * ceil_div(p.rows, 128) >= 128) {
     launch_tile<Tile<2, 128, Ways::kTurn>>(p, stream);
-  } else if (outputs * 2 >= PAIRMIN) {
+  } else if (2 * outputs >= kEnoughCtas) {
     launch_few<2, Ways::kPair>(p, stream);
   } else {
     launch_few<1, Ways::kPair>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
