@@ -7,17 +7,22 @@
 //   CUDA bfloat16: K padded with zeros to T steps of 64, cut in S = num_ranges(N) contiguous ranges [s T / S, (s+1) T / S); a range is one tensor-core chain
 //     from zero, k ascending in steps of 16; the range sums are added ascending, to zero; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
 // The bias is added to the sum in fp32, then comes the one rounding to out's dtype.
+//
+// FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
+// wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[r, b] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
+// in ranges as bfloat16 does (num_ranges(N), range s = blocks [s T / S, (s+1) T / S), each acc from zero, added ascending, to zero); the CPU has one range.
+// The bias is float32; sum, bias and rounding as above.
 #pragma once
-#include "base/types.h"
+#include "base/fp8.h"
 
 namespace specrt {
 
 constexpr int kPanel = 64;  // outputs a panel of the CPU's packed weights
 
 struct PackLinearParams {
-  DType dtype;
+  DType dtype;         // kF32, kBF16 or kE4M3
   const void* weight;  // [N, K]
-  void* packed;        // [ceil(N/64), ceil(K/g), 64, g], g = 2 for bfloat16 and 1 for float32: either way 256 bytes a step of k; zero-padded
+  void* packed;        // [ceil(N/64), ceil(K/g), 64, g], g = 1 for float32 and 2 otherwise: 256 bytes a step of k (e4m3: 128); zero-padded
   int out_features, in_features;  // N, K
 };
 
@@ -31,8 +36,36 @@ struct LinearParams {
   int rows, out_features, in_features;  // R (capacity), N, K
 };
 
+// Activations for linear_fp8. For each row and block of 128 columns (the last may be shorter): scale = scale_of(max |x|), q = e4m3(x / scale): one fp32 division, one rounding
+// to nearest even, saturated. No order anywhere: the same bits on both backends.
+struct QuantizeFp8Params {
+  DType dtype;       // of x
+  const void* x;     // [R, K]
+  e4m3* q;           // [R, K]
+  float* scale;      // [R, ceil(K/128)]
+  const int32_t* num_rows;
+  int rows, columns;  // R (capacity), K
+};
+
+struct LinearFp8Params {
+  DType out_dtype;            // kF32 or kBF16
+  const e4m3* x;              // [R, K], as quantize_fp8 writes it
+  const float* x_scale;       // [R, ceil(K/128)]
+  const e4m3* weight;         // CPU: packed as above; CUDA: [N, K]
+  const float* weight_scale;  // [weight_blocks, N]
+  int weight_blocks;          // 1: one scale an output; ceil(K/128): one an output and block of 128 k
+  const float* bias;          // [N] or null
+  void* out;                  // [R, N]
+  const int32_t* num_rows;
+  int rows, out_features, in_features;  // R (capacity), N, K
+};
+
 void launch_pack_linear_cpu(const PackLinearParams& p);
 void launch_linear_cpu(const LinearParams& p);
 void launch_linear_cuda(const LinearParams& p, void* stream);
+void launch_quantize_fp8_cpu(const QuantizeFp8Params& p);
+void launch_quantize_fp8_cuda(const QuantizeFp8Params& p, void* stream);
+void launch_linear_fp8_cpu(const LinearFp8Params& p);
+void launch_linear_fp8_cuda(const LinearFp8Params& p, void* stream);
 
 }  // namespace specrt
