@@ -61,6 +61,7 @@ struct LinearFp8Params {
 };
 
 void launch_pack_linear_cpu(const PackLinearParams& p);
+void launch_pack_linear_cuda(const PackLinearParams& p, void* stream);
 void launch_linear_cpu(const LinearParams& p);
 void launch_linear_cuda(const LinearParams& p, void* stream);
 void launch_quantize_fp8_cpu(const QuantizeFp8Params& p);

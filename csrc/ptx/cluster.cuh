@@ -10,20 +10,21 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all CTAs of the cluster; what each wrote to shared memory before is visible to all after.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// A barrier of all threads of all CTAs of the cluster in two halves: what each wrote before it arrived is visible to all after they waited.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// The address, in the cluster's window, of what lies at the shared address `own` in the CTA `rank`.
+__device__ __forceinline__ uint32_t shared_address_of(uint32_t rank, uint32_t own) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  return address;
 }
 
-// Four floats at the shared address `from` (16-byte aligned) of the CTA `rank`.
-__device__ __forceinline__ void load_shared_of(uint32_t rank, uint32_t from, float (&to)[4]) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-      : "r"(from), "r"(rank)
-      : "memory");
+// Sends four floats to `to` (16-byte aligned) in another CTA; they complete as 16 bytes on that CTA's barrier `bell`. Both addresses in the cluster's window.
+__device__ __forceinline__ void store_shared_of(uint32_t to, float a, float b, float c, float d, uint32_t bell) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(bell)
+               : "memory");
 }
 
 }  // namespace specrt::ptx
