@@ -74,7 +74,7 @@ template <typename Out> SPECRT_CLONES void finish_row(const float* acc, const fl
 template <typename Out> void panel_block(const LinearFp8Params& p, const StepKernels& kernels, Widen widen, const bf16* x, int64_t steps, int64_t panel, int64_t row, int count) {
   const int64_t first = panel * kPanel, blocks = (p.in_features + kScaleBlock - 1) / kScaleBlock;
   const int outputs = static_cast<int>(std::min<int64_t>(kPanel, p.out_features - first));
-  const e4m3* weight = p.weight + first * steps * 2;
+  const e4m3* weight = static_cast<const e4m3*>(p.weight) + first * steps * 2;
   alignas(64) float acc[kRowBlock * kPanel], sums[kMaxRows * kPanel], weight_scale[kPanel] = {};
   alignas(64) bf16 wide[kScaleBlock * kPanel];
   std::memset(acc, 0, sizeof(float) * kPanel * count);
@@ -86,7 +86,7 @@ template <typename Out> void panel_block(const LinearFp8Params& p, const StepKer
       const int m = std::min(kMaxRows, count - r);
       std::memset(sums, 0, sizeof(float) * kPanel * m);
       kernels.rows[m - 1](x + ((row + r) * steps + b * kBlockSteps) * 2, steps * 4, reinterpret_cast<const char*>(wide), n, sums, {nullptr, 0});
-      for (int i = 0; i < m; ++i) promote(sums + i * kPanel, p.x_scale[(row + r + i) * blocks + b], weight_scale, acc + (r + i) * kPanel);
+      for (int i = 0; i < m; ++i) promote(sums + i * kPanel, p.x_scale[b * scale_pitch(p.rows) + row + r + i], weight_scale, acc + (r + i) * kPanel);
     }
   }
   for (int r = 0; r < count; ++r)

@@ -9,8 +9,8 @@
 // The bias is added to the sum in fp32, then comes the one rounding to out's dtype.
 //
 // FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
-// wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[r, b] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
-// in ranges as bfloat16 does (num_ranges(N), range s = blocks [s T / S, (s+1) T / S), each acc from zero, added ascending, to zero); the CPU has one range.
+// wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[b, r] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
+// in S = fp8_ranges(N) ranges, the second from T / 2 on, each acc from zero, the first plus the second; the CPU has one range.
 // The bias is float32; sum, bias and rounding as above.
 #pragma once
 #include "base/fp8.h"
@@ -36,13 +36,16 @@ struct LinearParams {
   int rows, out_features, in_features;  // R (capacity), N, K
 };
 
+// Rows of scales that stand side by side for a block of k: R, so that bulk copies of any 16 of them are aligned.
+SPECRT_HD int scale_pitch(int rows) { return (rows + 15) / 16 * 16; }
+
 // Activations for linear_fp8. For each row and block of 128 columns (the last may be shorter): scale = scale_of(max |x|), q = e4m3(x / scale): one fp32 division, one rounding
 // to nearest even, saturated. No order anywhere: the same bits on both backends.
 struct QuantizeFp8Params {
   DType dtype;       // of x
   const void* x;     // [R, K]
   e4m3* q;           // [R, K]
-  float* scale;      // [R, ceil(K/128)]
+  float* scale;      // [ceil(K/128), scale_pitch(R)]
   const int32_t* num_rows;
   int rows, columns;  // R (capacity), K
 };
@@ -50,8 +53,8 @@ struct QuantizeFp8Params {
 struct LinearFp8Params {
   DType out_dtype;            // kF32 or kBF16
   const e4m3* x;              // [R, K], as quantize_fp8 writes it
-  const float* x_scale;       // [R, ceil(K/128)]
-  const e4m3* weight;         // CPU: packed as above; CUDA: [N, K]
+  const float* x_scale;       // [ceil(K/128), scale_pitch(R)]
+  const void* weight;         // e4m3, packed: CPU as above; CUDA in units of 64 outputs x 128 k (pack.cu), [ceil(N/64), ceil(K/128), 64, 128]
   const float* weight_scale;  // [weight_blocks, N]
   int weight_blocks;          // 1: one scale an output; ceil(K/128): one an output and block of 128 k
   const float* bias;          // [N] or null
@@ -64,6 +67,7 @@ void launch_pack_linear_cpu(const PackLinearParams& p);
 void launch_pack_linear_cuda(const PackLinearParams& p, void* stream);
 void launch_linear_cpu(const LinearParams& p);
 void launch_linear_cuda(const LinearParams& p, void* stream);
+void launch_pack_fp8_cuda(const PackLinearParams& p, void* stream);
 void launch_quantize_fp8_cpu(const QuantizeFp8Params& p);
 void launch_quantize_fp8_cuda(const QuantizeFp8Params& p, void* stream);
 void launch_linear_fp8_cpu(const LinearFp8Params& p);

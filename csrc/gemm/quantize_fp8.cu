@@ -1,6 +1,7 @@
 // Activations to e4m3: one warp a row and block of 128 columns, four columns a lane. Bytes: x once, a byte a column and four a block.
-#include "base/check.h"
+#include "base/launch.h"
 #include "gemm/params.h"
+#include "ptx/dependency.cuh"
 
 namespace specrt {
 namespace {
@@ -12,7 +13,9 @@ template <typename T> struct alignas(4 * sizeof(T)) Four {
 };
 
 // columns % 4 == 0 and x 16-byte aligned (ops/gemm.cpp), so that a lane's four columns are there or not together, and one load and one store.
-template <typename T> __global__ void __launch_bounds__(32 * kWarps) quantize_fp8_kernel(QuantizeFp8Params p) {
+template <typename T> __global__ void __launch_bounds__(32 * kWarps) quantize_fp8_kernel(const __grid_constant__ QuantizeFp8Params p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int row = blockIdx.x, block = blockIdx.y * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   const int blocks = (p.columns + kScaleBlock - 1) / kScaleBlock;
   if (row >= *p.num_rows || block >= blocks) return;  // the same for a whole warp
@@ -28,7 +31,7 @@ template <typename T> __global__ void __launch_bounds__(32 * kWarps) quantize_fp
   }
   greatest = __reduce_max_sync(0xffffffffu, greatest);
   const float scale = scale_of(greatest);
-  if (lane == 0) p.scale[static_cast<int64_t>(row) * blocks + block] = scale;
+  if (lane == 0) p.scale[static_cast<int64_t>(block) * scale_pitch(p.rows) + row] = scale;
   if (!valid) return;
   Four<e4m3> q;
 #pragma unroll
@@ -38,7 +41,7 @@ template <typename T> __global__ void __launch_bounds__(32 * kWarps) quantize_fp
 
 template <typename T> void quantize_rows(const QuantizeFp8Params& p, cudaStream_t stream) {
   const int blocks = (p.columns + kScaleBlock - 1) / kScaleBlock;
-  quantize_fp8_kernel<T><<<dim3(p.rows, (blocks + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(p);
+  launch({dim3(p.rows, (blocks + kWarps - 1) / kWarps), dim3(32 * kWarps), 0, stream, 1, true}, quantize_fp8_kernel<T>, p);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ template <typename T> void quantize_rows(const QuantizeFp8Params& p) {
     const T* x = static_cast<const T*>(p.x) + r * columns;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * kScaleBlock;
-      p.scale[r * blocks + b] = quantize(x + at, p.q + r * columns + at, static_cast<int>(std::min<int64_t>(kScaleBlock, columns - at)));
+      p.scale[b * scale_pitch(p.rows) + r] = quantize(x + at, p.q + r * columns + at, static_cast<int>(std::min<int64_t>(kScaleBlock, columns - at)));
     }
   });
 }
