@@ -122,6 +122,24 @@ def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device):
             assert_same(answers(llm, batch, together=True), want, shape)
 
 
+@pytest.mark.parametrize("variant", ["batch", "chunked-3", "eager-at-once", "ngram-chain", "replay-chain-chunked", "replay-tree-64", "draft-self-tree"])
+def test_fp8_weights_are_exact_too(monkeypatch, model, device, variant):
+    batch = cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS)
+    want = fp8_reference(model, device)
+    spec, settings = VARIANTS[variant]
+    spec = {**spec, **({"model": str(model)} if "model" in spec else {})}
+    register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree" if "num_steps" in spec else "chain")
+    with make(model, device=device, quantization="fp8", max_batch_size=3, speculative_config=spec or None, **settings) as llm:
+        assert_same(answers(llm, batch, together=True), want, variant)
+        assert not spec or coverage(llm).drafted > 0
+
+
+@functools.lru_cache(maxsize=None)
+def fp8_reference(model, device):
+    with make(model, device=device, quantization="fp8", max_batch_size=1) as llm:
+        return answers(llm, cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS), together=False)
+
+
 def test_prompt_logprobs_do_not_depend_on_chunks(model, device):
     batch = cases(3, VOCAB, (20, 70, 100), 4)
     found = []
