@@ -25,7 +25,7 @@ class LLM:
 
     model: a Hugging Face folder, a .safetensors or .gguf file, a hub name, or "smollm2-135m" (embedded). device: None = CUDA if there is one. dtype:
     "bfloat16" or "float32". quantization: None (weights as stored, FP8 ones too), or "fp8": the matrices of a checkpoint that has none are quantised at load to e4m3,
-    a scale for each output channel, lm_head too; activations by row and 128 channels. max_batch_size: requests decoded together, others wait. max_model_len: most tokens of prompt and output; None = the
+    a scale for each output channel, lm_head apart; activations by row and 128 channels. max_batch_size: requests decoded together, others wait. max_model_len: most tokens of prompt and output; None = the
     model's, at most 8192. kv_cache_memory: bytes for keys and values (drafter's included); None = all that the batch can use (on CUDA at most 85 % of
     what is free). page_size: positions a KV page. speculative_config: None, or a dict as in the README, for example {"method": "ngram"}.
     ValueError names a key that is not valid, and what would be."""

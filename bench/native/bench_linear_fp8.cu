@@ -1,4 +1,4 @@
-// FP8 linear layers of Llama-3.1-8B, lm_head in FP8 too: one graph over distinct weights (so that each is read from memory), and each shape alone.
+// Linear layers of Llama-3.1-8B with FP8 weights and lm_head in bfloat16, as quantization="fp8" loads it: one graph over distinct weights (so that each is read from memory), and each shape alone.
 //
 // floor: the weights' bytes as stored over the read bandwidth measured in the run. The activations come quantised; "linear_fp8_quantize" rows
 // have their quantisation from bfloat16, a kernel of its own before every layer, too. Every timed configuration is first compared with a float64 reference of the quantised product, and its row 0 with the
@@ -18,9 +18,12 @@ namespace {
 struct Shape {
   std::string label;
   int N, K, count;  // distinct weights of this shape
-  DType out_dtype = DType::kBF16;
+  bool fp8 = true;  // weights and x; else both bfloat16, and out float32
+
+  size_t weight_bytes() const { return static_cast<size_t>(N) * K * (fp8 ? 1 : 2); }  // N % 64 == 0, K % 128 == 0: packing pads nothing
+  DType out_dtype() const { return fp8 ? DType::kBF16 : DType::kF32; }
 };
-const std::vector<Shape> kShapes = {{"qkv", 6144, 4096, 32}, {"o", 4096, 4096, 32}, {"gate_up", 28672, 4096, 32}, {"down", 4096, 14336, 32}, {"lm_head", 128256, 4096, 1, DType::kF32}};
+const std::vector<Shape> kShapes = {{"qkv", 6144, 4096, 32}, {"o", 4096, 4096, 32}, {"gate_up", 28672, 4096, 32}, {"down", 4096, 14336, 32}, {"lm_head", 128256, 4096, 1, false}};
 
 // One row of the evidence: so many tokens, through the whole model or through one layer of it.
 struct Case {
@@ -39,26 +42,36 @@ struct Sample {
   int row, first;  // outputs first .. first + kLength - 1
 };
 
-__device__ float value_of(const LinearFp8Params& p, int output, int k) {  // of the packed weight (pack.cu)
-  const int64_t unit = output / 64 * static_cast<int64_t>((p.in_features + 127) / 128) + k / 128;
-  const int row = output % 64, chunk = k % 128 / 16 ^ row % 8;
-  return to_float(static_cast<const e4m3*>(p.weight)[unit * 8192 + row * 128 + chunk * 16 + k % 16]);
+struct Product {  // x [rows, K] bfloat16, or e4m3 with its scales; weight packed (pack.cu); out float32, or bfloat16 where there are scales
+  const void *x, *weight, *out;
+  const float *x_scale, *weight_scale;
+  int rows, N, K;
+};
+
+template <typename T> __device__ double value_of(const Product& p, int output, int k) {
+  constexpr int chunk = 16 / sizeof(T), columns = 8 * chunk;
+  const int64_t unit = output / 64 * static_cast<int64_t>(p.K / columns) + k / columns;
+  const int row = output % 64, place = k % columns / chunk ^ row % 8;
+  return to_float(static_cast<const T*>(p.weight)[(unit * 64 + row) * columns + place * chunk + k % chunk]);
 }
 
-// A warp an output, float64. weight_blocks == 1.
-__global__ void reference_kernel(LinearFp8Params p, const Sample* samples, double* got, double* reference) {
+// A warp an output, float64.
+__global__ void reference_kernel(Product p, const Sample* samples, double* got, double* reference) {
   const Sample sample = samples[blockIdx.x];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   for (int i = warp; i < kLength; i += warps) {
-    const int output = min(sample.first + i, p.out_features - 1);
+    const int output = sample.first + i;
     double sum = 0;
-    for (int k = lane; k < p.in_features; k += 32)
-      sum += static_cast<double>(to_float(p.x[static_cast<int64_t>(sample.row) * p.in_features + k])) * p.x_scale[k / kScaleBlock * scale_pitch(p.rows) + sample.row] * value_of(p, output, k);
+    for (int k = lane; k < p.K; k += 32) {
+      const int64_t at = static_cast<int64_t>(sample.row) * p.K + k;
+      sum += p.x_scale ? static_cast<double>(to_float(static_cast<const e4m3*>(p.x)[at])) * p.x_scale[k / kScaleBlock * scale_pitch(p.rows) + sample.row] * value_of<e4m3>(p, output, k)
+                       : to_float(static_cast<const bf16*>(p.x)[at]) * value_of<bf16>(p, output, k);
+    }
     for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    const int64_t at = static_cast<int64_t>(sample.row) * p.out_features + output;
+    const int64_t at = static_cast<int64_t>(sample.row) * p.N + output;
     if (lane == 0) {
-      reference[blockIdx.x * kLength + i] = sum * p.weight_scale[output];
-      got[blockIdx.x * kLength + i] = p.out_dtype == DType::kF32 ? static_cast<const float*>(p.out)[at] : to_float(static_cast<const bf16*>(p.out)[at]);
+      reference[blockIdx.x * kLength + i] = p.x_scale ? sum * p.weight_scale[output] : sum;
+      got[blockIdx.x * kLength + i] = p.x_scale ? to_float(static_cast<const bf16*>(p.out)[at]) : static_cast<const float*>(p.out)[at];
     }
   }
 }
@@ -78,8 +91,7 @@ struct Linear {
   Buffer weights, scales;  // [count, N, K] packed; [N]
   Buffer out, alone;       // [most rows, N]; [1, N]
 
-  size_t weight_bytes() const { return static_cast<size_t>(shape.N) * shape.K; }  // N % 64 == 0, K % 128 == 0: nothing is padded
-  size_t row_bytes() const { return shape.N * bytes_of(shape.out_dtype); }
+  size_t row_bytes() const { return shape.N * bytes_of(shape.out_dtype()); }
 };
 struct Input {
   Buffer x, q, scale;  // [most rows, K] bfloat16 and e4m3; [K / 128, pitch]
@@ -92,8 +104,9 @@ class Bench {
     for (const Shape& shape : kShapes) {
       Linear linear{shape, {}, {}, {}, {}};
       const size_t elements = static_cast<size_t>(shape.N) * shape.K;
-      linear.weights = Buffer(elements * shape.count);
-      for (int i = 0; i < shape.count; ++i) {  // random values are as random packed
+      linear.weights = Buffer(shape.weight_bytes() * shape.count);  // random values are as random packed
+      if (!shape.fp8) fill_random(linear.weights.as(), DType::kBF16, elements * shape.count, seed++, 1.0f / std::sqrt(static_cast<float>(shape.K)));
+      for (int i = 0; i < shape.count && shape.fp8; ++i) {
         const Buffer wide = random_buffer(DType::kBF16, elements, seed++, 100.0f);
         convert_kernel<<<static_cast<unsigned>((elements + 255) / 256), 256>>>(wide.as<bf16>(), reinterpret_cast<e4m3*>(linear.weights.at(elements * i)), elements);
         SPECRT_CHECK_LAUNCH();
@@ -124,24 +137,28 @@ class Bench {
     size_t bytes = 0;
     bool correct = true;
     for (Linear* linear : parts) {
-      bytes += linear->weight_bytes() * (row.one_layer ? 1 : linear->shape.count);
+      bytes += linear->shape.weight_bytes() * (row.one_layer ? 1 : linear->shape.count);
       std::string checks;
       const bool fine = check(*linear, row.tokens, tokens, checks);
       correct = correct && fine;
       add(report, row, "/" + linear->shape.label, std::to_string(linear->shape.N) + " x " + std::to_string(linear->shape.K), {linear}, linear->shape.count, tokens,
-          bandwidth, linear->weight_bytes(), fine, checks);
+          bandwidth, linear->shape.weight_bytes(), fine, checks);
     }
-    add(report, row, "", std::string("Llama-3.1-8B") + (row.one_layer ? ", one layer" : ", all layers + lm_head in FP8"), parts, 1, tokens, bandwidth, bytes, correct,
+    add(report, row, "", std::string("Llama-3.1-8B") + (row.one_layer ? ", one layer" : ", all layers in FP8 + lm_head in bf16"), parts, 1, tokens, bandwidth, bytes, correct,
         correct ? "all of the above hold" : "WRONG: see above");
   }
 
  private:
   static bool is_head(const Shape& shape) { return shape.label == "lm_head"; }
 
-  LinearFp8Params params(const Linear& linear, int index, int tokens, const int32_t* num_rows, void* out) const {
-    const Input& input = inputs_.at(linear.shape.K);
-    return {linear.shape.out_dtype, input.q.as<e4m3>(), input.scale.as<float>(), linear.weights.at(linear.weight_bytes() * index), linear.scales.as<float>(), 1, nullptr, out,
-            num_rows, tokens, linear.shape.N, linear.shape.K};
+  void enqueue(const Linear& linear, int index, int tokens, const int32_t* num_rows, void* out, cudaStream_t stream) const {
+    const Shape& shape = linear.shape;
+    const Input& input = inputs_.at(shape.K);
+    const void* weight = linear.weights.at(shape.weight_bytes() * index);
+    if (shape.fp8)
+      launch_linear_fp8_cuda({shape.out_dtype(), input.q.as<e4m3>(), input.scale.as<float>(), weight, linear.scales.as<float>(), 1, nullptr, out, num_rows, tokens, shape.N, shape.K}, stream);
+    else
+      launch_linear_cuda({DType::kBF16, shape.out_dtype(), input.x.as(), weight, nullptr, out, num_rows, tokens, shape.N, shape.K}, stream);
   }
   void quantize(int K, int tokens, const int32_t* num_rows, cudaStream_t stream) const {
     const Input& input = inputs_.at(K);
@@ -164,8 +181,8 @@ class Bench {
            double bandwidth, size_t bytes, bool correct, const std::string& checks) const {
     const Timing ours = time_graph([&](cudaStream_t stream) {
       in_order(parts, row.one_layer && calls == 1, [&](const Linear& linear, int index) {
-        if (row.quantize) quantize(linear.shape.K, row.tokens, tokens.as<int32_t>(), stream);
-        launch_linear_fp8_cuda(params(linear, index, row.tokens, tokens.as<int32_t>(), linear.out.as()), stream);
+        if (row.quantize && linear.shape.fp8) quantize(linear.shape.K, row.tokens, tokens.as<int32_t>(), stream);
+        enqueue(linear, index, row.tokens, tokens.as<int32_t>(), linear.out.as(), stream);
       });
     });
     Row out;
@@ -188,27 +205,30 @@ class Bench {
     poison(linear.out.as(), linear.row_bytes() * tokens);
     poison(linear.alone.as(), linear.row_bytes());
     quantize(shape.K, 1, num_rows.as<int32_t>() + 1, nullptr);
-    launch_linear_fp8_cuda(params(linear, shape.count - 1, 1, num_rows.as<int32_t>() + 1, linear.alone.as()), nullptr);
+    enqueue(linear, shape.count - 1, 1, num_rows.as<int32_t>() + 1, linear.alone.as(), nullptr);
     quantize(shape.K, tokens, num_rows.as<int32_t>(), nullptr);
-    const LinearFp8Params p = params(linear, shape.count - 1, tokens, num_rows.as<int32_t>(), linear.out.as());
-    launch_linear_fp8_cuda(p, nullptr);
+    enqueue(linear, shape.count - 1, tokens, num_rows.as<int32_t>(), linear.out.as(), nullptr);
     SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
     const bool same = download<char>(linear.out.as(), linear.row_bytes()) == download<char>(linear.alone.as(), linear.row_bytes());
-    const size_t bad = count_not_finite(linear.out.as(), shape.out_dtype, static_cast<size_t>(tokens) * shape.N);
-    const double error = error_of(p);
+    const size_t bad = count_not_finite(linear.out.as(), shape.out_dtype(), static_cast<size_t>(tokens) * shape.N);
+    const double error = error_of(linear, tokens);
     char text[160];
     std::snprintf(text, sizeof text, "error %.1e, bits: %s", error, same ? "same" : "DIFFER from row 0 alone");
     said = text;
     if (bad) said += ", " + std::to_string(bad) + " outputs NOT FINITE";
-    const bool close = error <= kTolerance[shape.out_dtype == DType::kBF16];
+    const bool close = error <= kTolerance[shape.fp8];
     if (!close) said += ", WRONG";
     return same && !bad && close;
   }
 
-  static double error_of(const LinearFp8Params& p) {
+  double error_of(const Linear& linear, int tokens) const {
+    const Shape& shape = linear.shape;
+    const Input& input = inputs_.at(shape.K);
+    const Product p{shape.fp8 ? input.q.as() : input.x.as(), linear.weights.at(shape.weight_bytes() * (shape.count - 1)), linear.out.as(), shape.fp8 ? input.scale.as<float>() : nullptr,
+                    linear.scales.as<float>(), tokens, shape.N, shape.K};
     std::vector<Sample> samples(kSamples);
     for (int i = 0; i < kSamples; ++i)  // scattered, and the last outputs of the last row
-      samples[i] = i ? Sample{static_cast<int>(i * 7919LL % p.rows), static_cast<int>(i * 104729LL % (p.out_features - kLength))} : Sample{p.rows - 1, p.out_features - kLength};
+      samples[i] = i ? Sample{static_cast<int>(i * 7919LL % tokens), static_cast<int>(i * 104729LL % (shape.N - kLength))} : Sample{tokens - 1, shape.N - kLength};
     const Buffer list = upload(samples), got(kSamples * kLength * sizeof(double)), reference(kSamples * kLength * sizeof(double));
     reference_kernel<<<kSamples, 256>>>(p, list.as<Sample>(), got.as<double>(), reference.as<double>());
     SPECRT_CHECK_LAUNCH();
@@ -222,7 +242,7 @@ class Bench {
 bool measure_all(int argc, char** argv) {
   std::vector<std::string> names;
   for (const Case& row : kCases) names.push_back(row.name);
-  const Arguments arguments(argc, argv, "bench_linear_fp8: the linear layers of Llama-3.1-8B, FP8 weights (lm_head too), cold.", names);
+  const Arguments arguments(argc, argv, "bench_linear_fp8: the linear layers of Llama-3.1-8B, FP8 weights (lm_head bf16), cold.", names);
   if (arguments.answered()) return true;
   int most = 1, head = 1;
   for (const Case& row : kCases)

@@ -78,7 +78,7 @@ class DenseModel:
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, quantization: str | None = None) -> DenseModel:
         """Reads the weights tensor by tensor; each is rounded to ``dtype`` once, as the last step. dtype: bfloat16 or float32. FP8 matrices stay as they are stored;
-        quantization "fp8": those of a checkpoint that has none are quantised, lm_head too, with a scale for each output channel. ValueError if there are no kernels for the model's shape, before anything is read."""
+        quantization "fp8": those of a checkpoint that has none are quantised with a scale for each output channel, all but lm_head. ValueError if there are no kernels for the model's shape, before anything is read."""
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
         c, source, device = checkpoint.config, checkpoint.tensors, torch.device(device)
@@ -111,7 +111,9 @@ class DenseModel:
                 gate_up=linear([mlp + "gate_proj", mlp + "up_proj"], c.mlp_bias), down=linear([mlp + "down_proj"], c.mlp_bias))
 
         embedding = vector("model.embed_tokens.weight")
-        lm_head = linear(["model.embed_tokens" if c.tie_word_embeddings else "lm_head"])
+        # lm_head is quantised only if it is stored so: on SmolLM2 it alone costs 2.7 % of perplexity, all other matrices together 0.4 %.
+        head = "model.embed_tokens" if c.tie_word_embeddings else "lm_head"
+        lm_head = linear([head]) if stored_fp8 else Linear([matrix(f"{head}.weight")], [], dtype, device)
         return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head)
 
     def make_scratch(self, rows: int) -> Scratch:
