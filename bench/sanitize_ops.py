@@ -63,6 +63,13 @@ def linears(k: Kit) -> None:
         x, weight, bias, out = k.random(rows, 35), k.random(67, 35), k.random(67), k.out(rows, 67)
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
+    for rows, used, depth, outputs, blocks in [(1, 1, 1360, 40, False), (51, 43, 1360, 4000 if cuda else 200, True), (130, 77, 80, 16300 if cuda else 200, False)]:
+        x, weight = k.random(rows, depth, dtype=BF16), k.random(outputs, depth).to(ops.FP8)
+        q, scale = k.out(rows, depth).to(ops.FP8), k.out(*ops.fp8_scale_shape(rows, depth))
+        ops.quantize_fp8(x, k.ints(used), q, scale)
+        weight_scale, out = k.random((depth + 127) // 128 if blocks else 1, outputs), k.out(rows, outputs, dtype=BF16)
+        ops.linear_fp8(q, scale, ops.pack_linear(weight), weight_scale, k.random(outputs), k.ints(used), out)
+        k.written(out, used)
 
 
 def row_wise(k: Kit) -> None:

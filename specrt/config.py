@@ -96,7 +96,9 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{_key('model')} is missing; method 'draft_model' needs a path, a hub name or 'smollm2-135m'")
     values |= _lookup(method, given)
     if "quantization" in given:
-        raise refuse(_key("quantization"), given["quantization"], "None in this version")
+        if method == "ngram":
+            raise ValueError(f"{_key('quantization')} = {given['quantization']!r} has no meaning for method 'ngram', which has no weights; leave it out")
+        values["quantization"] = choice(_key("quantization"), given["quantization"], ["fp8", None])
     if "draft_tensor_parallel_size" in given:
         integer(_key("draft_tensor_parallel_size"), given["draft_tensor_parallel_size"], 1, 1)
     if "draft_sample_method" in given:
@@ -199,15 +201,12 @@ class EngineConfig:
     def parse(cls, *, device: str | None = None, dtype: str = "bfloat16", quantization: str | None = None, kv_cache_dtype: str = "auto", max_batch_size: int = 8,
               max_model_len: int | None = None, kv_cache_memory: int | None = None, page_size: int = 64, enforce_eager: bool = False,
               speculative_config: dict[str, Any] | None = None) -> EngineConfig:
-        if quantization == "fp8":
-            raise ValueError("quantization = 'fp8' is not available in this version; it must be None")
-        if quantization is not None:
-            raise refuse("quantization", quantization, "None")
         if kv_cache_dtype == "fp8":
             raise ValueError("kv_cache_dtype = 'fp8' is not available in this version; it must be 'auto' (the dtype of the weights)")
         return cls(
             device=_device(device),
             dtype=choice("dtype", dtype, ["bfloat16", "float32"]),
+            quantization=choice("quantization", quantization, ["fp8", None]),
             kv_cache_dtype=choice("kv_cache_dtype", kv_cache_dtype, ["auto"]),
             max_batch_size=integer("max_batch_size", max_batch_size, 1, 1024),
             max_model_len=None if max_model_len is None else integer("max_model_len", max_model_len, 2, 2**24),

@@ -23,6 +23,8 @@ if not _LIBRARY.exists():
 torch.ops.load_library(str(_LIBRARY))
 _C = torch.ops.specrt
 
+FP8 = torch.float8_e4m3fn
+
 # Columns of the per-slot sampling tables (csrc/sample/params.h).
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)  # sampling_f float32 [B, 6]
 TOP_K, MIN_TOKENS, PROMPT_LEN, HAS_BIAS, HAS_PENALTY = range(5)  # sampling_i int32 [B, 5]
@@ -37,17 +39,19 @@ NOISE_SHARED, NOISE_DRAFT, NOISE_ACCEPT, NOISE_RESIDUAL = range(4)
 
 
 def packed_linear_shape(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
-    """Shape of the packed weight of ``linear``, zero-padded. The CPU has panels of 64 outputs, [ceil(N/64), ceil(K/g), 64, g] with g = 2 for bfloat16
-    (pairs, for the bf16 dot product) and 1 for float32. CUDA has for bfloat16 blocks [ceil(N/64), ceil(K/64), 64, 64], each in the order of shared
-    memory (csrc/gemm/params.h), and keeps [N, K] for float32."""
+    """Shape of the packed weight of ``linear`` and ``linear_fp8``, zero-padded. The CPU has panels of 64 outputs, [ceil(N/64), ceil(K/g), 64, g] with
+    g = 1 for float32 and 2 otherwise (pairs, for the bf16 dot product). CUDA has units of 64 outputs x 128 bytes of k, [ceil(N/64), ceil(K/s), 64, s] with
+    s = 64 for bfloat16 and 128 for float8_e4m3fn, each in the order of shared memory (csrc/gemm/params.h), and keeps [N, K] for float32."""
     if torch.device(device).type == "cuda":
-        return ((out_features + 63) // 64, (in_features + 63) // 64, 64, 64) if dtype == torch.bfloat16 else (out_features, in_features)
-    g = 2 if dtype == torch.bfloat16 else 1
+        s = 128 // dtype.itemsize
+        return (out_features, in_features) if dtype == torch.float32 else ((out_features + 63) // 64, (in_features + s - 1) // s, 64, s)
+    g = 1 if dtype == torch.float32 else 2
     return ((out_features + 63) // 64, (in_features + g - 1) // g, 64, g)
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """Packs weight [N, K] act for ``linear`` (CUDA bfloat16: K % 8 == 0). Returns a new tensor of ``packed_linear_shape`` (CUDA float32: the weight itself)."""
+    """Packs weight [N, K], act for ``linear`` or float8_e4m3fn for ``linear_fp8`` (on CUDA: rows of whole 16 bytes). Returns a new tensor of
+    ``packed_linear_shape`` (CUDA float32: the weight itself)."""
     if weight.is_cuda and weight.dtype == torch.float32:
         return weight.contiguous()
     packed = torch.empty(packed_linear_shape(*weight.shape, weight.dtype, weight.device), dtype=weight.dtype, device=weight.device)
@@ -59,6 +63,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out
     """out[r] = x[r] W^T + bias. x [R, K] act; weight packed from [N, K]; bias [N] act or None; out [R, N] act, or float32 (then unrounded:
     the form of lm_head). Any K, N (CUDA bf16: K % 8 == 0)."""
     _C.linear(x, weight, bias, num_rows, out)
+
+
+def fp8_scale_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the scales of activations [rows, columns]: [ceil(columns/128), rows rounded up to 16]."""
+    return ((columns + 127) // 128, (rows + 15) // 16 * 16)
+
+
+def quantize_fp8(x: Tensor, num_rows: Tensor, q: Tensor, scale: Tensor) -> None:
+    """Activations for ``linear_fp8``: for each row and 128 columns scale = max |x| / 448 (1 for zeros), q = e4m3(x / scale), to nearest even.
+
+    x [R, K] act; q [R, K] float8_e4m3fn out; scale float32 of ``fp8_scale_shape(R, K)`` out: [b, r] is row r's for the columns from 128 b on (CUDA: K % 4 == 0).
+    A NaN or an infinity makes NaN of its 128 columns' scale or values."""
+    _C.quantize_fp8(x, num_rows, q, scale)
+
+
+def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor) -> None:
+    """out[r] = sum over blocks b of 128 k of x_scale[b, r] weight_scale[b, :] (x[r, b] W[:, b]^T) + bias, in fp32 from block to block.
+
+    x [R, K] float8_e4m3fn and x_scale as ``quantize_fp8`` writes them; weight packed from [N, K] float8_e4m3fn; weight_scale float32 [1, N] (an output) or
+    [ceil(K/128), N] (an output and 128 k); bias float32 [N] or None; out [R, N] act or float32. Any K, N (CUDA: K % 16 == 0)."""
+    _C.linear_fp8(x, x_scale, weight, weight_scale, bias, num_rows, out)
 
 
 # ------------------------------------------------------------------------------------------------ norm (and other row-wise ops)

@@ -73,7 +73,7 @@ def test_draft_sizes(key, value):
     (DRAFT, {"rejection_sample_method": "typical"}, "typical.*not available"), (DRAFT, {"rejection_sample_method": "strict"}, "rejection_sample_method.*'exact'"),
     (DRAFT, {"rejection_sample_method": True}, "rejection_sample_method"), (DRAFT, {"rejection_sample_method": "synthetic"}, "synthetic_acceptance_length"),
     (DRAFT, {"synthetic_acceptance_length": 2.0}, "synthetic_acceptance_length"), (DRAFT, {"draft_sample_method": "random"}, "draft_sample_method"),
-    (NGRAM, {"draft_sample_method": "greedy"}, "draft_sample_method"), (DRAFT, {"quantization": "fp8"}, "quantization"), (DRAFT, {"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size"),
+    (NGRAM, {"draft_sample_method": "greedy"}, "draft_sample_method"), (DRAFT, {"quantization": "int8"}, "quantization"), (NGRAM, {"quantization": "fp8"}, "quantization"), (DRAFT, {"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size"),
     (DRAFT, {"draft_tensor_parallel_size": True}, "draft_tensor_parallel_size")])
 def test_refused(base, given, words):
     with pytest.raises(ValueError, match=words):
@@ -103,7 +103,7 @@ def test_methods_come_from_the_registry(monkeypatch):
 
 
 @pytest.mark.parametrize("kw", [
-    dict(device="gpu"), dict(device=0), dict(device=True), dict(dtype="float16"), dict(dtype=None), dict(dtype=torch.float32), dict(quantization="fp8"), dict(quantization="int8"),
+    dict(device="gpu"), dict(device=0), dict(device=True), dict(dtype="float16"), dict(dtype=None), dict(dtype=torch.float32), dict(quantization="int8"),
     dict(kv_cache_dtype="fp8"), dict(kv_cache_dtype=None), dict(max_batch_size=0), dict(max_batch_size=True), dict(max_batch_size=2.0), dict(max_batch_size=None),
     dict(max_batch_size=10**6), dict(max_model_len=1), dict(max_model_len="8k"), dict(max_model_len=math.nan), dict(kv_cache_memory=0), dict(kv_cache_memory=-1),
     dict(kv_cache_memory=1e9), dict(kv_cache_memory=True), dict(page_size=48), dict(page_size="64"), dict(page_size=64.0), dict(page_size=None), dict(enforce_eager=1),

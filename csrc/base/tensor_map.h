@@ -31,4 +31,16 @@ inline CUtensorMap tensor_map_bf16(const void* matrix, int rows, int columns, in
   return map;
 }
 
+// An e4m3 matrix [rows, columns], rows contiguous, in boxes of [box_rows, 128] whose rows of 128 bytes are swizzled: the 16-byte chunk c of row r lies at
+// place c ^ (r % 8). columns % 16 == 0, 16-byte aligned; box_rows <= 256.
+inline CUtensorMap tensor_map_e4m3(const void* matrix, int rows, int columns, int box_rows) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, strides[1] = {static_cast<cuuint64_t>(columns)};
+  const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult status = tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) fail("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
+  return map;
+}
+
 }  // namespace specrt

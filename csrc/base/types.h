@@ -17,7 +17,7 @@
 
 namespace specrt {
 
-enum class DType : int { kF32, kBF16 };
+enum class DType : int { kF32, kBF16, kE4M3 };
 
 // bfloat16 as stored: the upper half of a float32. Rounding is to nearest even, NaN stays NaN.
 struct bf16 {

@@ -10,6 +10,8 @@ namespace specrt {
 constexpr int kRanges = 4;
 constexpr int num_ranges(int out_features) { return out_features > 127 * 128 ? 1 : kRanges; }
 
+constexpr int fp8_ranges(int out_features) { return out_features > 127 * 128 ? 1 : 2; }
+
 void linear_f32_cuda(const LinearParams& p, cudaStream_t stream);
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream);
 

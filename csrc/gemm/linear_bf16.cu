@@ -18,6 +18,7 @@
 #include "base/math.h"
 #include "base/tensor_map.h"
 #include "gemm/kernels_cuda.h"
+#include "gemm/tile.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -28,7 +29,7 @@
 namespace specrt {
 namespace {
 
-constexpr int kStepColumns = 64, kRowBytes = kStepColumns * 2, kUnitBytes = 64 * kRowBytes;
+constexpr int kStepColumns = 64, kRowBytes = kStepColumns * 2;
 
 enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
@@ -49,64 +50,22 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + (2 * stages + 1) * 8; }
 };
 
-// Shared memory of a CTA. An SM has 228 KiB; every CTA takes 1 KiB more than it asks for.
-constexpr int kWholeBytes = 227 << 10, kHalfBytes = 113 << 10, kWideBytes = 140000, kNarrowBytes = 83800;
-static_assert(kWideBytes + kNarrowBytes + (2 << 10) <= 228 << 10 && 2 * kWideBytes > 228 << 10, "one of each an SM, not two of the larger");
+constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
 
 __device__ __forceinline__ int range_begin(int range, int steps) { return range * steps / kRanges; }
 
-// Stores 8 tokens x 64 outputs of a warpgroup: the thread's fragment d (ptx/wgmma.cuh) at tokens from `token`, outputs from `output`. Bias and the one rounding come
-// first. Then neighbours swap tokens (pairs of outputs) and pairs swap halves (fours of outputs), so that a warp writes whole sectors of 32 bytes or more.
-__device__ __forceinline__ void store_fragment(const LinearParams& p, int token, int rows, int output, float (&d)[4]) {
-  const int lane = threadIdx.x % 32, g = lane / 4;
-  const bool odd = g & 1, upper = g & 2;
-  output += threadIdx.x % 128 / 32 * 16;
-  if (p.bias)
+// The thread's fragment d (ptx/wgmma.cuh) of 8 tokens from `token` and 64 outputs from `output`: bias, rounding, store.
+__device__ __forceinline__ void finish(const LinearParams& p, int token, int rows, int output, float (&d)[4]) {
+  if (p.bias) {
+    const int own = output + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float bias = to_float(static_cast<const bf16*>(p.bias)[min(output + g + 8 * half, p.out_features - 1)]);
+      const float bias = to_float(static_cast<const bf16*>(p.bias)[min(own + 8 * half, p.out_features - 1)]);
       d[2 * half] = d[2 * half] + bias;
       d[2 * half + 1] = d[2 * half + 1] + bias;
     }
-  float pairs[2][2];  // [half][output] of one token
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float other = __shfl_xor_sync(0xffffffffu, odd ? d[2 * half] : d[2 * half + 1], 4);
-    pairs[half][0] = odd ? other : d[2 * half];
-    pairs[half][1] = odd ? d[2 * half + 1] : other;
   }
-  float out[4];  // of one token
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float other = __shfl_xor_sync(0xffffffffu, upper ? pairs[0][i] : pairs[1][i], 8);
-    out[i] = upper ? other : pairs[0][i];
-    out[2 + i] = upper ? pairs[1][i] : other;
-  }
-  token += 2 * (lane % 4) + odd;
-  output += (g & 4) + (upper ? 8 : 0);
-  if (token >= rows) return;
-  const int64_t at = static_cast<int64_t>(token) * p.out_features + output;
-  const int count = p.out_features % 4 == 0 ? (output < p.out_features ? 4 : 0) : min(4, p.out_features - output);
-  if (p.out_dtype == DType::kF32) {
-    float* to = static_cast<float*>(p.out) + at;
-    if (p.out_features % 4 == 0) {
-      if (count) *reinterpret_cast<float4*>(to) = make_float4(out[0], out[1], out[2], out[3]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i < count) to[i] = out[i];
-    }
-  } else {
-    bf16* to = static_cast<bf16*>(p.out) + at;
-    if (p.out_features % 4 == 0) {
-      union { bf16 each[4]; uint2 all; } pack{{to_bf16(out[0]), to_bf16(out[1]), to_bf16(out[2]), to_bf16(out[3])}};
-      if (count) *reinterpret_cast<uint2*>(to) = pack.all;
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (i < count) to[i] = to_bf16(out[i]);
-    }
-  }
+  store_fragment(p.out, p.out_dtype, p.out_features, token, rows, output, d);
 }
 
 template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 64 ? 2 : 1)
@@ -263,7 +222,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
             d[2] = first.z + total[i + 2] + sum[i + 2];
             d[3] = first.w + total[i + 3] + sum[i + 3];
           }
-          store_fragment(p, first_row + 8 * (rank * own + j), rows, first_output, d);
+          finish(p, first_row + 8 * (rank * own + j), rows, first_output, d);
         }
       } else {
 #pragma unroll
@@ -272,32 +231,11 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           float d[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) d[e] = totals ? total[totals ? 4 * j + e : 0] : sum[4 * j + e];
-          store_fragment(p, first_row + 8 * j, rows, first_output, d);
+          finish(p, first_row + 8 * j, rows, first_output, d);
         }
       }
     }
   }
-}
-
-// A thread a 16-byte chunk of the packed weight.
-__global__ void pack_kernel(PackLinearParams p, int units_k) {
-  const int64_t chunk = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  const int64_t unit = chunk / 512;
-  const int place = chunk % 512, row = place / 8, column = (place % 8 ^ row % 8) * 8;
-  const int64_t output = unit / units_k * 64 + row, k = unit % units_k * 64 + column;
-  if (unit >= static_cast<int64_t>((p.out_features + 63) / 64) * units_k) return;
-  uint4 value = make_uint4(0, 0, 0, 0);
-  if (output < p.out_features && k < p.in_features) value = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.weight) + output * p.in_features + k);
-  static_cast<uint4*>(p.packed)[chunk] = value;
-}
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-int num_sms() {
-  int card = 0, count = 0;
-  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
-  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, card));
-  return count;
 }
 
 template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
@@ -319,18 +257,8 @@ template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cuda
 
 }  // namespace
 
-void launch_pack_linear_cuda(const PackLinearParams& p, void* stream) {
-  const int units_k = ceil_div(p.in_features, 64);
-  const int64_t chunks = static_cast<int64_t>(ceil_div(p.out_features, 64)) * units_k * 512;
-  pack_kernel<<<(chunks + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(p, units_k);
-  SPECRT_CHECK_LAUNCH();
-}
-
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
-  int card = 0, major = 0;
-  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
-  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
-  if (major != 9) fail("linear: bfloat16 on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\" or dtype=\"float32\"");
+  require_hopper("linear", "bfloat16");
   const int outputs = ceil_div(p.out_features, 128);
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {

@@ -6,18 +6,16 @@
 
 #include "base/math.h"
 #include "base/parallel.h"
+#include "gemm/blocks_cpu.h"
 #include "gemm/kernels_cpu.h"
 #include "gemm/params.h"
 
 namespace specrt {
 namespace {
 
-constexpr int kRowBlock = 48;          // most rows of a block: their partial sums take 12 KB
-constexpr int kChunk = 64;             // steps of k in a chunk: 16 KB of weights
-constexpr int64_t kCache = 512 << 10;  // half an L2 cache
-static_assert(kRowBlock % kMaxRows == 0);
+constexpr int kChunk = 64;  // steps of k in a chunk: 16 KB of weights
 
-template <typename T> constexpr int kPair = sizeof(uint32_t) / sizeof(T);  // elements of x a step of k consumes
+template <typename T> constexpr int kPair = sizeof(T) == 4 ? 1 : 2;  // elements of x a step of k consumes
 
 template <typename T> void pack(const PackLinearParams& p) {
   constexpr int g = kPair<T>;
@@ -25,7 +23,7 @@ template <typename T> void pack(const PackLinearParams& p) {
   parallel_for(panels, panels * steps * kPanel * g, [&](int64_t panel) {
     T* to = static_cast<T*>(p.packed) + panel * steps * kPanel * g;
     const int outputs = std::min<int64_t>(kPanel, p.out_features - panel * kPanel);
-    std::memset(to, 0, steps * kStepBytes);
+    std::memset(to, 0, steps * kPanel * g * sizeof(T));
     for (int o = 0; o < outputs; ++o) {
       const T* from = static_cast<const T*>(p.weight) + (panel * kPanel + o) * p.in_features;
       for (int k = 0; k < p.in_features; ++k) to[(static_cast<int64_t>(k / g) * kPanel + o) * g + k % g] = from[k];
@@ -73,29 +71,20 @@ template <typename T, typename Out> void panel_block(const LinearParams& p, cons
   for (int r = 0; r < count; ++r) finish_row(acc + r * kPanel, bias, static_cast<Out*>(p.out) + (row + r) * p.out_features + first, outputs);
 }
 
-// Rows a block: about the same for all blocks, and a multiple of what a kernel takes.
-int64_t block_rows(int64_t n) {
-  const int64_t blocks = (n + kRowBlock - 1) / kRowBlock, even = (n + blocks - 1) / blocks;
-  return (even + kMaxRows - 1) / kMaxRows * kMaxRows;
-}
-
 template <typename T, typename Out> void linear(const LinearParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows);
   if (n <= 0) return;
   const StepKernels& kernels = step_kernels(p.dtype);
-  const int64_t panels = (p.out_features + kPanel - 1) / kPanel, size = block_rows(n), blocks = (n + size - 1) / size;
-  // Where all of x fits the L2 cache a panel passes all rows before the next one comes, so that W is read from memory once. Where it does
-  // not, a block of rows stays and the panels pass: they prefetch themselves, x does not.
-  const bool x_stays = n * p.in_features * static_cast<int64_t>(sizeof(T)) <= kCache;
-  parallel_for(panels * blocks, n * p.in_features * p.out_features, [&](int64_t i) {
-    const int64_t panel = x_stays ? i / blocks : i % panels, row = (x_stays ? i % blocks : i / panels) * size;
-    panel_block<T, Out>(p, kernels, panel, row, static_cast<int>(std::min<int64_t>(size, n - row)));
-  });
+  for_each_block(p.out_features, n, p.in_features, sizeof(T), [&](int64_t panel, int64_t row, int count) { panel_block<T, Out>(p, kernels, panel, row, count); });
 }
 
 }  // namespace
 
-void launch_pack_linear_cpu(const PackLinearParams& p) { p.dtype == DType::kBF16 ? pack<bf16>(p) : pack<float>(p); }
+void launch_pack_linear_cpu(const PackLinearParams& p) {
+  if (p.dtype == DType::kF32) pack<float>(p);
+  else if (p.dtype == DType::kBF16) pack<bf16>(p);
+  else pack<e4m3>(p);
+}
 
 void launch_linear_cpu(const LinearParams& p) {
   if (p.dtype == DType::kF32) linear<float, float>(p);

@@ -7,20 +7,24 @@
 //   CUDA bfloat16: K padded with zeros to T steps of 64, cut in S = num_ranges(N) contiguous ranges [s T / S, (s+1) T / S); a range is one tensor-core chain
 //     from zero, k ascending in steps of 16; the range sums are added ascending, to zero; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
 // The bias is added to the sum in fp32, then comes the one rounding to out's dtype.
+//
+// FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
+// wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[b, r] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
+// in S = fp8_ranges(N) ranges, the second from T / 2 on, each acc from zero, the first plus the second; the CPU has one range.
+// The bias is float32; sum, bias and rounding as above.
 #pragma once
-#include "base/types.h"
+#include "base/fp8.h"
 
 namespace specrt {
 
 constexpr int kPanel = 64;  // outputs a panel of packed weights
 
 struct PackLinearParams {
-  DType dtype;
+  DType dtype;         // kF32, kBF16 or kE4M3
   const void* weight;  // [N, K]
-  // CPU: [ceil(N/64), ceil(K/g), 64, g], g = 2 for bfloat16 and 1 for float32: either way 256 bytes a step of k.
-  // CUDA, bfloat16 only: [ceil(N/64), ceil(K/64), 64, 64]: blocks of 64 outputs x 64 k of 8 KiB, each as a bulk copy brings it to shared memory and wgmma reads it
-  // there: a row of 128 bytes an output, whose eight 16-byte chunks are permuted, chunk c at c ^ (output % 8) (the 128-byte swizzle, ptx/wgmma.cuh).
-  // Both zero-padded.
+  // Zero-padded. CPU: [ceil(N/64), ceil(K/g), 64, g], g = 1 for float32 and 2 otherwise: 256 bytes a step of k (e4m3: 128).
+  // CUDA (not for float32): [ceil(N/64), ceil(K/s), 64, s], s = 64 for bfloat16 and 128 for e4m3: units of 64 outputs x 128 bytes of k, each as a bulk copy brings it to
+  // shared memory and wgmma reads it there: the eight 16-byte chunks of a row permuted, chunk c at c ^ (output % 8) (the 128-byte swizzle, ptx/wgmma.cuh).
   void* packed;
   int out_features, in_features;  // N, K
 };
@@ -35,9 +39,40 @@ struct LinearParams {
   int rows, out_features, in_features;  // R (capacity), N, K
 };
 
+// Rows of scales that stand side by side for a block of k: R, so that bulk copies of any 16 of them are aligned.
+SPECRT_HD int scale_pitch(int rows) { return (rows + 15) / 16 * 16; }
+
+// Activations for linear_fp8. For each row and block of 128 columns (the last may be shorter): scale = scale_of(max |x|), q = e4m3(x / scale): one fp32 division, one rounding
+// to nearest even, saturated. No order anywhere: the same bits on both backends.
+struct QuantizeFp8Params {
+  DType dtype;       // of x
+  const void* x;     // [R, K]
+  e4m3* q;           // [R, K]
+  float* scale;      // [ceil(K/128), scale_pitch(R)]
+  const int32_t* num_rows;
+  int rows, columns;  // R (capacity), K
+};
+
+struct LinearFp8Params {
+  DType out_dtype;            // kF32 or kBF16
+  const e4m3* x;              // [R, K], as quantize_fp8 writes it
+  const float* x_scale;       // [ceil(K/128), scale_pitch(R)]
+  const void* weight;         // e4m3, packed: CPU as above; CUDA in units of 64 outputs x 128 k (pack.cu), [ceil(N/64), ceil(K/128), 64, 128]
+  const float* weight_scale;  // [weight_blocks, N]
+  int weight_blocks;          // 1: one scale an output; ceil(K/128): one an output and block of 128 k
+  const float* bias;          // [N] or null
+  void* out;                  // [R, N]
+  const int32_t* num_rows;
+  int rows, out_features, in_features;  // R (capacity), N, K
+};
+
 void launch_pack_linear_cpu(const PackLinearParams& p);
 void launch_pack_linear_cuda(const PackLinearParams& p, void* stream);
 void launch_linear_cpu(const LinearParams& p);
 void launch_linear_cuda(const LinearParams& p, void* stream);
+void launch_quantize_fp8_cpu(const QuantizeFp8Params& p);
+void launch_quantize_fp8_cuda(const QuantizeFp8Params& p, void* stream);
+void launch_linear_fp8_cpu(const LinearFp8Params& p);
+void launch_linear_fp8_cuda(const LinearFp8Params& p, void* stream);
 
 }  // namespace specrt

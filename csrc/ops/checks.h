@@ -53,9 +53,10 @@ class Checker {
   int index_;
 };
 
-inline constexpr ScalarType kF32 = ScalarType::Float, kBF16 = ScalarType::BFloat16, kI32 = ScalarType::Int, kI64 = ScalarType::Long, kU8 = ScalarType::Byte;
+inline constexpr ScalarType kF32 = ScalarType::Float, kBF16 = ScalarType::BFloat16, kI32 = ScalarType::Int, kI64 = ScalarType::Long, kU8 = ScalarType::Byte,
+                            kE4M3 = ScalarType::Float8_e4m3fn;
 
-inline DType dtype_of(const Tensor& t) { return t.scalar_type() == kBF16 ? DType::kBF16 : DType::kF32; }
+inline DType dtype_of(const Tensor& t) { return t.scalar_type() == kBF16 ? DType::kBF16 : t.scalar_type() == kE4M3 ? DType::kE4M3 : DType::kF32; }
 
 template <typename T> const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 template <typename T> const T* in(const std::optional<Tensor>& t) { return t.has_value() ? in<T>(*t) : nullptr; }

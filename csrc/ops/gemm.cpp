@@ -5,24 +5,26 @@ namespace specrt::ops {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t pair_of(const Tensor& t) { return t.scalar_type() == kBF16 ? 2 : 1; }
+int64_t pair_of(const Tensor& t) { return t.scalar_type() == kF32 ? 1 : 2; }
 
-// CUDA bfloat16 reads 16 bytes at a time.
-void check_chunks(Checker& check, const char* name, int64_t K) {
-  check.require(K % 8 == 0, name, "K divisible by 8 (bfloat16 on CUDA reads 16 bytes at a time); K = " + std::to_string(K));
+// The tensor-core kernels read 16 bytes at a time.
+void check_chunks(Checker& check, const char* name, const Tensor& t, int64_t K) {
+  const int64_t chunk = t.scalar_type() == kBF16 ? 8 : 16;
+  check.require(K % chunk == 0, name, "K divisible by " + std::to_string(chunk) + " (CUDA reads 16 bytes at a time); K = " + std::to_string(K));
 }
 
 void pack_linear(Tensor weight, Tensor packed) {
   Checker check("pack_linear", weight);
   Sym N("N"), K("K");
   if (check.cuda()) {
-    check("weight", weight, {N, K}, {kBF16});
-    check_chunks(check, "weight", K);
+    check("weight", weight, {N, K}, {kBF16, kE4M3});
+    check_chunks(check, "weight", weight, K);
+    const int64_t step = weight.scalar_type() == kBF16 ? 64 : 128;
+    check("packed", packed, {ceil_div(N, kPanel), ceil_div(K, step), kPanel, step}, {weight.scalar_type()});
     check.aligned("weight", weight);
-    check("packed", packed, {ceil_div(N, kPanel), ceil_div(K, 64), kPanel, 64}, {kBF16});
     check.aligned("packed", packed);
   } else {
-    check("weight", weight, {N, K}, {kF32, kBF16});
+    check("weight", weight, {N, K}, {kF32, kBF16, kE4M3});
     const int64_t g = pair_of(weight);
     check("packed", packed, {ceil_div(N, kPanel), ceil_div(K, g), kPanel, g}, {weight.scalar_type()});
   }
@@ -40,8 +42,8 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
     if (x.scalar_type() == kF32) {
       check("weight", weight, {N, K}, {kF32});
     } else {
+      check_chunks(check, "x", x, K);
       check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, 64), kPanel, 64}, {kBF16});
-      check_chunks(check, "x", K);
       check.aligned("x", x);
       check.aligned("weight", weight);
       check.aligned("out", out);
@@ -58,15 +60,63 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
   SPECRT_LAUNCH(linear, check, p);
 }
 
+void quantize_fp8(Tensor x, Tensor num_rows, Tensor q, Tensor scale) {
+  Checker check("quantize_fp8", x);
+  Sym R("R"), K("K");
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("num_rows", num_rows, {1}, {kI32});
+  check("q", q, {R, K}, {kE4M3});
+  check("scale", scale, {ceil_div(K, kScaleBlock), scale_pitch(static_cast<int>(R))}, {kF32});
+  if (check.cuda()) {
+    check.require(K % 4 == 0, "x", "K divisible by 4 (four columns a thread); K = " + std::to_string(K));
+    check.aligned("x", x);
+    check.aligned("q", q);
+  }
+  if (R == 0 || K == 0) return;
+  QuantizeFp8Params p{dtype_of(x), in<void>(x), inout<e4m3>(q), inout<float>(scale), in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(K)};
+  SPECRT_LAUNCH(quantize_fp8, check, p);
+}
+
+void linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
+  Checker check("linear_fp8", x);
+  Sym R("R"), K("K"), N("N"), G("G");
+  check("x", x, {R, K}, {kE4M3});
+  check("out", out, {R, N}, {kF32, kBF16});
+  const int64_t blocks = ceil_div(K, kScaleBlock);
+  check("x_scale", x_scale, {blocks, scale_pitch(static_cast<int>(R))}, {kF32});
+  check("weight_scale", weight_scale, {G, N}, {kF32});
+  check.require(G == 1 || G == blocks, "weight_scale", "[1, N] or [ceil(K/128), N] = [" + std::to_string(blocks) + ", N]");
+  if (check.cuda()) {
+    check("weight", weight, {ceil_div(N, kPanel), blocks, kPanel, kScaleBlock}, {kE4M3});
+    check.require(K % 16 == 0, "x", "K divisible by 16 (e4m3 on CUDA is read 16 bytes at a time); K = " + std::to_string(K));
+    check.aligned("x", x);
+    check.aligned("x_scale", x_scale);
+    check.aligned("weight", weight);
+    check.aligned("out", out);
+  } else {
+    check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, 2), kPanel, 2}, {kE4M3});
+  }
+  check("bias", bias, {N}, {kF32});
+  check("num_rows", num_rows, {1}, {kI32});
+  if (R == 0 || N == 0) return;
+  LinearFp8Params p{dtype_of(out), in<e4m3>(x), in<float>(x_scale), in<void>(weight), in<float>(weight_scale), static_cast<int>(G), in<float>(bias), inout<void>(out),
+                    in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(N), static_cast<int>(K)};
+  SPECRT_LAUNCH(linear_fp8, check, p);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
+  m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
 }
 STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
+  m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
 }
 
 }  // namespace specrt::ops

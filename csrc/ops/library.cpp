@@ -6,6 +6,10 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   // gemm
   m.def("pack_linear(Tensor weight, Tensor(a!) packed) -> ()");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("quantize_fp8(Tensor x, Tensor num_rows, Tensor(a!) q, Tensor(b!) scale) -> ()");
+  m.def(
+      "linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"
+      ", Tensor(a!) out) -> ()");
   // norm
   m.def("rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps, Tensor num_rows, Tensor(b!) out) -> ()");
   m.def("silu_mul(Tensor gate_up, Tensor num_rows, Tensor(a!) out) -> ()");

@@ -25,7 +25,7 @@ def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: A
     if checkpoint.tokenizer().fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"speculative_config['model']: the draft model {config.model!r} has another tokenizer than the target (the token -> id tables differ); "
                          "a draft model must share the target's vocabulary")
-    model = DenseModel.load(checkpoint, dtype, device)
+    model = DenseModel.load(checkpoint, dtype, device, config.quantization)
     rejection = config.rejection_sample_method == "standard"
     sampled = config.draft_sample_method != "greedy"
     topk = config.eagle_topk if config.is_tree else 1

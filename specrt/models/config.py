@@ -71,11 +71,9 @@ class ModelConfig:
         """From the contents of config.json (and generation_config.json, for its stop tokens). ValueError names the key and what it would accept."""
         if not isinstance(config, dict):
             raise ValueError(f"config.json must hold an object, got {type(config).__name__}")
-        _refuse_quantized(config)
         text = config.get("text_config", config)
         if not isinstance(text, dict):
             raise ValueError(f"text_config must be an object, got {type(text).__name__}")
-        _refuse_quantized(text)
         architecture = _architecture(text, config)
         read = _Reader(text)
         heads = read.integer("num_attention_heads")
@@ -157,13 +155,6 @@ def _architecture(text: dict[str, Any], config: dict[str, Any]) -> str:
     if named and not any(n in (ARCHITECTURES[kind], ARCHITECTURES[kind].replace("ForCausalLM", "Model")) for n in named):
         raise ValueError(f"unknown architecture {named[0]!r}; with model_type {kind!r} it must be {ARCHITECTURES[kind]!r}")
     return kind
-
-
-def _refuse_quantized(config: dict[str, Any]) -> None:
-    quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method", quantized) if isinstance(quantized, dict) else quantized
-        raise ValueError(f"quantization_config: method {method!r} is not supported; it must be absent (weights in float32, float16 or bfloat16), or use a GGUF file")
 
 
 def _rope(text: dict[str, Any], max_positions: int) -> tuple[float, dict[str, Any] | None]:

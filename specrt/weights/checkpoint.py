@@ -11,6 +11,7 @@ from pathlib import Path
 
 from specrt.models.config import ModelConfig
 from specrt.text.tokenizer import Tokenizer
+from specrt.weights.fp8 import Fp8Source, stored_strategy
 from specrt.weights.gguf_file import GgufFile
 from specrt.weights.hf import RenamedSource, SafetensorsSource, open_folder_tensors, read_json, text_model_name
 from specrt.weights.names import check_tensors
@@ -86,12 +87,18 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
         raise ValueError(f"{folder / 'generation_config.json'} must hold an object, got {type(generation).__name__}")
     try:
         config = ModelConfig.from_hf(raw, generation)
+        strategy = stored_strategy(raw) or stored_strategy(raw.get("text_config", {}))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     tensors = tensors or open_folder_tensors(folder)
     form = "safetensors" if isinstance(tensors, SafetensorsSource) else "torch"
     if "text_config" in raw:
         tensors = RenamedSource(tensors, text_model_name)
+    if strategy is not None:
+        try:
+            tensors = Fp8Source(tensors, strategy)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     says_own_head = False in (raw.get("tie_word_embeddings"), raw.get("text_config", {}).get("tie_word_embeddings"))
     if "lm_head.weight" not in tensors.names() and not says_own_head:
         config = replace(config, tie_word_embeddings=True)

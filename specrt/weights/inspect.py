@@ -9,6 +9,9 @@ from pathlib import Path
 from specrt.models.config import ModelConfig
 from specrt.text.tokenizer import Tokenizer
 from specrt.weights.checkpoint import Checkpoint, open_checkpoint
+from specrt.weights.fp8 import Fp8Source
+
+_SCALE_OVER = {"tensor": "tensor", "channel": "output channel", "block": "block of 128 x 128"}
 
 
 def describe(path: str | Path, target: str | Path | None = None) -> str:
@@ -59,7 +62,9 @@ def _weights(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     for name in source.names():
         count[source.storage(name)] += prod(source.shape(name))
     total = sum(count.values())
+    quantized = source.strategy if isinstance(source, Fp8Source) else None
     return [("weights", f"{len(source.names())} tensors: " + ", ".join(f"{kind} {n / total:.1%}" for kind, n in count.most_common()) + " of the numbers"),
+            *([("quantization", f"fp8 (e4m3), a scale for each {_SCALE_OVER[quantized]}; {sum(map(source.is_fp8, source.names()))} matrices")] if quantized else []),
             ("check", "every tensor is there, of the shape the config says")]
 
 

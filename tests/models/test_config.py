@@ -65,7 +65,6 @@ BAD = [
     ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*'silu'"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: method 'gptq'"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings.*'yes'"),
     ({"eos_token_id": "</s>"}, "eos_token_id.*'</s>'"),
     ({"eos_token_id": [1, 300]}, "eos_token_id = 300 is outside the vocabulary of 300"),

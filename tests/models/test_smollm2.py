@@ -38,6 +38,8 @@ def test_perplexity_of_english(checkpoint, tokenizer, device):
     exact = perplexity(DenseModel.load(checkpoint, torch.float32, device), tokens)
     assert 5 < exact < 30
     assert perplexity(DenseModel.load(checkpoint, torch.bfloat16, device), tokens) == pytest.approx(exact, rel=0.05)
+    quantized = perplexity(DenseModel.load(checkpoint, torch.bfloat16, device, "fp8"), tokens)
+    assert quantized == pytest.approx(perplexity(DenseModel.load(checkpoint, torch.bfloat16, device), tokens), rel=0.03)
 
 
 def test_config(checkpoint):

@@ -1,0 +1,74 @@
+// What the linear kernels on warpgroup tensor cores share: the sizes of their pipelines, and the store of a fragment.
+#pragma once
+#include <algorithm>
+
+#include "base/check.h"
+#include "base/types.h"
+
+namespace specrt {
+
+constexpr int kUnitBytes = 64 * 128;  // of packed weights: 64 outputs x 128 bytes of k, swizzled as the tensor cores read them
+
+// Shared memory of a CTA. An SM has 228 KiB; every CTA takes 1 KiB more than it asks for. Kernels of few rows overlap with their neighbours in the stream, which needs
+// room on every SM, evenly: one of each of the two sizes fits, but not two of the larger. Layers that widen take the larger and layers that narrow the smaller.
+constexpr int kWholeBytes = 227 << 10, kWideBytes = 140000, kNarrowBytes = 83800;
+static_assert(kWideBytes + kNarrowBytes + (2 << 10) <= 228 << 10 && 2 * kWideBytes > 228 << 10, "one of each an SM, not two of the larger");
+
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+inline int num_sms() {
+  int card = 0, count = 0;
+  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
+  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, card));
+  return count;
+}
+
+// Refuses any but Hopper's instruction set, naming the op.
+inline void require_hopper(const char* op, const char* dtype) {
+  int card = 0, major = 0;
+  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
+  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
+  if (major != 9) fail(std::string(op) + ": " + dtype + " on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\"");
+}
+
+// Stores 8 tokens x 64 outputs of a warpgroup, rounded: the thread's fragment d (ptx/wgmma.cuh) at tokens from `token`, outputs from `output`. Neighbours swap tokens
+// (pairs of outputs) and pairs swap halves (fours of outputs), so that a warp writes whole sectors of 32 bytes or more.
+__device__ __forceinline__ void store_fragment(void* out, DType dtype, int out_features, int token, int rows, int output, const float (&d)[4]) {
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  const bool odd = g & 1, upper = g & 2;
+  float pairs[2][2];  // [half][output] of one token
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float other = __shfl_xor_sync(0xffffffffu, odd ? d[2 * half] : d[2 * half + 1], 4);
+    pairs[half][0] = odd ? other : d[2 * half];
+    pairs[half][1] = odd ? d[2 * half + 1] : other;
+  }
+  float four[4];  // of one token
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float other = __shfl_xor_sync(0xffffffffu, upper ? pairs[0][i] : pairs[1][i], 8);
+    four[i] = upper ? other : pairs[0][i];
+    four[2 + i] = upper ? pairs[1][i] : other;
+  }
+  token += 2 * (lane % 4) + odd;
+  output += threadIdx.x % 128 / 32 * 16 + (g & 4) + (upper ? 8 : 0);
+  if (token >= rows || output >= out_features) return;
+  const int64_t at = static_cast<int64_t>(token) * out_features + output;
+  if (out_features % 4 == 0) {
+    if (dtype == DType::kF32) {
+      *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = make_float4(four[0], four[1], four[2], four[3]);
+    } else {
+      union { bf16 each[4]; uint2 all; } pack{{to_bf16(four[0]), to_bf16(four[1]), to_bf16(four[2]), to_bf16(four[3])}};
+      *reinterpret_cast<uint2*>(static_cast<bf16*>(out) + at) = pack.all;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (output + i >= out_features) continue;
+      if (dtype == DType::kF32) static_cast<float*>(out)[at + i] = four[i];
+      else static_cast<bf16*>(out)[at + i] = to_bf16(four[i]);
+    }
+  }
+}
+
+}  // namespace specrt
