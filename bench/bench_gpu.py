@@ -12,7 +12,6 @@ from specrt import LLM, SamplingParams
 
 
 def end_to_end(results: Results, model: str) -> None:
-    """Rounds run eagerly so far: these are host-bound."""
     text = "Repeat this text. " + "The river Elbe rises in the Giant Mountains and flows to the North Sea; ships carry goods on it from Hamburg to Prague. " * 6
     params = SamplingParams(max_tokens=128, ignore_eos=True)
     for batch in (1, 8, 32):

@@ -23,6 +23,7 @@ from bench.results import FOLDER, ROOT, Results, card, csrc_digest, rooms_of  # 
 from bench.sdpa import peer  # noqa: E402
 
 README = ROOT / "bench" / "README.md"
+SCRIPTS = ("bench_round.py",)  # benchmark programs in Python, beside the binaries
 BEGIN, END = "<!-- evidence: made from results/h100.json by evidence.py -->\n", "<!-- end of evidence -->"
 
 
@@ -75,12 +76,13 @@ JUDGED: dict[str, tuple[Limit, Limit]] = {
 # --- measuring ---
 
 
-def programs(folder: Path) -> dict[str, list[str]]:
-    """The benchmark programs and their rows. Each answers --list, --rows A,B and --json FILE (one JSON object a line)."""
-    found = {str(path): subprocess.run([path, "--list"], capture_output=True, text=True, check=True).stdout.split() for path in sorted(folder.glob("bench_*"))}
-    if not found:
+def programs(folder: Path) -> dict[tuple[str, ...], list[str]]:
+    """The benchmark programs, as commands, and their rows. Each answers --list, --rows A,B and --json FILE (one JSON object a line)."""
+    binaries = [(str(path),) for path in sorted(folder.glob("bench_*"))]
+    if not binaries:
         raise SystemExit(f"evidence.py: no benchmark binaries in {folder}; `make bench` builds them (it needs nvcc)")
-    return found
+    scripts = [(sys.executable, str(ROOT / "bench" / name), "--bin", str(folder)) for name in SCRIPTS]
+    return {command: subprocess.run([*command, "--list"], capture_output=True, text=True, check=True).stdout.split() for command in binaries + scripts}
 
 
 def cublas_folder() -> str | None:
@@ -115,12 +117,13 @@ def measure(rows: list[str] | None, folder: Path, cublas: str | None) -> None:
             if not wanted:
                 continue
             peers = {name: peer(name) for name in wanted}  # before the program starts: nothing else may run beside it
-            command = [program, "--rows", ",".join(wanted)] + (["--cublas", cublas] if cublas and program.endswith("bench_linear") else [])
+            title = next(Path(part).name for part in program if Path(part).name.startswith("bench_"))
+            command = [*program, "--rows", ",".join(wanted)] + (["--cublas", cublas] if cublas and title == "bench_linear" else [])
             try:
                 for row in run(command):
                     write_row(row, peers[row["name"]])
             except subprocess.CalledProcessError as error:
-                failed.append(f"{Path(program).name} ended with status {error.returncode}")
+                failed.append(f"{title} ended with status {error.returncode}")
     finally:
         write_table()
     if failed:

@@ -18,15 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import specrt.llm  # noqa: E402
 import specrt.weights  # noqa: E402
 from bench.results import Results, card  # noqa: E402
+from bench.shapes import SHAPES  # noqa: E402
 from specrt.draft import DRAFTERS  # noqa: E402
 from specrt.models.config import ModelConfig  # noqa: E402
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make  # noqa: E402
 from tests.kit.replay import ReplayDrafter  # noqa: E402
 from tests.kit.tiny import random_checkpoint  # noqa: E402
 
-LLAMA_8B = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "hidden_act": "silu",
-            "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 2}
 TREE = dict(num_steps=6, eagle_topk=4, num_draft_tokens=24)
 LOOKUP = dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3)
 VARIANTS: dict[str, tuple[dict, dict]] = {
@@ -53,7 +51,7 @@ def main() -> int:
     a = parser.parse_args()
     random_weights = a.model == "llama-8b-random"
     if random_weights:
-        checkpoint = random_checkpoint(ModelConfig.from_hf(LLAMA_8B), device=a.device)
+        checkpoint = random_checkpoint(ModelConfig.from_hf(SHAPES["llama-8b"]), device=a.device)
         specrt.weights.open_checkpoint = lambda model: checkpoint
     settings = dict(device=a.device, dtype=a.dtype, max_model_len=1024)
     plain = make(a.model, max_batch_size=a.requests, **settings)

@@ -194,7 +194,7 @@ def sampling(k: Kit) -> None:
             ops.accept_rejection(z, status, offset, token, parent, size, seq_lens, q, levels, seeds, sampling_f, scratch, *walked)
             k.written(path_len, slots)
             assert not error.any() and (path_len > 0).all()
-        ops.round_advance(path_len, emitted, seq_lens, k.full(slots, 33, value=0), k.full(slots, vocab, value=0))
+        ops.round_advance(path_len, emitted, k.full(slots, value=99), seq_lens, k.full(slots, 33, value=0), k.full(slots, vocab, value=0), k.full(slots, value=1), token)
 
 
 def drafting(k: Kit) -> None:

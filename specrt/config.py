@@ -179,8 +179,8 @@ DEFAULT_NGRAM = SpeculativeConfig("ngram", num_speculative_tokens=_CHAIN_LENGTH[
 class EngineConfig:
     """Everything an engine is built from. ``parse`` checks the user's keys; ``for_model`` and ``with_pages`` fill in what depends on the model and the machine.
 
-    prefill_chunk: most prompt rows a step. num_pages: pages of the KV pool (0: not sized yet). enforce_eager: never capture CUDA graphs; rounds
-    run eagerly so far, so it changes nothing yet."""
+    prefill_chunk: most prompt rows a step. num_pages: pages of the KV pool (0: not sized yet). enforce_eager: never capture CUDA graphs:
+    the same rounds, the same bits, more of the host's time."""
 
     device: str = "cpu"
     dtype: str = "bfloat16"

@@ -173,11 +173,12 @@ def accept_synthetic(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor,
                         emitted, error)
 
 
-def round_advance(path_len: Tensor, emitted: Tensor, seq_lens: Tensor, history: Tensor, output_count: Tensor) -> None:
-    """Commits a round's tokens: history[b, seq_len+1+i] = emitted[b, i], output_count[b, token] += 1, seq_lens[b] += path_len[b].
+def round_advance(path_len: Tensor, emitted: Tensor, limit: Tensor, seq_lens: Tensor, history: Tensor, output_count: Tensor, active: Tensor, tree_token: Tensor) -> None:
+    """Commits a round's tokens and makes the next round's state: history[b, seq_len+1+i] = emitted[b, i], output_count[b, token] += 1, seq_lens[b] += path_len[b];
+    the new root tree_token[b, 0] is the last token emitted (unchanged where there is none); active[b] = 0 where seq_lens[b] has come to limit[b].
 
-    history int32 [B, T], seq_lens int32 [B], output_count int32 [B, V]; all mutated. The new root is history[b, seq_lens[b]]."""
-    _C.round_advance(path_len, emitted, seq_lens, history, output_count)
+    limit int32 [B]; history int32 [B, T], seq_lens int32 [B], output_count int32 [B, V], active int32 [B], tree_token int32 [B, N]; all mutated but limit."""
+    _C.round_advance(path_len, emitted, limit, seq_lens, history, output_count, active, tree_token)
 
 
 def ngram_propose(history: Tensor, seq_lens: Tensor, max_nodes: Tensor, max_depth: Tensor, min_n: int, max_n: int, branches: int, seeds: Tensor,

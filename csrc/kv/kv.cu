@@ -1,7 +1,8 @@
 // RoPE with the append to pages: one warp a (row, head). Commit: one block a (layer, KV head, request), 16 bytes a thread.
-#include "base/check.h"
+#include "base/launch.h"
 #include "base/math.h"
 #include "kv/params.h"
+#include "ptx/dependency.cuh"
 
 namespace specrt {
 namespace {
@@ -9,6 +10,8 @@ namespace {
 constexpr int kWarps = 4;
 
 template <typename T> __global__ void rope_append_kernel(RopeAppendParams p) {
+  ptx::launch_dependents();  // attention may come up meanwhile
+  ptx::grid_dependency_wait();
   const int r = blockIdx.x, lane = threadIdx.x % 32, heads = p.q_heads + 2 * p.kv_heads, head = blockIdx.y * kWarps + threadIdx.x / 32;
   if (r >= *p.num_rows || head >= heads) return;
   const T* x = static_cast<const T*>(p.qkv) + (static_cast<int64_t>(r) * heads + head) * p.head_dim;
@@ -87,7 +90,7 @@ __global__ void __launch_bounds__(kCommitThreads) kv_commit_kernel(KvCommitParam
 
 template <typename T> void rope_append(const RopeAppendParams& p, cudaStream_t s) {
   const int heads = p.q_heads + 2 * p.kv_heads;
-  rope_append_kernel<T><<<dim3(p.rows, (heads + kWarps - 1) / kWarps), kWarps * 32, 0, s>>>(p);
+  launch({dim3(p.rows, (heads + kWarps - 1) / kWarps), dim3(kWarps * 32), 0, s, 1, true}, rope_append_kernel<T>, p);
 }
 
 }  // namespace

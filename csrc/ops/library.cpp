@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor row_status, Tensor seq_lens, Tensor seeds, float acceptance_length, Tensor(a!) path"
       ", Tensor(b!) path_len, Tensor(c!) emitted, Tensor(d!) error) -> ()");
   m.def(
-      "round_advance(Tensor path_len, Tensor emitted, Tensor(a!) seq_lens, Tensor(b!) history"
-      ", Tensor(c!) output_count) -> ()");
+      "round_advance(Tensor path_len, Tensor emitted, Tensor limit, Tensor(a!) seq_lens, Tensor(b!) history"
+      ", Tensor(c!) output_count, Tensor(d!) active, Tensor(e!) tree_token) -> ()");
   m.def(
       "ngram_propose(Tensor history, Tensor seq_lens, Tensor max_nodes, Tensor max_depth, int min_n, int max_n"
       ", int branches, Tensor seeds, Tensor sampling_f, Tensor(a!) tree_token, Tensor(b!) tree_parent"

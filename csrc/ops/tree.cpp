@@ -112,17 +112,20 @@ void accept_synthetic(Tensor tree_token, Tensor tree_parent, Tensor tree_size, T
   SPECRT_LAUNCH(accept_synthetic, check, p);
 }
 
-void round_advance(Tensor path_len, Tensor emitted, Tensor seq_lens, Tensor history, Tensor output_count) {
+void round_advance(Tensor path_len, Tensor emitted, Tensor limit, Tensor seq_lens, Tensor history, Tensor output_count, Tensor active, Tensor tree_token) {
   Checker check("round_advance", path_len);
   Sym B("B"), N("N"), T("T"), V("V");
   check("path_len", path_len, {B}, {kI32});
   check("emitted", emitted, {B, N}, {kI32});
+  check("limit", limit, {B}, {kI32});
   check("seq_lens", seq_lens, {B}, {kI32});
   check("history", history, {B, T}, {kI32});
   check("output_count", output_count, {B, V}, {kI32});
+  check("active", active, {B}, {kI32});
+  check("tree_token", tree_token, {B, N}, {kI32});
   check.require(B >= 1, "path_len", "at least one slot");
-  RoundAdvanceParams p{in<int32_t>(path_len), in<int32_t>(emitted), inout<int32_t>(seq_lens), inout<int32_t>(history), inout<int32_t>(output_count),
-                       as_int(B), as_int(N), as_int(T), as_int(V)};
+  RoundAdvanceParams p{in<int32_t>(path_len), in<int32_t>(emitted), in<int32_t>(limit), inout<int32_t>(seq_lens), inout<int32_t>(history),
+                       inout<int32_t>(output_count), inout<int32_t>(active), inout<int32_t>(tree_token), as_int(B), as_int(N), as_int(T), as_int(V)};
   SPECRT_LAUNCH(round_advance, check, p);
 }
 

@@ -85,7 +85,10 @@ __global__ void round_advance_kernel(RoundAdvanceParams p) {
     if (len + 1 + i < p.max_len) p.history[static_cast<int64_t>(b) * p.max_len + len + 1 + i] = token;
     if (token >= 0 && token < p.vocab) atomicAdd(&p.output_count[static_cast<int64_t>(b) * p.vocab + token], 1);  // one token twice in a block
   }
-  if (lane == 0) p.seq_lens[b] = len + count;
+  if (lane > 0) return;
+  if (count > 0) p.tree_token[static_cast<int64_t>(b) * p.nodes] = p.emitted[static_cast<int64_t>(b) * p.nodes + count - 1];
+  p.seq_lens[b] = len + count;
+  if (len + count >= p.limit[b]) p.active[b] = 0;
 }
 
 int blocks(int batch) { return (batch + kWarps - 1) / kWarps; }

@@ -57,7 +57,9 @@ void launch_round_advance_cpu(const RoundAdvanceParams& p) {
       if (from + i < p.max_len) p.history[static_cast<int64_t>(b) * p.max_len + from + i] = token;
       if (token >= 0 && token < p.vocab) p.output_count[static_cast<int64_t>(b) * p.vocab + token] += 1;
     }
+    if (count > 0) p.tree_token[static_cast<int64_t>(b) * p.nodes] = p.emitted[static_cast<int64_t>(b) * p.nodes + count - 1];
     p.seq_lens[b] += count;
+    if (p.seq_lens[b] >= p.limit[b]) p.active[b] = 0;
   }
 }
 

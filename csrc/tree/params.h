@@ -63,9 +63,12 @@ struct AcceptSyntheticParams {
 struct RoundAdvanceParams {
   const int32_t* path_len;                  // [B]
   const int32_t* emitted;                   // [B, N]
+  const int32_t* limit;                     // [B]
   int32_t* seq_lens;                        // [B]
   int32_t* history;                         // [B, T]
   int32_t* output_count;                    // [B, V]
+  int32_t* active;                          // [B]
+  int32_t* tree_token;                      // [B, N]; node 0
   int batch, nodes, max_len, vocab;         // B, N, T, V
 };
 

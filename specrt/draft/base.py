@@ -12,7 +12,8 @@ from specrt.round.state import RoundState
 
 
 class Drafter(ABC):
-    """Fills the trees of its requests, on the device, without a host sync.
+    """Fills the trees of its requests, on the device, without a host sync, and by the same launches whenever ``slots`` and ``depth`` are the same: they are
+    captured in a CUDA graph. What lives from one round to another is allocated in ``bind`` and written in place; temporaries of torch's ops are fine.
 
     The life of a drafter: ``bind`` once; then for every request ``admit``, ``prefill`` for each prompt chunk, and in every round ``propose`` (before
     verification) and ``extend`` (after it); a slot that is released is simply admitted anew. A slot belongs to one drafter at a time:
@@ -26,6 +27,8 @@ class Drafter(ABC):
     max_nodes: Tensor
     max_depth: Tensor
 
+    #: False: ``propose`` needs the host, and is never captured (the tests' drafters that know the answer).
+    captured: bool = True
     #: Positions its network was made for; None = any.
     max_positions: int | None = None
 
@@ -41,20 +44,20 @@ class Drafter(ABC):
 
     def admit(self, slot: int, max_nodes: int, max_depth: int) -> None:
         """Host side: the slot's budget (0: the slot is another drafter's, or nobody's)."""
-        self.max_nodes[slot] = max_nodes
-        self.max_depth[slot] = max_depth
+        self.max_nodes[slot].fill_(max_nodes)  # an assignment of a number would wait for the device
+        self.max_depth[slot].fill_(max_depth)
 
     def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
-        """Consumes the prompt rows the target has just processed (``batch``, its pages are shared); ``end`` int32 [B]: the position after the last row of each slot,
+        """In a graph too, by the capacity of ``batch``: consumes the prompt rows the target has just processed (their pages are shared); ``end`` int32 [B]: the position after the last row of each slot,
         0 where it has none. The token after a row is history[position + 1]: always known."""
 
     @abstractmethod
     def propose(self, slots: int, depth: int) -> None:
-        """Writes nodes 1.. of state.tree_token, tree_parent, and tree_size (root included) of its slots. What the host knows: ``slots`` active slots are its own, the
-        largest max_depth among them is ``depth``."""
+        """Writes nodes 1.. of state.tree_token, tree_parent, and tree_size (root included) of its slots. What the host knows: at most ``slots`` active slots are its
+        own (state.active says which), the largest max_depth among them is ``depth``."""
 
-    def extend(self, features: dict[int, Tensor]) -> None:
-        """After a round: consumes the committed rows. state.path, path_len, emitted and row_offset are the round's, seq_lens is already the new length; row of the i-th
+    def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
+        """After a round: consumes the committed rows; ``slots``, ``depth`` as in ``propose``. state.path, path_len, emitted and row_offset are the round's, seq_lens is already the new length; row of the i-th
         committed token: row_offset[b] + path[b, i]."""
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:

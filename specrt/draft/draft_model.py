@@ -50,7 +50,7 @@ class DraftModelDrafter(Drafter):
 
     def admit(self, slot: int, max_nodes: int, max_depth: int) -> None:
         super().admit(slot, max_nodes, max_depth)
-        self.consumed[slot] = 0
+        self.consumed[slot].fill_(0)
 
     def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
         self.model.forward(batch, self.pool, self.prefill_scratch)

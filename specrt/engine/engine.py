@@ -1,12 +1,15 @@
 """Engine: requests in, rounds launched, outputs out. No tensor maths: the round does that.
 
-A step: pages for the running -> requests enter -> a prompt chunk -> propose, masks, verify, result -> every request's new tokens are cut where its output
-ends. Not thread-safe; LLM holds the lock."""
+A step: pages for the running -> requests enter -> a prompt chunk -> a round is launched -> the round before it is read, and every request's new tokens are cut
+where its output ends. So the device always has its next round while the host works, and the host learns a round late that a request is over: the
+round that was launched meanwhile does no harm (a slot stops at its longest length by itself) and what it says of that request is dropped. On the CPU the round
+just launched is read. Not thread-safe; LLM holds the lock."""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from specrt.round.setup import SlotSetup
 from specrt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from specrt.round.result import RoundResult
+    from specrt.round.result import PendingResult, RoundResult
     from specrt.round.run import Round
     from specrt.text.tokenizer import Tokenizer
 
@@ -37,6 +40,15 @@ _ROUND_ERRORS = {
 Event = tuple[Request, StreamPiece]
 
 
+@dataclass
+class _InFlight:
+    """A round that was launched and not read yet."""
+
+    pending: PendingResult
+    requests: list[Request]
+    failed: dict[Request, str] = field(default_factory=dict)  # requests that end with this error after the round
+
+
 class Engine:
     """round: made with ``config`` (its slack and pages are what the scheduler plans with). tokenizer: None if the model has none (outputs then have no text).
     eos_token_ids: end an output unless ignore_eos."""
@@ -45,6 +57,7 @@ class Engine:
         self.round, self.tokenizer, self.config, self.vocab_size, self.eos_token_ids = round, tokenizer, config, vocab_size, tuple(eos_token_ids)
         self.scheduler = Scheduler(config.max_batch_size, config.num_pages, config.page_size, round.slack, 2 * round.width)
         self.totals = EngineTotals()
+        self._in_flight: _InFlight | None = None
 
     # ---------------------------------------------------------------------------------------- requests
 
@@ -98,29 +111,41 @@ class Engine:
 
         An exception out of the round (the device failed, or Ctrl-C) leaves its state unknown: every request in a slot ends with an error, and it passes on."""
         try:
-            self._schedule()
+            events = self._schedule()
             self._prefill()
-            return self._round()
+            return events + self._round()
         except BaseException as error:
+            self._in_flight = None
             for request in self.scheduler.running:
                 with suppress(Exception):  # a device that failed may fail again; the host's side is freed first
                     self._release(request, "error", f"the engine failed: {type(error).__name__}: {error}")
             raise
 
-    def _schedule(self) -> None:
-        grown, put_back = self.scheduler.reserve()
+    def _schedule(self) -> list[Event]:
+        events: list[Event] = []
+        # The host catches up before it puts anybody back, as the round in flight may end somebody, and before it decides masks, which need the whole output.
+        if self._in_flight is not None and (any(r.params.token_mask is not None for r in self.scheduler.running) or not self._reserve(may_put_back=False)):
+            events = self._collect()
+        if self._in_flight is None:
+            self._reserve(may_put_back=True)
+        for request in self.scheduler.admit():
+            wanted = request.speculation
+            self.round.admit(request.slot, SlotSetup(
+                tokens=request.prompt + request.output, prompt_len=len(request.prompt), seed=request.seed, params=request.params, stop_ids=request.end_ids,
+                method=wanted.method, num_speculative_tokens=wanted.num_speculative_tokens, max_depth=wanted.max_depth, longest=request.longest))
+            self.round.set_pages(request.slot, request.pages)
+        return events
+
+    def _reserve(self, may_put_back: bool) -> bool:
+        """Pages for the next round; False if that needs somebody to be put back."""
+        grown, put_back, covered = self.scheduler.reserve(may_put_back)
         for slot, request in put_back:
             request.stats.num_preemptions += 1
             self.totals.preemptions += 1
             self.round.release(slot)
         for request in grown:
             self.round.set_pages(request.slot, request.pages)
-        for request in self.scheduler.admit():
-            wanted = request.speculation
-            self.round.admit(request.slot, SlotSetup(
-                tokens=request.prompt + request.output, prompt_len=len(request.prompt), seed=request.seed, params=request.params, stop_ids=request.end_ids,
-                method=wanted.method, num_speculative_tokens=wanted.num_speculative_tokens, max_depth=wanted.max_depth))
-            self.round.set_pages(request.slot, request.pages)
+        return covered
 
     def _prefill(self) -> None:
         spans = self.scheduler.prompt_spans(self.config.prefill_chunk)
@@ -138,15 +163,36 @@ class Engine:
                 request.active = True
 
     def _round(self) -> list[Event]:
-        active = [request for request in self.scheduler.running if request.active]
-        if not active:
+        """Launches a round, and reads the one before it."""
+        launched = None
+        active = [request for request in self.scheduler.running if request.active and not request.ends_in_flight]
+        if active:
+            failed: dict[Request, str] = {}
+            masked = any(request.params.token_mask is not None for request in active)
+            pending = self.round.launch((lambda: failed.update(self._set_masks(active))) if masked else None)
+            launched = _InFlight(pending, active, failed)
+        events = self._collect()
+        alive = [request for request in active if request.finish_reason is None]
+        self._in_flight = launched if alive else None
+        for request in alive:
+            request.in_flight = 1 + request.speculation.max_depth
+        if self.round.lookahead == 0:
+            events += self._collect()
+        return events
+
+    def _collect(self) -> list[Event]:
+        """Reads the round in flight, if there is one."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
             return []
-        self.round.propose()
-        failed = self._set_masks(active)
-        self.round.verify()
-        result = self.round.result()
+        for request in in_flight.requests:
+            request.in_flight = 0
+        alive = [request for request in in_flight.requests if request.finish_reason is None]
+        if not alive:
+            return []
+        result = in_flight.pending.read()
         now = time.perf_counter()
-        return [self._fail(request, failed[request]) if request in failed else self._advance(request, result, now) for request in active]
+        return [self._fail(request, in_flight.failed[request]) if request in in_flight.failed else self._advance(request, result, now) for request in alive]
 
     def _set_masks(self, active: list[Request]) -> dict[Request, str]:
         """Node masks of the requests that have a callable. One that raises ends its own request only, after the round."""

@@ -11,7 +11,8 @@ from specrt.sampling_params import SamplingParams
 
 class Request:
     """``number`` orders requests by arrival (set when the engine takes it). In a slot: ``slot``, ``pages``, ``prefilled`` (tokens whose KV is written),
-    ``active`` (takes part in rounds). ``tokens`` = prompt + output; the last one is the root of the next round, all before it are committed."""
+    ``active`` (takes part in rounds), ``in_flight`` (most tokens that a round may add which the host has not read yet). ``tokens`` = prompt + output; the last
+    one is the root of the next round, all before it are committed."""
 
     def __init__(self, prompt: list[int], params: SamplingParams, seed: int, speculation: Speculation, end_ids: tuple[int, ...], text: OutputText,
                  max_model_len: int, rejection_sample_method: str = "exact"):
@@ -23,6 +24,7 @@ class Request:
         self.pages: list[int] = []
         self.prefilled = 0
         self.active = False
+        self.in_flight = 0
 
         self.output: list[int] = []
         self.drafted: list[bool] = []
@@ -35,8 +37,13 @@ class Request:
 
     @property
     def committed(self) -> int:
-        """Tokens before the root of the next round."""
+        """Tokens before the root of the next round, as far as the host has read."""
         return len(self.prompt) + len(self.output) - 1
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether the round that is not read yet is its last for certain."""
+        return self.in_flight > 0 and len(self.output) + 1 >= self.max_tokens
 
     @property
     def longest(self) -> int:
@@ -49,7 +56,7 @@ class Request:
 
     def leave_slot(self) -> None:
         """Put back or done. What was generated stays; prompt logprobs that are not complete are computed anew."""
-        self.slot, self.pages, self.prefilled, self.active = None, [], 0, False
+        self.slot, self.pages, self.prefilled, self.active, self.in_flight = None, [], 0, False, 0
         if self.wants_prompt_logprobs:
             self.prompt_logprobs = [None]
 

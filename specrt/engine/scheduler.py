@@ -50,8 +50,9 @@ class Scheduler:
             entered.append(request)
         return entered
 
-    def reserve(self) -> tuple[list[Request], list[tuple[int, Request]]]:
-        """Before a round: pages for every active request. Returns (those whose pages grew, those put back with the slot they had)."""
+    def reserve(self, may_put_back: bool) -> tuple[list[Request], list[tuple[int, Request]], bool]:
+        """Before a round: pages for every active request. Returns those whose pages grew, those put back with the slot they had, and whether all are covered:
+        False only where nobody may be put back."""
         grown: list[Request] = []
         put_back: list[tuple[int, Request]] = []
         for request in self.running:
@@ -59,11 +60,13 @@ class Scheduler:
                 if self._grow(request):
                     grown.append(request)
                     break
+                if not may_put_back:
+                    return grown, put_back, False
                 latest = self.running[-1]
                 put_back.append((latest.slot, latest))
                 self._leave(latest)
                 self.waiting.appendleft(latest)
-        return grown, put_back
+        return grown, put_back, True
 
     def remove(self, request: Request) -> None:
         """The request is done or aborted: its slot and pages are free, wherever it stood."""
@@ -82,16 +85,19 @@ class Scheduler:
                 rows -= length
         return spans
 
+    def _pages(self, request: Request, ahead: int) -> int:
+        """Pages for the next round, and ``ahead`` positions more. A request never commits past its longest length, however late the host reads."""
+        return min(pages_for(request.committed + request.in_flight + self.slack + ahead, self.page_size), self.most_pages(request))
+
     def _wanted(self, request: Request) -> int:
-        return min(pages_for(request.committed + self.slack + self.ahead, self.page_size), self.most_pages(request))
+        return self._pages(request, self.ahead)
 
     def _covers(self, request: Request) -> bool:
         return len(request.pages) >= self._wanted(request)
 
     def _grow(self, request: Request) -> bool:
         """More pages, with the reserve if there are enough; True if the next round is covered."""
-        needed = pages_for(request.committed + self.slack, self.page_size)
-        for count in (self._wanted(request), needed):
+        for count in (self._wanted(request), self._pages(request, 0)):
             pages = self.allocator.allocate(max(count - len(request.pages), 0))
             if pages is not None:
                 request.pages = request.pages + pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
+from specrt.round.admission import upload
 from specrt.round.result import read_columns
 from specrt.round.state import RoundState, SpanRows
 
@@ -29,30 +31,36 @@ class PromptRows:
         self.scratch = target.make_scratch(rows)
         self.features = {j: torch.zeros(rows, target.config.hidden_size, dtype=target.dtype, device=state.device) for j in features}
 
-    def run(self, spans: list[tuple[int, int, int]]) -> tuple[RowBatch, dict[int, Tensor]]:
-        s, sp = self.state, self.span
+    def place(self, spans: list[tuple[int, int, int]]) -> int:
+        """Host side: says which tokens [start, end) of which slots the next ``forward`` runs; returns the row capacity to give it."""
         total = sum(end - start for _, start, end in spans)
-        if total > sp.rows:
-            raise ValueError(f"prefill: {total} rows in one chunk, at most {sp.rows}")
-        sp.start.zero_()
-        sp.end.zero_()
+        if total > self.span.rows:
+            raise ValueError(f"prefill: {total} rows in one chunk, at most {self.span.rows}")
+        bounds = np.zeros((2, self.state.batch), dtype=np.int32)
         for slot, start, end in spans:
-            sp.start[slot], sp.end[slot] = start, end
+            bounds[:, slot] = start, end
+        self.span.bounds.copy_(upload(bounds, self.state.device))
+        return row_bucket(total, self.span.rows)
+
+    def forward(self, rows: int) -> tuple[RowBatch, dict[int, Tensor]]:
+        """Device side: what was placed, through the target. The batch, and the target's features of its rows."""
+        s, sp = self.state, self.span
         ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
-        batch = self.batch.head(row_bucket(total, sp.rows))
-        features = {j: f[: batch.rows] for j, f in self.features.items()}
-        self.hidden = self.target.forward(batch, self.pool, self.scratch, features)
+        batch = self.batch.head(rows)
+        features = {j: f[:rows] for j, f in self.features.items()}
+        self.target.forward(batch, self.pool, self.scratch, features)
         return batch, features
 
-    def logprobs(self, spans: list[tuple[int, int, int]], wanted: dict[int, int]) -> dict[int, Any]:
-        """{slot: (logprob [len], top_token [len, n], top_logprob [len, n])} of the tokens that follow the chunk's rows, from the untransformed
+    def logprobs(self, spans: list[tuple[int, int, int]], rows: int, wanted: dict[int, int]) -> dict[int, Any]:
+        """{slot: (logprob [len], top_token [len, n], top_logprob [len, n])} of the tokens that follow the rows of the last ``forward``, from the untransformed
         distribution; numpy."""
+        hidden = self.scratch.view(rows).normed
         out: dict[int, Any] = {}
         at = 0
         for slot, start, end in sorted(spans):  # the rows' order
             if slot in wanted:
                 following = self.state.history[slot, start + 1 : end + 1]
-                parts = [self._block(self.hidden[at + i : at + min(i + LOGIT_ROWS, end - start)], following[i : i + LOGIT_ROWS], wanted[slot])
+                parts = [self._block(hidden[at + i : at + min(i + LOGIT_ROWS, end - start)], following[i : i + LOGIT_ROWS], wanted[slot])
                          for i in range(0, end - start, LOGIT_ROWS)]
                 out[slot] = read_columns(parts)
             at += end - start

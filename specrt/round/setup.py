@@ -16,3 +16,4 @@ class SlotSetup:
     method: str | None  # the drafter, None = no speculation
     num_speculative_tokens: int  # most draft nodes
     max_depth: int
+    longest: int  # most tokens that prompt and output may have together; the slot stops there by itself

@@ -12,7 +12,7 @@ class RoundState:
     """B slots, N nodes a slot (root included), R = B * N rows, V vocabulary, T history capacity, M pages a slot.
 
     Between two rounds the truth is ``history`` and ``seq_lens``: history[b, : seq_lens[b]] has its KV in the pages ("committed"), and
-    history[b, seq_lens[b]] is the root, the last known token, whose KV the next round writes."""
+    history[b, seq_lens[b]] is the root, the last known token, whose KV the next round writes; tree_token[b, 0] has it too."""
 
     def __init__(self, batch: int, nodes: int, vocab: int, history: int, max_pages: int, device: torch.device):
         self.batch, self.nodes, self.rows, self.vocab, self.device = batch, nodes, batch * nodes, vocab, device
@@ -23,7 +23,8 @@ class RoundState:
         # Requests: written by the host when a request enters or leaves a slot, and by round_advance.
         self.history: Tensor = torch.zeros(batch, history, **i32)
         self.seq_lens: Tensor = torch.zeros(batch, **i32)
-        self.active: Tensor = torch.zeros(batch, **i32)  # 1: takes part in rounds
+        self.active: Tensor = torch.zeros(batch, **i32)  # 1: takes part in rounds; a round that reaches ``limit`` makes it 0
+        self.limit: Tensor = torch.zeros(batch, **i32)  # committed length at which the slot's request is over
         self.block_table: Tensor = torch.zeros(batch, max_pages, **i32)
         self.seeds: Tensor = torch.zeros(batch, **i64)
         self.sampling_f: Tensor = torch.zeros(batch, 6, **f32)  # columns: ops.TEMPERATURE ...
@@ -32,7 +33,7 @@ class RoundState:
         self.bias: Tensor = torch.zeros(batch, vocab, **f32)
         self.output_count: Tensor = torch.zeros(batch, vocab, **i32)
         self.prompt_mask: Tensor = torch.zeros(batch, vocab, dtype=torch.uint8, device=device)
-        self.mask_bits: Tensor | None = None  # int32 [B * N, ceil(V/32)], made when the first request with a token mask arrives
+        self.mask_bits: Tensor | None = None  # int32 [B * N, ceil(V/32)], made when the first request with a token mask is admitted
         self.masked: Tensor = torch.zeros(batch, **i32)  # 1: the slot's rows have masks
 
         # What the host reads after a round, in one copy: views of one flat buffer.
@@ -74,13 +75,26 @@ class RoundState:
     emitted: Tensor  # int32 [B, N]: path_len tokens
 
 
+class LogprobRows:
+    """What a round says of its rows where log-probabilities are wanted, ``top`` of them beside the row's own: views of one flat buffer."""
+
+    def __init__(self, rows: int, top: int, device: torch.device, pinned: bool = False):
+        self.rows, self.top = rows, top
+        self.flat: Tensor = torch.zeros(rows * (1 + 2 * top), dtype=torch.int32, device=device, pin_memory=pinned)
+        chosen, token, logprob = self.flat.split([rows, rows * top, rows * top])
+        self.chosen: Tensor = chosen.view(torch.float32)  # [rows]: of the token the row chose
+        self.top_token: Tensor = token.view(rows, top)
+        self.top_logprob: Tensor = logprob.view(torch.float32).view(rows, top)
+
+
 class SpanRows:
     """Packed rows of spans of committed tokens (ops.span_rows), capacity R: prompt chunks, and what a drafter consumes."""
 
     def __init__(self, batch: int, rows: int, device: torch.device):
         i32 = dict(dtype=torch.int32, device=device)
-        self.start: Tensor = torch.zeros(batch, **i32)
-        self.end: Tensor = torch.zeros(batch, **i32)
+        self.bounds: Tensor = torch.zeros(2, batch, **i32)
+        self.start: Tensor = self.bounds[0]
+        self.end: Tensor = self.bounds[1]
         self.row_offset: Tensor = torch.zeros(batch + 1, **i32)
         self.request: Tensor = torch.zeros(rows, **i32)
         self.token: Tensor = torch.zeros(rows, **i32)

@@ -5,10 +5,13 @@ import re
 import stat
 
 import pytest
+import torch
 
-from bench import evidence, results
+from bench import bench_round, evidence, results
 from bench.evidence import JUDGED, Limit
 from bench.results import EVERY, KEYS, ROOMS, ROOT, card, csrc_digest, rooms_of
+from specrt.models.dense import DenseModel
+from tests.kit.tiny import random_checkpoint
 from tests.structure.sources import bench_files
 
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
@@ -48,6 +51,35 @@ def test_every_row_of_the_binaries_has_rooms():
     names = [name for path in bench_files() if path.suffix == ".cu" for name in re.findall(r'\{"([a-z]\w*_\w+)", ', path.read_text())]
     assert len(names) > 25 and {name for name in JUDGED if re.match("linear_bf16|sampling|.*attention", name)} <= set(names)
     assert not [name for name in names if rooms_of(name) is None and name not in ("gate_up", "lm_head")]
+
+
+def test_the_rounds_program_measures_the_rounds_rows(tmp_path):
+    binary = tmp_path / "bench_pretended"
+    binary.write_text(PROGRAM)
+    binary.chmod(binary.stat().st_mode | stat.S_IXUSR)
+    rows = [names for command, names in evidence.programs(tmp_path).items() if command[1:] and command[1].endswith("bench_round.py")]
+    assert rows == [list(bench_round.ROWS)]
+    assert {name for name in JUDGED if re.search("decode_step|verify_n64|round_", name)} - {"decode_step_fp8_b1_1k"} <= set(bench_round.ROWS)
+
+
+def test_the_floor_of_a_round_counts_every_weight_and_the_kv():
+    target = DenseModel.load(random_checkpoint("llama-tied"), torch.float32, "cpu")
+    c = target.config
+    kv = c.num_kv_heads * c.head_dim
+    layer = c.hidden_size * (c.num_heads * c.head_dim + 2 * kv) + c.num_heads * c.head_dim * c.hidden_size + 3 * c.hidden_size * c.intermediate_size
+    found = bench_round.round_bytes(target, bench_round.Case("smollm2", batch=3, context=100))
+    padded = 64 * -(-c.vocab_size // 64) - c.vocab_size + c.num_layers * sum(-n % 64 for n in (c.num_heads * c.head_dim + 2 * kv, c.hidden_size, c.hidden_size, 2 * c.intermediate_size))
+    assert 0 <= found - 4 * (c.num_layers * layer + c.vocab_size * c.hidden_size + 3 * 100 * 2 * c.num_layers * kv) <= 4 * padded * c.intermediate_size
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_random_drafts_are_trees_in_topological_order(tree):
+    parents = bench_round.random_parents(64, tree)
+    depth = [0]
+    for node, parent in enumerate(parents, start=1):
+        assert 0 <= parent < node
+        depth.append(depth[parent] + 1)
+    assert len(parents) == 63 and (max(depth) <= bench_round.DEPTH) == tree
 
 
 def test_a_digest_is_of_its_rooms(tmp_path, monkeypatch):
@@ -97,6 +129,7 @@ def bench(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text(f"before\n{evidence.BEGIN}old\n{evidence.END}\nafter\n")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    monkeypatch.setattr(evidence, "SCRIPTS", ())
     monkeypatch.setattr(evidence, "README", tmp_path / "README.md")
     monkeypatch.setenv("VALUE", "5.0")
     monkeypatch.setenv("BREAKS", "none")

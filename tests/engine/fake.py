@@ -35,7 +35,9 @@ def logprob(token: int, position: int) -> float:
 class FakeRound:
     """KV is simulated: each page remembers the token at each of its offsets, and verify reads the whole prefix back through the block table. Drafts: a chain right
     up to a depth that varies, plus wrong siblings, within the request's budget. ``script``: {(tokens so far): next token} overrides the model.
-    ``errors``: {number of tokens known: status}."""
+    ``errors``: {number of tokens known: status}. ``lookahead``: rounds the engine may launch before it reads the oldest; a slot stops at its longest length by itself."""
+
+    lookahead = 0
 
     def __init__(self, config: EngineConfig, width: int = 9, slack: int = 12):
         self.config, self.width, self.slack = config, width, slack
@@ -50,6 +52,8 @@ class FakeRound:
         self.errors: dict[int, int] = {}
         self.explode = False
         self.rounds = 0
+        self.read = 0  # number of the last round that was read
+        self.trees: dict[int, tuple[list[int], list[int]]] = {}
         self.spans: list[list[tuple[int, int, int]]] = []
 
     # slots
@@ -97,9 +101,21 @@ class FakeRound:
 
     # a round
 
-    def propose(self) -> None:
+    def launch(self, decide=None):
         self.masks.clear()
-        self.trees = {slot: self._tree(slot) for slot in self.running}
+        before, self.trees = self.trees, {slot: self._tree(slot) for slot in self.running if len(self.history[slot]) < self.setups[slot].longest}
+        if decide is not None:
+            masked = {slot for slot in self.trees if self.setups[slot].params.token_mask is not None}
+            assert self.read == self.rounds or not masked & before.keys(), "masks need the whole output"
+            decide()
+        out, number = self._verify(), self.rounds
+
+        def read():
+            assert self.rounds - number <= self.lookahead, "the ring has been overwritten"
+            self.read = number
+            return out
+
+        return SimpleNamespace(read=read)
 
     def _tree(self, slot: int) -> tuple[list[int], list[int]]:
         setup, known = self.setups[slot], self.history[slot]
@@ -127,15 +143,15 @@ class FakeRound:
         assert masks.dtype == np.bool_ and masks.shape == (len(self.trees[slot][0]), VOCAB)
         self.masks[slot] = masks
 
-    def verify(self) -> None:
+    def _verify(self) -> SimpleNamespace:
         if self.explode:
             raise RuntimeError("device lost")
         self.rounds += 1
         size, n = self.config.max_batch_size, self.width
         zeros = lambda *shape: np.zeros(shape, dtype=np.int32)  # noqa: E731
-        r = self.out = SimpleNamespace(path_len=zeros(size), emitted=zeros(size, n), error=zeros(size), tree_size=zeros(size), tree_depth=zeros(size, n),
+        r = SimpleNamespace(path_len=zeros(size), emitted=zeros(size, n), error=zeros(size), tree_size=zeros(size), tree_depth=zeros(size, n),
                                        chosen=np.zeros((size, n), dtype=np.float32), top_token=zeros(size, n, 3), top_logprob=np.zeros((size, n, 3), dtype=np.float32))
-        for slot in self.running:
+        for slot in self.trees:
             known, (tokens, parents) = self.history[slot], self.trees[slot]
             committed = len(known) - 1
             assert len(self.pages[slot]) * self.config.page_size >= committed + self.slack, "the round is not covered by pages"
@@ -168,9 +184,7 @@ class FakeRound:
             for i in range(len(emitted)):
                 self.kv[self._place(slot, committed + i)] = path[committed + i]
             self.history[slot] = path
-
-    def result(self):
-        return self.out
+        return r
 
 
 class Letters:

@@ -5,9 +5,16 @@ import pytest
 
 from specrt.config import SpeculativeConfig
 from specrt.round.setup import SlotSetup
-from tests.engine.fake import EOS, NGRAM, VOCAB, add, assert_idle, finish, logprob, make_engine, reference
+from tests.engine.fake import EOS, NGRAM, VOCAB, FakeRound, add, assert_idle, finish, logprob, make_engine, reference
 
 PROMPT = [3, 9, 4, 4, 7]
+
+
+@pytest.fixture(autouse=True, params=[0, 1], ids=["read at once", "read late"])
+def lookahead(request, monkeypatch):
+    """Everything holds whether a round is read when it has run or when the next one is already in flight."""
+    monkeypatch.setattr(FakeRound, "lookahead", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("speculative", [False, {"method": "ngram", "num_speculative_tokens": 1}, NGRAM])

@@ -8,11 +8,12 @@ import pytest
 from specrt import SamplingParams
 from specrt import llm as llm_module
 from specrt.llm import LLM
-from tests.engine.fake import NGRAM, VOCAB, assert_idle, make_engine, reference
+from tests.engine.fake import NGRAM, VOCAB, FakeRound, assert_idle, make_engine, reference
 
 
-@pytest.fixture
-def llm(monkeypatch):
+@pytest.fixture(params=[0, 1], ids=["read at once", "read late"])
+def llm(monkeypatch, request):
+    monkeypatch.setattr(FakeRound, "lookahead", request.param)
     monkeypatch.setattr(llm_module, "load_engine", lambda model, config: make_engine(max_batch_size=3))
     with LLM("fake") as made:
         yield made

@@ -53,8 +53,9 @@ def cases(count: int, vocab: int, lengths: tuple[int, ...], max_tokens: int, see
     return out
 
 
-def make(model, chunk: int | None = None, **settings) -> LLM:
-    """An LLM with every page poisoned; ``chunk``: prompt rows a step (not a user's setting: chunks must not matter)."""
+def make(model, chunk: int | None = None, late: bool | None = None, **settings) -> LLM:
+    """An LLM with every page poisoned. Not users' settings, for they must not matter: ``chunk``, prompt rows a step; ``late``, whether a round is read when the next
+    one is already in flight (None: as the device does)."""
     load = specrt.llm.load_engine
     if chunk is not None:
         specrt.llm.load_engine = lambda model, config: load(model, replace(config, prefill_chunk=chunk))
@@ -63,6 +64,8 @@ def make(model, chunk: int | None = None, **settings) -> LLM:
     finally:
         specrt.llm.load_engine = load
     poison(llm)
+    if late is not None:
+        llm._engine.round.lookahead = int(late)
     return llm
 
 

@@ -46,12 +46,19 @@ VARIANTS = {
     "chunked-64": (dict(), dict(chunk=64)),
     "pages-16": (dict(), dict(page_size=16)),
     "pages-32": (dict(), dict(page_size=32)),
+    "late": (dict(), dict(late=True)),
+    "eager-at-once": (dict(), dict(late=False, enforce_eager=True)),
     "ngram-chain": (dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, num_speculative_tokens=7), {}),
+    "ngram-chain-late": (dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, num_speculative_tokens=5), dict(late=True)),
+    "ngram-tree-eager": (dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, **TREE), dict(enforce_eager=True)),
     "ngram-tree": (dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, **TREE), {}),
     "replay-chain": (dict(method="replay", num_speculative_tokens=9), {}),
     "replay-chain-chunked": (dict(method="replay", num_speculative_tokens=63), dict(chunk=7, page_size=16)),
     "replay-tree": (dict(method="replay", **TREE), {}),
     "replay-tree-64": (dict(method="replay", num_steps=20, eagle_topk=4, num_draft_tokens=64), dict(page_size=16)),
+    "replay-tree-late": (dict(method="replay", **TREE), dict(late=True, page_size=16)),
+    "draft-self-chain-late": (dict(method="draft_model", model="target", num_speculative_tokens=4), dict(late=True)),
+    "draft-self-chain-eager": (dict(method="draft_model", model="target", num_speculative_tokens=4), dict(enforce_eager=True)),
     "draft-self-chain": (dict(method="draft_model", model="target", num_speculative_tokens=4), {}),
     "draft-self-tree": (dict(method="draft_model", model="target", num_steps=3, eagle_topk=3, num_draft_tokens=10), {}),
     "draft-other-chain": (dict(method="draft_model", model="draft", num_speculative_tokens=3), {}),
@@ -72,32 +79,34 @@ def test_nothing_changes_a_bit(monkeypatch, model, draft, device, dtype, variant
     if spec:
         assert seen.drafted > 0
     if spec.get("method") == "replay":
-        deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-64": 6}[variant]
+        deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-late": 4, "replay-tree-64": 6}[variant]
         assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
         assert seen.accepted < seen.drafted
     if variant.startswith("draft-self"):
         assert seen.accepted > 0
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_put_back_and_recomputed(monkeypatch, model, device, dtype):
+def test_put_back_and_recomputed(monkeypatch, model, device, dtype, late):
     """Pages for about two requests: the third is put back and recomputed, in the middle of speculation."""
     batch, want = reference(model, device, dtype)
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree")
     page = 2 * 2 * 3 * 16 * 64 * getattr(torch, dtype).itemsize  # k and v, layers, heads, positions, head dim
-    with make(model, device=device, dtype=dtype, max_batch_size=4, page_size=16, kv_cache_memory=18 * page, speculative_config=dict(method="replay", **TREE)) as llm:
+    with make(model, late=late, device=device, dtype=dtype, max_batch_size=4, page_size=16, kv_cache_memory=18 * page, speculative_config=dict(method="replay", **TREE)) as llm:
         assert_same(answers(llm, batch, together=True), want, "put back")
         assert coverage(llm).put_back > 0
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype):
+def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype, late):
     """Off, chain and tree by request, joining and leaving as others end."""
     batch, want = reference(model, device, dtype)
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree")
     kinds = [False, None, {"method": "ngram"}, {"num_draft_tokens": 5}]
     mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
-    with make(model, device=device, dtype=dtype, max_batch_size=5, speculative_config=dict(method="replay", **TREE)) as llm:
+    with make(model, late=late, device=device, dtype=dtype, max_batch_size=5, speculative_config=dict(method="replay", **TREE)) as llm:
         assert_same(answers(llm, mixed, together=True), want, "mixed")
 
 

@@ -120,10 +120,15 @@ def test_round_advance_commits_the_tokens(device, batch):
     seq_lens = [rng.randrange(0, 30) for _ in range(batch)]  # some blocks run past the history's end
     history = [[rng.randrange(vocab) for _ in range(s + 1)] + [POISON] * (length - s - 1) for s in seq_lens]
     count = [[rng.randrange(3) for _ in range(vocab)] for _ in range(batch)]
-    state = [ints(x, device) for x in (seq_lens, history, count)]
-    ops.round_advance(ints(path_len, device), ints(emitted, device), *state)
+    limit = [s + rng.choice([1, n, n + 1, 50]) for s, n in zip(seq_lens, path_len)]
+    active = [rng.randrange(2) for _ in range(batch)]
+    roots = [[rng.randrange(vocab)] + [POISON] * (nodes - 1) for _ in range(batch)]
+    state = [ints(x, device) for x in (seq_lens, history, count, active, roots)]
+    ops.round_advance(ints(path_len, device), ints(emitted, device), ints(limit, device), *state)
     for b in range(batch):
         new = emitted[b][: path_len[b]]
         assert state[0][b].item() == seq_lens[b] + len(new)
         assert state[1][b].tolist() == (history[b][: seq_lens[b] + 1] + new + [POISON] * length)[:length]
         assert state[2][b].tolist() == [c + new.count(v) for v, c in enumerate(count[b])]
+        assert state[3][b].item() == (active[b] and seq_lens[b] + len(new) < limit[b])
+        assert state[4][b].tolist() == [(new or roots[b])[-1 if new else 0]] + [POISON] * (nodes - 1)
