@@ -16,16 +16,21 @@ struct Launch {
 
 template <typename... Params, typename... Args> void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
   if (at.shared_bytes > 48 * 1024) SPECRT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.shared_bytes));
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[4];
   cudaLaunchConfig_t config{};
   config.gridDim = at.grid;
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared_bytes;
   config.stream = at.stream;
   config.attrs = attributes;
+  // Kernels whose preferences differ never share an SM: all ask for the largest part of it as shared memory.
+  attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[config.numAttrs++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   if (at.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(at.cluster), 1, 1};
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;  // an SM each: they came to have the bandwidth of several
+    attributes[config.numAttrs++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
   }
   if (at.dependent) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

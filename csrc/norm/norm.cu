@@ -1,8 +1,10 @@
 // RMSNorm, SiLU-mul, embedding. Row-wise, memory- and latency-bound: a block a row (norm, embedding), eight elements a thread in 16-byte pieces, or one by
-// one where a row does not begin on 16 bytes. Rows past *num_rows exit. Bytes: each row is read once and written once.
-#include "base/check.h"
+// one where a row does not begin on 16 bytes. Rows past *num_rows exit. Bytes: each row is read once and written once. All start while the kernel before them
+// ends, and let the next one start at once.
+#include "base/launch.h"
 #include "base/math.h"
 #include "norm/params.h"
+#include "ptx/dependency.cuh"
 
 namespace specrt {
 namespace {
@@ -44,14 +46,21 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
   __shared__ float warp_sum[kNormThreads / 32];
   static_assert(kNormThreads / 32 == 8, "fold8 folds the warps");
   const int row = blockIdx.x, first = kVec * threadIdx.x;
+  const T* weight = static_cast<const T*>(p.weight);
+  T held[kHeld][kVec], before[kHeld][kVec], scale[kHeld][kVec];
+  float lane[kVec] = {};
+  ptx::launch_dependents();
+#pragma unroll
+  for (int g = 0; g < kHeld; ++g) {
+    const int i = first + g * kNormLanes;
+    if (i < p.hidden) load8<T, kVector>(weight + i, p.hidden - i, scale[g]);
+  }
+  ptx::grid_dependency_wait();
   if (row >= *p.num_rows) return;
   const int64_t base = static_cast<int64_t>(row) * p.hidden;
   const T* x = static_cast<const T*>(p.x) + base;
   T* residual = p.residual ? static_cast<T*>(p.residual) + base : nullptr;
-  const T* weight = static_cast<const T*>(p.weight);
   T* out = static_cast<T*>(p.out) + base;
-  T held[kHeld][kVec], before[kHeld][kVec], scale[kHeld][kVec];
-  float lane[kVec] = {};
 
   const auto read = [&](int i, T (&h)[kVec], T (&old)[kVec]) {
     load8<T, kVector>(x + i, p.hidden - i, h);
@@ -79,7 +88,6 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
     const int i = first + g * kNormLanes;
     if (i >= p.hidden) break;
     read(i, held[g], before[g]);
-    load8<T, kVector>(weight + i, p.hidden - i, scale[g]);
   }
 #pragma unroll
   for (int g = 0; g < kHeld; ++g) {
@@ -115,6 +123,8 @@ constexpr int kSiluThreads = 128;
 
 template <typename T, bool kVector> __global__ void __launch_bounds__(kSiluThreads) silu_mul_kernel(SiluMulParams p) {
   const int row = blockIdx.x, i = kVec * (blockIdx.y * kSiluThreads + threadIdx.x);
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (row >= *p.num_rows || i >= p.inter) return;
   const T* gate_up = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(row) * 2 * p.inter + i;
   T gate[kVec], up[kVec];
@@ -133,6 +143,8 @@ constexpr int kEmbeddingThreads = 128;
 
 template <typename T, bool kVector> __global__ void __launch_bounds__(kEmbeddingThreads) embedding_kernel(EmbeddingParams p) {
   const int row = blockIdx.x;
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (row >= *p.num_rows) return;
   const int id = p.ids[row];
   const bool known = id >= 0 && id < p.vocab;
@@ -154,16 +166,16 @@ template <typename... Pointers> bool in_vectors(int width, const Pointers*... po
 
 template <typename T> void rms_norm(const RmsNormParams& p, cudaStream_t s) {
   auto kernel = in_vectors(p.hidden, p.x, p.residual, p.weight, p.out) ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
-  kernel<<<p.rows, kNormThreads, 0, s>>>(p);
+  launch({dim3(p.rows), dim3(kNormThreads), 0, s, 1, true}, kernel, p);
 }
 template <typename T> void silu_mul(const SiluMulParams& p, cudaStream_t s) {
   constexpr int tile = kVec * kSiluThreads;
   auto kernel = in_vectors(p.inter, p.gate_up, p.out) ? silu_mul_kernel<T, true> : silu_mul_kernel<T, false>;
-  kernel<<<dim3(p.rows, (p.inter + tile - 1) / tile), kSiluThreads, 0, s>>>(p);
+  launch({dim3(p.rows, (p.inter + tile - 1) / tile), dim3(kSiluThreads), 0, s, 1, true}, kernel, p);
 }
 template <typename T> void embedding(const EmbeddingParams& p, cudaStream_t s) {
   auto kernel = in_vectors(p.hidden, p.table, p.out) ? embedding_kernel<T, true> : embedding_kernel<T, false>;
-  kernel<<<p.rows, kEmbeddingThreads, 0, s>>>(p);
+  launch({dim3(p.rows), dim3(kEmbeddingThreads), 0, s, 1, true}, kernel, p);
 }
 
 }  // namespace
@@ -171,19 +183,16 @@ template <typename T> void embedding(const EmbeddingParams& p, cudaStream_t s) {
 void launch_rms_norm_cuda(const RmsNormParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   p.dtype == DType::kBF16 ? rms_norm<bf16>(p, s) : rms_norm<float>(p, s);
-  SPECRT_CHECK_LAUNCH();
 }
 
 void launch_silu_mul_cuda(const SiluMulParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   p.dtype == DType::kBF16 ? silu_mul<bf16>(p, s) : silu_mul<float>(p, s);
-  SPECRT_CHECK_LAUNCH();
 }
 
 void launch_embedding_cuda(const EmbeddingParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   p.dtype == DType::kBF16 ? embedding<bf16>(p, s) : embedding<float>(p, s);
-  SPECRT_CHECK_LAUNCH();
 }
 
 }  // namespace specrt

@@ -2,6 +2,7 @@
 // there; the row is written back once, where it changed and somebody wants it. No sort: thresholds by histograms (cluster.cuh).
 #include "base/launch.h"
 #include "ptx/cp_async.cuh"
+#include "ptx/dependency.cuh"
 #include "sample/cluster.cuh"
 
 namespace specrt {
@@ -179,6 +180,8 @@ template <bool kVector> __device__ uint64_t finish_row(const RowSlice& row, floa
 template <bool kVector> __global__ void __launch_bounds__(kRowThreads, 2) sample_transform_kernel(SampleTransformParams p) {
   extern __shared__ __align__(16) unsigned char memory[];
   const int row_index = blockIdx.x / kCtas;
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (row_index >= *p.num_rows) return;  // the whole cluster
   ptx::cluster_arrive();                 // waited for before the first access to another CTA
   const int n = p.vocab, quads = (n + 3) / 4, part = (quads + kCtas - 1) / kCtas, first = min(static_cast<int>(ptx::cluster_rank()) * part, quads);
@@ -239,7 +242,7 @@ template <bool kVector> __global__ void __launch_bounds__(kRowThreads, 2) sample
 void launch_sample_transform_cuda(const SampleTransformParams& p, void* stream) {
   const int part = ((p.vocab + 3) / 4 + kCtas - 1) / kCtas, bytes = static_cast<int>(kRowShared) + part * static_cast<int>(sizeof(float4));
   const bool vector = p.vocab % 4 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0;
-  launch({dim3(static_cast<unsigned>(p.rows) * kCtas), dim3(kRowThreads), bytes, static_cast<cudaStream_t>(stream), kCtas},
+  launch({dim3(static_cast<unsigned>(p.rows) * kCtas), dim3(kRowThreads), bytes, static_cast<cudaStream_t>(stream), kCtas, true},
          vector ? sample_transform_kernel<true> : sample_transform_kernel<false>, p);
 }
 
