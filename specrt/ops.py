@@ -238,7 +238,7 @@ def sample_transform(logits: Tensor, row_request: Tensor, row_position: Tensor, 
     row_mask int32 [R]: index of the row's mask, -1 = none. status int32 [R]: STATUS_*, for a row that is not finite or has nothing left.
 
     With seeds int64 [B] and token int32 [R]: also token[r] = what ``sample_exact`` chooses from the transformed row, 0 where the status is not OK. ``keep`` False: nobody
-    reads the logits afterwards; they may be left in any state, and need not be written. CUDA: V <= 262144."""
+    reads the logits afterwards; they may be left in any state, and need not be written. CUDA: V <= 393216."""
     _C.sample_transform(logits, row_request, row_position, row_node, tree_token, tree_ancestors, sampling_f, sampling_i, stop_ids, bias, output_count,
                         prompt_mask, mask_bits, row_mask, num_rows, status, seeds, token, keep)
 

@@ -31,7 +31,7 @@ void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, st
   check("status", status, {R}, {kI32});
   check("seeds", seeds, {B}, {kI64});
   check("token", token, {R}, {kI32});
-  check.require(!check.cuda() || V <= kTransformVocab, "logits", "a vocabulary of at most 262144 tokens on CUDA");
+  check.require(!check.cuda() || V <= kTransformVocab, "logits", "a vocabulary of at most 393216 tokens on CUDA");
   check.require(seeds.has_value() == token.has_value(), "token", "seeds and token together, or None for both");
   check.require(row_node.has_value() == tree_token.has_value() && row_node.has_value() == tree_ancestors.has_value(), "row_node",
                 "row_node, tree_token and tree_ancestors together, or None for all three");

@@ -37,7 +37,7 @@ struct SampleTransformParams {
   bool keep;                      // false: nobody reads the logits afterwards, they may be left in any state
   int rows, vocab, nodes, stops;  // R, V, N, S
 };
-constexpr int kTransformVocab = 1 << 18;  // on CUDA: a row fits a cluster's shared memory
+constexpr int kTransformVocab = 3 << 17;  // on CUDA: a row fits a cluster's shared memory
 
 struct SampleExactParams {
   const float* z;               // [R, V]
