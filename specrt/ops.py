@@ -37,19 +37,20 @@ NOISE_SHARED, NOISE_DRAFT, NOISE_ACCEPT, NOISE_RESIDUAL = range(4)
 
 
 def packed_linear_shape(out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
-    """Shape of the packed weight of ``linear``: CUDA keeps [N, K]; the CPU has panels of 64 outputs, [ceil(N/64), ceil(K/g), 64, g] with g = 2 for
-    bfloat16 (pairs, for the bf16 dot product) and 1 for float32, zero-padded."""
+    """Shape of the packed weight of ``linear``, zero-padded. The CPU has panels of 64 outputs, [ceil(N/64), ceil(K/g), 64, g] with g = 2 for bfloat16
+    (pairs, for the bf16 dot product) and 1 for float32. CUDA has for bfloat16 blocks [ceil(N/64), ceil(K/64), 64, 64], each in the order of shared
+    memory (csrc/gemm/params.h), and keeps [N, K] for float32."""
     if torch.device(device).type == "cuda":
-        return (out_features, in_features)
+        return ((out_features + 63) // 64, (in_features + 63) // 64, 64, 64) if dtype == torch.bfloat16 else (out_features, in_features)
     g = 2 if dtype == torch.bfloat16 else 1
     return ((out_features + 63) // 64, (in_features + g - 1) // g, 64, g)
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """Packs weight [N, K] act for ``linear``. Returns a new tensor of ``packed_linear_shape`` (on CUDA: the weight itself)."""
-    if weight.is_cuda:
+    """Packs weight [N, K] act for ``linear`` (CUDA bfloat16: K % 8 == 0). Returns a new tensor of ``packed_linear_shape`` (CUDA float32: the weight itself)."""
+    if weight.is_cuda and weight.dtype == torch.float32:
         return weight.contiguous()
-    packed = torch.empty(packed_linear_shape(*weight.shape, weight.dtype, weight.device), dtype=weight.dtype)
+    packed = torch.empty(packed_linear_shape(*weight.shape, weight.dtype, weight.device), dtype=weight.dtype, device=weight.device)
     _C.pack_linear(weight.contiguous(), packed)
     return packed
 

@@ -43,9 +43,11 @@ Model model_of(const std::string& name) {
 struct Linear {
   Shape shape;
   Buffer weights;    // [count, N, K]
+  Buffer packed;     // [count] as launch_linear_cuda reads them
   Buffer out, alone; // [most rows, N]; [1, N]
 
   size_t weight_bytes() const { return static_cast<size_t>(shape.N) * shape.K * 2; }
+  size_t packed_bytes() const { return static_cast<size_t>((shape.N + 63) / 64) * ((shape.K + 63) / 64) * 64 * 64 * 2; }
   size_t row_bytes() const { return shape.N * bytes_of(shape.out_dtype); }
 };
 
@@ -94,6 +96,9 @@ class Bench {
       linear.weights = Buffer(elements * 2 * shape.count);
       const float scale = 1.0f / std::sqrt(static_cast<float>(shape.K));
       fill_random(linear.weights.as(), DType::kBF16, elements * shape.count, seed++, scale);
+      linear.packed = Buffer(linear.packed_bytes() * shape.count);
+      for (int i = 0; i < shape.count; ++i)
+        launch_pack_linear_cuda({DType::kBF16, linear.weights.at(linear.weight_bytes() * i), linear.packed.at(linear.packed_bytes() * i), shape.N, shape.K}, nullptr);
       linear.out = Buffer(linear.row_bytes() * (is_head(shape) ? head_tokens : most_tokens));
       linear.alone = Buffer(linear.row_bytes());
       linears_.push_back(std::move(linear));
@@ -129,7 +134,7 @@ class Bench {
     p.dtype = DType::kBF16;
     p.out_dtype = linear.shape.out_dtype;
     p.x = inputs_.at(linear.shape.K).as();
-    p.weight = linear.weights.at(linear.weight_bytes() * index);
+    p.weight = linear.packed.at(linear.packed_bytes() * index);
     p.out = out;
     p.num_rows = num_rows;
     p.rows = tokens;

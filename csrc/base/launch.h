@@ -16,7 +16,7 @@ struct Launch {
 
 template <typename... Params, typename... Args> void launch(const Launch& at, void (*kernel)(Params...), const Args&... args) {
   if (at.shared_bytes > 48 * 1024) SPECRT_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.shared_bytes));
-  cudaLaunchAttribute attributes[4];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config{};
   config.gridDim = at.grid;
   config.blockDim = at.block;
@@ -29,8 +29,6 @@ template <typename... Params, typename... Args> void launch(const Launch& at, vo
   if (at.cluster > 1) {
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(at.cluster), 1, 1};
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;  // an SM each: they came to have the bandwidth of several
-    attributes[config.numAttrs++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
   }
   if (at.dependent) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;

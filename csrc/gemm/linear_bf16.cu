@@ -1,13 +1,19 @@
 // bfloat16 linear on Hopper's warpgroup tensor cores: 64 or 128 weight rows on the wide side, 16 to 256 tokens on the narrow one.
 //
 // One kernel, three ways through K (params.h has the order; which way runs, and how deep its pipeline is, changes no bit):
-//   one range:            a CTA walks all of K.
-//   a cluster of ranges:  the 4 CTAs of a cluster take a range each and add their sums through distributed shared memory in rank order. Few rows: a small
-//                         weight still occupies the chip.
-//   ranges in turn:       a CTA walks the 4 ranges one after the other and keeps the total beside the running sum. Many rows (prefill).
-// A producer thread keeps `stages` steps of 64 columns in flight by bulk tensor copies; weights of the first steps are asked for before the kernel waits for
-// its predecessor (programmatic dependent launch), so that the memory never idles between two layers.
+//   one range:       a CTA walks all of K.
+//   ranges in turn:  a CTA walks the 4 ranges one after the other and keeps the total beside the running sum. Many rows (prefill).
+//   a pair of CTAs:  each walks two of the ranges; for half of the tokens each, the sums go to the other through distributed shared memory. Few rows: a
+//                    small weight still occupies the chip.
+// In the first two a CTA stays and takes tile after tile. A producer thread keeps `stages` steps of 64 columns in flight by bulk copies, across tiles.
+//
+// Few rows: the time is the weights' way from memory, and what is lost is lost between kernels. So the next kernel of the stream starts early (programmatic
+// dependent launch) and fills its pipeline with weights while this one still works. That needs room, evenly: a kernel that finds room for two of its CTAs on an SM
+// leaves other SMs empty. Hence two sizes of pipeline, such that one of each fits an SM but not two of the larger: layers that widen (qkv, gate/up, lm_head)
+// take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ.
 // Bytes: the weights once per block of tokens, x once per block of weight rows (from L2).
+#include <algorithm>
+
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
@@ -22,204 +28,303 @@
 namespace specrt {
 namespace {
 
-constexpr int kStepColumns = 64, kRowBytes = kStepColumns * 2;
+constexpr int kStepColumns = 64, kRowBytes = kStepColumns * 2, kUnitBytes = 64 * kRowBytes;
 
-enum class Ways { kOne, kCluster, kTurn };  // through K: see the top
+enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
-template <int warpgroups_, int tokens_, int stages_, Ways ways_> struct Tile {
-  static constexpr int warpgroups = warpgroups_, tokens = tokens_, stages = stages_;
+template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
+  static constexpr int warpgroups = warpgroups_, tokens = tokens_;
   static constexpr Ways ways = ways_;
   static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 32;  // the last warp is the producer
-  static constexpr int cluster = ways == Ways::kCluster ? kRanges : 1;
-  static constexpr int weight_bytes = outputs * kRowBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
-  static constexpr int pitch = outputs + 4;  // floats, of the sums in shared memory
-  static constexpr int shared_bytes = stages * stage_bytes + 2 * stages * 8 + 1024;
-  static constexpr int slice = outputs / cluster;  // outputs a CTA finishes
-  static_assert(tokens * pitch * 4 <= stages * stage_bytes, "the sums reuse the stages");
+  static constexpr int cluster = ways == Ways::kPair ? 2 : 1;
+  static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
+  static constexpr int values = tokens / 2;  // of the tile, a thread
+  // What the other CTA of a pair sends: [2 ranges][values / 8][thread of the warpgroups] of 4 values. Over the stages where it is large.
+  static constexpr int inbox_bytes = ways == Ways::kPair ? 2 * values / 2 * 128 * warpgroups * 4 : 0;
+  static constexpr bool own_inbox = ways == Ways::kPair && tokens <= 32;
+  // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long.
+  static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
+  static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
+
+  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + (2 * stages + 1) * 8; }
 };
+
+// Shared memory of a CTA. An SM has 228 KiB; every CTA takes 1 KiB more than it asks for.
+constexpr int kWholeBytes = 227 << 10, kHalfBytes = 113 << 10, kWideBytes = 140000, kNarrowBytes = 83800;
+static_assert(kWideBytes + kNarrowBytes + (2 << 10) <= 228 << 10 && 2 * kWideBytes > 228 << 10, "one of each an SM, not two of the larger");
 
 __device__ __forceinline__ int range_begin(int range, int steps) { return range * steps / kRanges; }
 
-// Eight neighbouring outputs of one row: bias, the one rounding, and as few stores as the alignment allows.
-__device__ __forceinline__ void write_outputs(const LinearParams& p, int row, int output, float (&sum)[8]) {
-  const int count = min(8, p.out_features - output);
+// Stores 8 tokens x 64 outputs of a warpgroup: the thread's fragment d (ptx/wgmma.cuh) at tokens from `token`, outputs from `output`. Bias and the one rounding come
+// first. Then neighbours swap tokens (pairs of outputs) and pairs swap halves (fours of outputs), so that a warp writes whole sectors of 32 bytes or more.
+__device__ __forceinline__ void store_fragment(const LinearParams& p, int token, int rows, int output, float (&d)[4]) {
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  const bool odd = g & 1, upper = g & 2;
+  output += threadIdx.x % 128 / 32 * 16;
   if (p.bias)
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) sum[i] = sum[i] + to_float(static_cast<const bf16*>(p.bias)[output + i]);
-  const int64_t at = static_cast<int64_t>(row) * p.out_features + output;
+    for (int half = 0; half < 2; ++half) {
+      const float bias = to_float(static_cast<const bf16*>(p.bias)[min(output + g + 8 * half, p.out_features - 1)]);
+      d[2 * half] = d[2 * half] + bias;
+      d[2 * half + 1] = d[2 * half + 1] + bias;
+    }
+  float pairs[2][2];  // [half][output] of one token
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float other = __shfl_xor_sync(0xffffffffu, odd ? d[2 * half] : d[2 * half + 1], 4);
+    pairs[half][0] = odd ? other : d[2 * half];
+    pairs[half][1] = odd ? d[2 * half + 1] : other;
+  }
+  float out[4];  // of one token
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float other = __shfl_xor_sync(0xffffffffu, upper ? pairs[0][i] : pairs[1][i], 8);
+    out[i] = upper ? other : pairs[0][i];
+    out[2 + i] = upper ? pairs[1][i] : other;
+  }
+  token += 2 * (lane % 4) + odd;
+  output += (g & 4) + (upper ? 8 : 0);
+  if (token >= rows) return;
+  const int64_t at = static_cast<int64_t>(token) * p.out_features + output;
+  const int count = p.out_features % 4 == 0 ? (output < p.out_features ? 4 : 0) : min(4, p.out_features - output);
   if (p.out_dtype == DType::kF32) {
-    float* out = static_cast<float*>(p.out) + at;
-    if (p.out_features % 4 == 0 && count == 8) {
-      reinterpret_cast<float4*>(out)[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-      reinterpret_cast<float4*>(out)[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    float* to = static_cast<float*>(p.out) + at;
+    if (p.out_features % 4 == 0) {
+      if (count) *reinterpret_cast<float4*>(to) = make_float4(out[0], out[1], out[2], out[3]);
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < count) out[i] = sum[i];
+      for (int i = 0; i < 4; ++i)
+        if (i < count) to[i] = out[i];
     }
   } else {
-    bf16* out = static_cast<bf16*>(p.out) + at;
-    if (p.out_features % 8 == 0) {
-      union { bf16 each[8]; uint4 all; } pack;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) pack.each[i] = to_bf16(sum[i]);
-      *reinterpret_cast<uint4*>(out) = pack.all;
+    bf16* to = static_cast<bf16*>(p.out) + at;
+    if (p.out_features % 4 == 0) {
+      union { bf16 each[4]; uint2 all; } pack{{to_bf16(out[0]), to_bf16(out[1]), to_bf16(out[2]), to_bf16(out[3])}};
+      if (count) *reinterpret_cast<uint2*>(to) = pack.all;
     } else {
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < count) out[i] = to_bf16(sum[i]);
+      for (int i = 0; i < 4; ++i)
+        if (i < count) to[i] = to_bf16(out[i]);
     }
   }
 }
 
-template <typename T> __global__ void __launch_bounds__(T::threads, 1)
-linear_kernel(const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p) {
-  const int rank = T::cluster > 1 ? ptx::cluster_rank() : 0;
-  const int first_row = blockIdx.x / T::cluster * T::tokens;
-  const int first_output = blockIdx.y * T::outputs;
-  if (first_row > 0) {  // the first block of rows always runs, and asks for weights before it knows the number of rows
-    ptx::grid_dependency_wait();
-    if (first_row >= *p.num_rows) return;  // the whole cluster: its CTAs have the same rows
-  }
-  extern __shared__ char raw[];
-  char* shared = raw + (1024 - (ptx::shared_address(raw) & 1023)) % 1024;
-  const uint32_t stages = ptx::shared_address(shared), full = stages + T::stages * T::stage_bytes, empty = full + T::stages * 8;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 64 ? 2 : 1)
+linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
+  constexpr bool pair = T::ways == Ways::kPair, totals = T::ways != Ways::kOne;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t stages = ptx::shared_address(shared), inbox = T::own_inbox ? stages + num_stages * T::stage_bytes : stages;
+  const uint32_t full = stages + num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0), empty = full + num_stages * 8, received = empty + num_stages * 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? ptx::cluster_rank() : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns;
-  const int begin = T::ways == Ways::kCluster ? range_begin(rank, all_steps) : 0;
-  const int steps = T::ways == Ways::kCluster ? range_begin(rank + 1, all_steps) - begin : all_steps;
+  const int begin = pair ? range_begin(2 * rank, all_steps) : 0, steps = (pair ? range_begin(2 * rank + 2, all_steps) : all_steps) - begin;
+  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::outputs - 1) / T::outputs);
+  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // of a pair: one tile
 
   if (threadIdx.x == 0) {
-    for (int s = 0; s < T::stages; ++s) {
+    for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
     }
+    if (pair) ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-
-  float sum[T::tokens / 2], total[T::ways == Ways::kTurn ? T::tokens / 2 : 1];
-#pragma unroll
-  for (int i = 0; i < T::tokens / 2; ++i) sum[i] = 0.0f;
-  if (T::ways == Ways::kTurn)
-#pragma unroll
-    for (int i = 0; i < T::tokens / 2; ++i) total[i] = 0.0f;
+  if (pair && T::own_inbox) ptx::cluster_arrive();
+  ptx::launch_dependents();
 
   if (warp == 4 * T::warpgroups) {
     if (lane == 0) {
       const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
-      auto copy_weights = [&](int step) {
-        const int s = step % T::stages;
-        ptx::mbarrier_arrive_expect(full + 8 * s, T::stage_bytes);
-        ptx::tma_load(stages + s * T::stage_bytes, &weight_map, (begin + step) * kStepColumns, first_output, full + 8 * s);
-      };
-      auto copy_tokens = [&](int step) {
-        const int s = step % T::stages;
-        ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
-      };
-      const int ahead = min(steps, T::stages);
-      for (int step = 0; step < ahead; ++step) copy_weights(step);
-      ptx::grid_dependency_wait();
-      for (int step = 0; step < ahead; ++step) copy_tokens(step);
-      for (int step = ahead; step < steps; ++step) {
-        ptx::mbarrier_wait(empty + 8 * (step % T::stages), (step / T::stages - 1) & 1);
-        copy_weights(step);
-        copy_tokens(step);
+      bool waited = false;
+      int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
+      for (int tile = first_tile; tile < tiles; tile += tile_step) {
+        const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs;
+        const int units = min(T::warpgroups, (p.out_features - first_output + 63) / 64);
+        const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
+        auto copy_weights = [&](int step, int s) {
+          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
+          for (int u = 0; u < units; ++u)
+            ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
+        };
+        auto copy_tokens = [&](int step, int s) {
+          ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
+        };
+        int step = 0;
+        if (!waited) {
+          const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
+          for (int i = 0; i < ahead; ++i) copy_weights(i, i);
+          ptx::grid_dependency_wait();
+          for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
+          step = ahead;
+          s = ahead % num_stages;
+          parity = ahead == num_stages ? 0 : 1;
+          waited = true;
+        }
+        if (first_row > 0 && first_row >= *p.num_rows) continue;
+        for (; step < steps; ++step) {
+          ptx::mbarrier_wait(empty + 8 * s, parity);
+          copy_weights(step, s);
+          copy_tokens(step, s);
+          if (++s == num_stages) {
+            s = 0;
+            parity ^= 1;
+          }
+        }
       }
-      ptx::launch_dependents();  // not before: the next kernel's weights would only push this one's aside
     }
     __syncwarp();
+    if (pair) {
+      if (!T::own_inbox) ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
   } else {
     const int warpgroup = warp / 4;
-    int range = 0;
-    for (int step = 0; step < steps; ++step) {
-      const int s = step % T::stages;
-      ptx::mbarrier_wait(full + 8 * s, step / T::stages & 1);
-      const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * 64 * kRowBytes);
-      const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-      ptx::wgmma_fence();
+    int s = 0, parity = 0, before = 0;  // the stage in use, over all tiles, and the one before it
+    ptx::grid_dependency_wait();        // nothing is lost: there are no tokens before
+    const int rows = min(*p.num_rows, p.rows);
+    for (int tile = first_tile; tile < tiles; tile += tile_step) {
+      const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs + warpgroup * 64;
+      if (first_row > 0 && first_row >= rows) continue;
+      float sum[T::values], total[totals ? T::values : 1];
 #pragma unroll
-      for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
-      ptx::wgmma_commit();
-      if (T::ways == Ways::kTurn && range_begin(range + 1, all_steps) <= step + 1) {  // a range ends here (with fewer steps than ranges some are empty: zero sums)
-        ptx::wgmma_wait<0>();
+      for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+      if (totals)
 #pragma unroll
-        for (int i = 0; i < T::tokens / 2; ++i) {
-          total[i] = total[i] + sum[i];
-          sum[i] = 0.0f;
+        for (int i = 0; i < T::values; ++i) total[i] = 0.0f;
+      int range = pair ? 2 * rank : 0, range_end = range_begin(range + 1, all_steps) - begin;
+      for (int step = 0; step < steps; ++step) {
+        ptx::mbarrier_wait(full + 8 * s, parity);
+        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
+        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
+        ptx::wgmma_commit();
+        if (totals && range_end <= step + 1) {  // a range ends here (with fewer steps than ranges some are empty: zero sums)
+          ptx::wgmma_wait<0>();
+          if (!(pair && rank == 1 && step == steps - 1)) {
+#pragma unroll
+            for (int i = 0; i < T::values; ++i) {
+              total[i] = total[i] + sum[i];
+              sum[i] = 0.0f;
+            }
+          }
+          while (range < kRanges - 1 && range_end <= step + 1) range_end = range_begin(++range + 1, all_steps) - begin;
+        } else {
+          ptx::wgmma_wait<T::lag>();
         }
-        while (range < kRanges - 1 && range_begin(range + 1, all_steps) <= step + 1) ++range;
+        if ((T::lag == 0 || step > 0) && lane == 0) ptx::mbarrier_arrive(empty + 8 * (T::lag ? before : s));  // this warp is done with that stage
+        before = s;
+        if (++s == num_stages) {
+          s = 0;
+          parity ^= 1;
+        }
+      }
+      ptx::wgmma_wait<0>();
+      if (T::lag && steps > 0 && lane == 0) ptx::mbarrier_arrive(empty + 8 * before);
+      if constexpr (pair) {
+        // Rank 0 has the sum of ranges 0 and 1 in total; rank 1 has range 2 in total and range 3 in sum. Rank 0 finishes the first half of the tokens.
+        constexpr int fragments = T::values / 4, own = fragments / 2;
+        const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
+        const int awaited = rank == 0 ? 2 * min(present, own) : max(present - own, 0);
+        constexpr int bytes = 16 * 128 * T::warpgroups;
+        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * bytes);
+        if (!T::own_inbox) ptx::cluster_arrive();  // this CTA is done with its stages
+        ptx::cluster_wait();
+        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
+#pragma unroll
+        for (int j = 0; j < own; ++j) {
+          if (rank == 0) {
+            if (own + j < present) ptx::store_shared_of(place + j * bytes, total[4 * (own + j)], total[4 * (own + j) + 1], total[4 * (own + j) + 2], total[4 * (own + j) + 3], bell);
+          } else if (j < present) {
+            ptx::store_shared_of(place + 2 * j * bytes, total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3], bell);
+            ptx::store_shared_of(place + (2 * j + 1) * bytes, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], bell);
+          }
+        }
+        ptx::mbarrier_wait(received, 0);
+        const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
+#pragma unroll
+        for (int j = 0; j < own; ++j) {
+          float d[4];
+          if (rank == 0) {
+            if (j >= present) break;
+            const float4 third = from[2 * j * bytes / 16], fourth = from[(2 * j + 1) * bytes / 16];
+            d[0] = total[4 * j] + third.x + fourth.x;
+            d[1] = total[4 * j + 1] + third.y + fourth.y;
+            d[2] = total[4 * j + 2] + third.z + fourth.z;
+            d[3] = total[4 * j + 3] + third.w + fourth.w;
+          } else {
+            if (own + j >= present) break;
+            const float4 first = from[j * bytes / 16];
+            const int i = 4 * (own + j);
+            d[0] = first.x + total[i] + sum[i];
+            d[1] = first.y + total[i + 1] + sum[i + 1];
+            d[2] = first.z + total[i + 2] + sum[i + 2];
+            d[3] = first.w + total[i + 3] + sum[i + 3];
+          }
+          store_fragment(p, first_row + 8 * (rank * own + j), rows, first_output, d);
+        }
       } else {
-        ptx::wgmma_wait<1>();
-      }
-      if (step > 0 && lane == 0) ptx::mbarrier_arrive(empty + 8 * ((step - 1) % T::stages));  // this warp is done with the stage before
-    }
-    ptx::wgmma_wait<0>();
-  }
-  __syncthreads();  // every copy into this CTA has landed and been used: the sums, [token][output], take the stages' place
-
-  float* sums = reinterpret_cast<float*>(shared);
-  if (warp < 4 * T::warpgroups) {
-    const int output = 16 * warp + lane / 4, token = 2 * (lane % 4);
 #pragma unroll
-    for (int j = 0; j < T::tokens / 8; ++j)
+        for (int j = 0; j < T::values / 4; ++j) {
+          if (first_row + 8 * j >= rows) break;
+          float d[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        sums[(8 * j + token + (e & 1)) * T::pitch + output + 8 * (e >> 1)] = T::ways == Ways::kTurn ? total[T::ways == Ways::kTurn ? 4 * j + e : 0] : sum[4 * j + e];
-  }
-  if (T::ways == Ways::kCluster) ptx::cluster_sync();
-  else __syncthreads();
-
-  ptx::grid_dependency_wait();
-  const int count = min(min(*p.num_rows, p.rows) - first_row, T::tokens), own = T::ways == Ways::kCluster ? rank * T::slice : 0;
-  constexpr int groups = T::slice / 8;
-  for (int i = threadIdx.x; i < count * groups; i += T::threads) {
-    const int token = i / groups, output = own + i % groups * 8;
-    if (first_output + output >= p.out_features) continue;
-    const float* from = sums + token * T::pitch + output;
-    float result[8];
-    if (T::ways == Ways::kCluster) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) result[e] = 0.0f;
-#pragma unroll
-      for (int range = 0; range < kRanges; ++range) {
-        float low[4], high[4];
-        ptx::load_shared_of(range, ptx::shared_address(from), low);
-        ptx::load_shared_of(range, ptx::shared_address(from + 4), high);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          result[e] = result[e] + low[e];
-          result[4 + e] = result[4 + e] + high[e];
+          for (int e = 0; e < 4; ++e) d[e] = totals ? total[totals ? 4 * j + e : 0] : sum[4 * j + e];
+          store_fragment(p, first_row + 8 * j, rows, first_output, d);
         }
       }
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) result[e] = from[e];
     }
-    write_outputs(p, first_row + token, first_output + output, result);
   }
-  if (T::cluster > 1) ptx::cluster_sync();  // the other CTAs read this one's sums
+}
+
+// A thread a 16-byte chunk of the packed weight.
+__global__ void pack_kernel(PackLinearParams p, int units_k) {
+  const int64_t chunk = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  const int64_t unit = chunk / 512;
+  const int place = chunk % 512, row = place / 8, column = (place % 8 ^ row % 8) * 8;
+  const int64_t output = unit / units_k * 64 + row, k = unit % units_k * 64 + column;
+  if (unit >= static_cast<int64_t>((p.out_features + 63) / 64) * units_k) return;
+  uint4 value = make_uint4(0, 0, 0, 0);
+  if (output < p.out_features && k < p.in_features) value = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.weight) + output * p.in_features + k);
+  static_cast<uint4*>(p.packed)[chunk] = value;
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
-  const CUtensorMap weight = tensor_map_bf16(p.weight, p.out_features, p.in_features, T::outputs);
-  const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::tokens);
-  const int blocks = ceil_div(p.rows, T::tokens), outputs = ceil_div(p.out_features, T::outputs);
-  launch({dim3(blocks * T::cluster, outputs), dim3(T::threads), T::shared_bytes, stream, T::cluster, true}, linear_kernel<T>, weight, x, p);
+int num_sms() {
+  int card = 0, count = 0;
+  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
+  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, card));
+  return count;
 }
 
-// Blocks of 16 to 256 tokens, as the rows need.
-template <int warpgroups, Ways ways> void launch_block(const LinearParams& p, cudaStream_t stream) {
-  if (p.rows <= 16) launch_tile<Tile<warpgroups, 16, 5, ways>>(p, stream);
-  else if (p.rows <= 64) launch_tile<Tile<warpgroups, 64, 4, ways>>(p, stream);
-  else if (p.rows <= 128 || warpgroups == 1) launch_tile<Tile<warpgroups, 128, 3, ways>>(p, stream);
-  else launch_tile<Tile<2, 256, 4, ways>>(p, stream);
+template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
+  const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::tokens);
+  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
+  const int ctas = T::ways == Ways::kPair ? 2 * tiles : std::min(tiles, sms);
+  const int budget = T::many ? (ctas <= sms ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
+  int stages = 1;
+  while (T::shared_bytes(stages + 1) <= budget) ++stages;
+  launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_kernel<T>, x, p, stages);
+}
+
+template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cudaStream_t stream) {
+  if (p.rows <= 16) launch_tile<Tile<warpgroups, 16, ways>>(p, stream);
+  else if (p.rows <= 32) launch_tile<Tile<warpgroups, 32, ways>>(p, stream);
+  else if (p.rows <= 64) launch_tile<Tile<warpgroups, 64, ways>>(p, stream);
+  else launch_tile<Tile<warpgroups, 128, ways>>(p, stream);
 }
 
 }  // namespace
+
+void launch_pack_linear_cuda(const PackLinearParams& p, void* stream) {
+  const int units_k = ceil_div(p.in_features, 64);
+  const int64_t chunks = static_cast<int64_t>(ceil_div(p.out_features, 64)) * units_k * 512;
+  pack_kernel<<<(chunks + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(p, units_k);
+  SPECRT_CHECK_LAUNCH();
+}
 
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   int card = 0, major = 0;
@@ -227,10 +332,17 @@ void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
   if (major != 9) fail("linear: bfloat16 on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\" or dtype=\"float32\"");
   const int outputs = ceil_div(p.out_features, 128);
-  if (num_ranges(p.out_features) == 1) launch_block<2, Ways::kOne>(p, stream);
-  else if (p.rows > 256 && outputs * ceil_div(p.rows, 128) >= 128) launch_tile<Tile<2, 128, 6, Ways::kTurn>>(p, stream);
-  else if (outputs * kRanges >= 128) launch_block<2, Ways::kCluster>(p, stream);
-  else launch_block<1, Ways::kCluster>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
+  constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
+  if (num_ranges(p.out_features) == 1) {
+    if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
+    else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
+  } else if (p.rows > 256 && outputs * ceil_div(p.rows, 128) >= 128) {
+    launch_tile<Tile<2, 128, Ways::kTurn>>(p, stream);
+  } else if (2 * outputs >= kEnoughCtas) {
+    launch_few<2, Ways::kPair>(p, stream);
+  } else {
+    launch_few<1, Ways::kPair>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
+  }
 }
 
 }  // namespace specrt

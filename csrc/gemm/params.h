@@ -12,19 +12,23 @@
 
 namespace specrt {
 
-constexpr int kPanel = 64;  // outputs a panel of the CPU's packed weights
+constexpr int kPanel = 64;  // outputs a panel of packed weights
 
 struct PackLinearParams {
   DType dtype;
   const void* weight;  // [N, K]
-  void* packed;        // [ceil(N/64), ceil(K/g), 64, g], g = 2 for bfloat16 and 1 for float32: either way 256 bytes a step of k; zero-padded
+  // CPU: [ceil(N/64), ceil(K/g), 64, g], g = 2 for bfloat16 and 1 for float32: either way 256 bytes a step of k.
+  // CUDA, bfloat16 only: [ceil(N/64), ceil(K/64), 64, 64]: blocks of 64 outputs x 64 k of 8 KiB, each as a bulk copy brings it to shared memory and wgmma reads it
+  // there: a row of 128 bytes an output, whose eight 16-byte chunks are permuted, chunk c at c ^ (output % 8) (the 128-byte swizzle, ptx/wgmma.cuh).
+  // Both zero-padded.
+  void* packed;
   int out_features, in_features;  // N, K
 };
 
 struct LinearParams {
   DType dtype, out_dtype;  // of x, weight and bias; of out (dtype, or float32)
   const void* x;           // [R, K]
-  const void* weight;      // CPU: packed as above; CUDA: [N, K]
+  const void* weight;      // packed as above; CUDA float32: [N, K]
   const void* bias;        // [N] or null
   void* out;               // [R, N], not overlapping x
   const int32_t* num_rows;
@@ -32,6 +36,7 @@ struct LinearParams {
 };
 
 void launch_pack_linear_cpu(const PackLinearParams& p);
+void launch_pack_linear_cuda(const PackLinearParams& p, void* stream);
 void launch_linear_cpu(const LinearParams& p);
 void launch_linear_cuda(const LinearParams& p, void* stream);
 

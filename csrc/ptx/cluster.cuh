@@ -11,47 +11,38 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all CTAs of the cluster; what each wrote to shared memory before is visible to all after.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The barrier in two halves, with work between them; also .release and .acquire.
+// A barrier of all threads of all CTAs of the cluster in two halves: what each wrote before it arrived is visible to all after they waited.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// The word at the shared address `from` of the CTA `rank`.
-__device__ __forceinline__ uint32_t load_word_of(uint32_t rank, uint32_t from) {
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+// The address, in the cluster's window, of what lies at the shared address `own` in the CTA `rank`.
+__device__ __forceinline__ uint32_t shared_address_of(uint32_t rank, uint32_t own) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
+  return address;
+}
+
+// The word at the shared address `own` of the CTA `rank`.
+__device__ __forceinline__ uint32_t load_word_of(uint32_t rank, uint32_t own) {
   uint32_t word;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %1, %2;\n"
-      "ld.shared::cluster.u32 %0, [remote];\n}"
-      : "=r"(word)
-      : "r"(from), "r"(rank)
-      : "memory");
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(shared_address_of(rank, own)) : "memory");
   return word;
 }
 
-// Writes 64 bits to the shared address `to` of the CTA `rank`.
-__device__ __forceinline__ void store_to(uint32_t rank, uint32_t to, uint64_t bits) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.u64 [remote], %2;\n}" ::"r"(to),
-      "r"(rank), "l"(bits)
-      : "memory");
+// Writes 64 bits to the shared address `own` of the CTA `rank`.
+__device__ __forceinline__ void store_to(uint32_t rank, uint32_t own, uint64_t bits) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(shared_address_of(rank, own)), "l"(bits) : "memory");
 }
 
-// Four floats at the shared address `from` (16-byte aligned) of the CTA `rank`.
-__device__ __forceinline__ void load_shared_of(uint32_t rank, uint32_t from, float (&to)[4]) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-      : "r"(from), "r"(rank)
-      : "memory");
+// Sends four floats to `to` (16-byte aligned) in another CTA; they complete as 16 bytes on that CTA's barrier `bell`. Both addresses in the cluster's window.
+__device__ __forceinline__ void store_shared_of(uint32_t to, float a, float b, float c, float d, uint32_t bell) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "f"(a), "f"(b), "f"(c), "f"(d), "r"(bell)
+               : "memory");
 }
 
 }  // namespace specrt::ptx

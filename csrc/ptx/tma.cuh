@@ -27,4 +27,9 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, in
                : "memory");
 }
 
+// `bytes` contiguous bytes (a multiple of 16, both sides 16-byte aligned).
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
 }  // namespace specrt::ptx

@@ -118,13 +118,27 @@ def test_the_portable_kernels_give_the_bits_of_the_fast_ones(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-def test_packing_is_the_documented_layout():
+def test_packing_is_the_documented_layout_on_the_cpu():
     for dtype, g in ((F32, 1), (BF16, 2)):
         w = torch.randn(100, 9).to(dtype)
         padded = torch.zeros(128, 10).to(dtype)
         padded[:100, :9] = w
         want = padded[:, : (9 + g - 1) // g * g].reshape(2, 64, -1, g).transpose(1, 2)
         assert_bits(ops.pack_linear(w), want)
+
+
+@pytest.mark.parametrize("n, k", [(100, 72), (64, 64), (130, 8)])
+def test_packing_is_the_documented_layout_on_cuda(n, k):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    w = torch.randn(n, k).to(BF16).cuda()
+    padded = torch.zeros((n + 63) // 64 * 64, (k + 63) // 64 * 64, dtype=BF16, device="cuda")
+    padded[:n, :k] = w
+    blocks = padded.reshape(-1, 64, padded.shape[1] // 64, 8, 8).transpose(1, 2)  # [N/64, K/64, 64 outputs, 8 chunks, 8]
+    output, chunk = torch.arange(64, device="cuda")[:, None], torch.arange(8, device="cuda")
+    want = torch.empty_like(blocks)
+    want[:, :, output, chunk ^ output % 8] = blocks[:, :, output, chunk]
+    assert_bits(ops.pack_linear(w), want.flatten(3))
 
 
 def test_a_wrong_argument_is_named(device):

@@ -13,10 +13,6 @@ from tests.structure.sources import ROOT
 SCHEMAS = {s.name.split("::")[1]: s for s in torch._C._jit_get_all_schemas() if s.name.startswith("specrt::")}
 
 
-# On CUDA a weight is its own packed form (ops.pack_linear returns it as it is).
-CPU_ONLY = {"pack_linear"}
-
-
 def registered(key: str) -> set[str]:
     return {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_registrations_for_dispatch_key(key) if name.startswith("specrt::")}
 
@@ -31,7 +27,7 @@ def test_every_op_runs_on_the_cpu():
 
 
 def test_cuda_has_the_same_ops():
-    assert registered("CUDA") == registered("CPU") - CPU_ONLY
+    assert registered("CUDA") == registered("CPU")
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
