@@ -250,7 +250,8 @@ def tree_select(levels: int, beam_width: int, topk: int, max_nodes: Tensor, max_
 
 def sample_transform(logits: Tensor, row_request: Tensor, row_position: Tensor, row_node: Tensor | None, tree_token: Tensor | None, tree_ancestors: Tensor | None,
                      sampling_f: Tensor, sampling_i: Tensor, stop_ids: Tensor, bias: Tensor, output_count: Tensor, prompt_mask: Tensor,
-                     mask_bits: Tensor | None, row_mask: Tensor | None, num_rows: Tensor, status: Tensor) -> None:
+                     mask_bits: Tensor | None, row_mask: Tensor | None, num_rows: Tensor, status: Tensor, seeds: Tensor | None = None, token: Tensor | None = None,
+                     keep: bool = True) -> None:
     """Raw logits -> the transformed logits of the distribution sampled from, in place; filtered tokens become -inf.
 
     logits float32 [R, V], raw. row_position int32 [R]: position of the row's *input* token; the token chosen stands at row_position + 1. Order: finiteness check ->
@@ -260,9 +261,12 @@ def sample_transform(logits: Tensor, row_request: Tensor, row_position: Tensor, 
     Penalties count output_count int32 [B, V] plus the tokens of the row's own path (row_node int32 [R], tree_token int32 / tree_ancestors int64 [B, N]: ancestors
     and the node itself but not node 0, which is counted already); repetition also counts prompt_mask uint8 [B, V]. Pass None for the three where rows are not tree nodes.
     sampling_f float32 [B, 6], sampling_i int32 [B, 5], stop_ids int32 [B, S] (-1 pads), bias float32 [B, V]. mask_bits int32 [masks, ceil(V/32)] (bit = allowed),
-    row_mask int32 [R]: index of the row's mask, -1 = none. status int32 [R]: STATUS_*, for a row that is not finite or has nothing left."""
+    row_mask int32 [R]: index of the row's mask, -1 = none. status int32 [R]: STATUS_*, for a row that is not finite or has nothing left.
+
+    With seeds int64 [B] and token int32 [R]: also token[r] = what ``sample_exact`` chooses from the transformed row, 0 where the status is not OK. ``keep`` False: nobody
+    reads the logits afterwards; they may be left in any state, and need not be written. CUDA: V <= 393216."""
     _C.sample_transform(logits, row_request, row_position, row_node, tree_token, tree_ancestors, sampling_f, sampling_i, stop_ids, bias, output_count,
-                        prompt_mask, mask_bits, row_mask, num_rows, status)
+                        prompt_mask, mask_bits, row_mask, num_rows, status, seeds, token, keep)
 
 
 def sample_exact(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tensor, sampling_f: Tensor, num_rows: Tensor, token: Tensor) -> None:

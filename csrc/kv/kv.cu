@@ -56,6 +56,8 @@ constexpr int kCommitThreads = 256, kBatch = 4;  // pieces of K and of V a threa
 // A batch reads all its sources before it writes. Later batches' sources lie above this batch's destinations (path[i] >= i), so batches may follow
 // one another; pieces of 16 bytes are ordered by node.
 __global__ void __launch_bounds__(kCommitThreads) kv_commit_kernel(KvCommitParams p, int pieces) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int layer = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
   const int32_t* table = p.block_table + static_cast<int64_t>(b) * p.max_pages;
   const int32_t* path = p.path + static_cast<int64_t>(b) * p.nodes;
@@ -103,8 +105,7 @@ void launch_rope_append_cuda(const RopeAppendParams& p, void* stream) {
 
 void launch_kv_commit_cuda(const KvCommitParams& p, void* stream) {
   const int pieces = p.head_dim * (p.dtype == DType::kBF16 ? 2 : 4) / 16;
-  kv_commit_kernel<<<dim3(p.layers, p.kv_heads, p.requests), kCommitThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, pieces);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.layers, p.kv_heads, p.requests), dim3(kCommitThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, kv_commit_kernel, p, pieces);
 }
 
 }  // namespace specrt

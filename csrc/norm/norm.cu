@@ -1,82 +1,198 @@
-// RMSNorm, SiLU-mul, embedding. Memory-bound row-wise kernels: one warp a row (norm), one thread an element (the others); rows past
-// *num_rows exit. Bytes: each row is read once or twice and written once.
-#include "base/check.h"
+// RMSNorm, SiLU-mul, embedding. Row-wise, memory- and latency-bound: a block a row (norm, embedding), eight elements a thread in 16-byte pieces, or one by
+// one where a row does not begin on 16 bytes. Rows past *num_rows exit. Bytes: each row is read once and written once. All start while the kernel before them
+// ends, and let the next one start at once.
+#include "base/launch.h"
 #include "base/math.h"
 #include "norm/params.h"
+#include "ptx/dependency.cuh"
 
 namespace specrt {
 namespace {
 
-constexpr int kWarps = 4;  // rows a block (norm)
+constexpr int kVec = 8;  // elements a thread takes at once
 
-template <typename T> __global__ void rms_norm_kernel(RmsNormParams p) {
-  const int row = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= *p.num_rows || row >= p.rows) return;
+// Eight elements from `from`, of which `count` exist (all of them where kVector); the others are zero.
+template <typename T, bool kVector> __device__ __forceinline__ void load8(const T* from, int count, T (&to)[kVec]) {
+  if constexpr (kVector) {
+    uint4 raw[sizeof(T) / 2];
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(sizeof(T) / 2); ++k) raw[k] = reinterpret_cast<const uint4*>(from)[k];
+    memcpy(to, raw, sizeof(raw));
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) to[e] = e < count ? from[e] : T{};
+  }
+}
+
+template <typename T, bool kVector> __device__ __forceinline__ void store8(T* to, int count, const T (&from)[kVec]) {
+  if constexpr (kVector) {
+    uint4 raw[sizeof(T) / 2];
+    memcpy(raw, from, sizeof(raw));
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(sizeof(T) / 2); ++k) reinterpret_cast<uint4*>(to)[k] = raw[k];
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e)
+      if (e < count) to[e] = from[e];
+  }
+}
+
+// The order (params.h) is this layout: lane 8t + e of 2048 is element e of thread t's eight.
+constexpr int kNormThreads = kNormLanes / kVec, kHeld = 4;  // pieces of a row that a thread keeps between the two passes: 8192 elements a block
+
+__device__ __forceinline__ float fold8(const float (&x)[8]) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
+
+template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(RmsNormParams p) {
+  __shared__ float warp_sum[kNormThreads / 32];
+  static_assert(kNormThreads / 32 == 8, "fold8 folds the warps");
+  const int row = blockIdx.x, first = kVec * threadIdx.x;
+  const T* weight = static_cast<const T*>(p.weight);
+  T held[kHeld][kVec], before[kHeld][kVec], scale[kHeld][kVec];
+  float lane[kVec] = {};
+  ptx::launch_dependents();
+#pragma unroll
+  for (int g = 0; g < kHeld; ++g) {
+    const int i = first + g * kNormLanes;
+    if (i < p.hidden) load8<T, kVector>(weight + i, p.hidden - i, scale[g]);
+  }
+  ptx::grid_dependency_wait();
+  if (row >= *p.num_rows) return;
   const int64_t base = static_cast<int64_t>(row) * p.hidden;
   const T* x = static_cast<const T*>(p.x) + base;
   T* residual = p.residual ? static_cast<T*>(p.residual) + base : nullptr;
-  const T* weight = static_cast<const T*>(p.weight);
   T* out = static_cast<T*>(p.out) + base;
-  float sum = 0.0f;
-  for (int i = lane; i < p.hidden; i += 32) {
-    float h = to_float(x[i]);
+
+  const auto read = [&](int i, T (&h)[kVec], T (&old)[kVec]) {
+    load8<T, kVector>(x + i, p.hidden - i, h);
+    if (residual) load8<T, kVector>(residual + i, p.hidden - i, old);
+  };
+  const auto add = [&](int i, T (&h)[kVec], const T (&old)[kVec]) {
     if (residual) {
-      T rounded = round_to<T>(to_float(residual[i]) + h);
-      residual[i] = rounded;
-      h = to_float(rounded);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) h[e] = round_to<T>(to_float(old[e]) + to_float(h[e]));
+      store8<T, kVector>(residual + i, p.hidden - i, h);
     }
-    sum = fma_rn(h, h, sum);
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) lane[e] = fma_rn(to_float(h[e]), to_float(h[e]), lane[e]);
+  };
+  const auto write = [&](int i, const T (&h)[kVec], const T (&w)[kVec], float r) {
+    T y[kVec];
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) y[e] = round_to<T>(to_float(round_to<T>(to_float(h[e]) * r)) * to_float(w[e]));
+    store8<T, kVector>(out + i, p.hidden - i, y);
+  };
+
+  // All of a thread's loads before its first store, which the compiler could not move them over.
+#pragma unroll
+  for (int g = 0; g < kHeld; ++g) {
+    const int i = first + g * kNormLanes;
+    if (i >= p.hidden) break;
+    read(i, held[g], before[g]);
   }
-  for (int d = 16; d; d >>= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
-  const float r = 1.0f / sqrtf(sum / static_cast<float>(p.hidden) + p.eps);
-  const T* h = residual ? residual : x;  // each lane reads back what it wrote itself
-  for (int i = lane; i < p.hidden; i += 32) out[i] = round_to<T>(to_float(round_to<T>(to_float(h[i]) * r)) * to_float(weight[i]));
+#pragma unroll
+  for (int g = 0; g < kHeld; ++g) {
+    const int i = first + g * kNormLanes;
+    if (i >= p.hidden) break;
+    add(i, held[g], before[g]);
+  }
+  for (int i = first + kHeld * kNormLanes; i < p.hidden; i += kNormLanes) {
+    T h[kVec], old[kVec];
+    read(i, h, old);
+    add(i, h, old);
+  }
+  float sum = fold8(lane);
+  for (int d = 1; d < 32; d <<= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
+  if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = sum;
+  __syncthreads();
+  const float r = 1.0f / sqrtf(fold8(warp_sum) / static_cast<float>(p.hidden) + p.eps);
+#pragma unroll
+  for (int g = 0; g < kHeld; ++g) {
+    const int i = first + g * kNormLanes;
+    if (i >= p.hidden) break;
+    write(i, held[g], scale[g], r);
+  }
+  for (int i = first + kHeld * kNormLanes; i < p.hidden; i += kNormLanes) {  // each thread reads back what it wrote itself
+    T h[kVec], w[kVec];
+    load8<T, kVector>((residual ? residual : x) + i, p.hidden - i, h);
+    load8<T, kVector>(weight + i, p.hidden - i, w);
+    write(i, h, w, r);
+  }
 }
 
-template <typename T> __global__ void silu_mul_kernel(SiluMulParams p) {
-  const int row = blockIdx.x;
-  if (row >= *p.num_rows) return;
-  const T* gate = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(row) * 2 * p.inter;
-  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.inter;
-  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < p.inter; i += gridDim.y * blockDim.x) {
-    float g = to_float(gate[i]);
-    float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
-    out[i] = round_to<T>(s * to_float(gate[p.inter + i]));
+constexpr int kSiluThreads = 128;
+
+template <typename T, bool kVector> __global__ void __launch_bounds__(kSiluThreads) silu_mul_kernel(SiluMulParams p) {
+  const int row = blockIdx.x, i = kVec * (blockIdx.y * kSiluThreads + threadIdx.x);
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
+  if (row >= *p.num_rows || i >= p.inter) return;
+  const T* gate_up = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(row) * 2 * p.inter + i;
+  T gate[kVec], up[kVec];
+  load8<T, kVector>(gate_up, p.inter - i, gate);
+  load8<T, kVector>(gate_up + p.inter, p.inter - i, up);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) {
+    const float g = to_float(gate[e]);
+    const float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
+    up[e] = round_to<T>(s * to_float(up[e]));
   }
+  store8<T, kVector>(static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.inter + i, p.inter - i, up);
 }
 
-template <typename T> __global__ void embedding_kernel(EmbeddingParams p) {
+constexpr int kEmbeddingThreads = 128;
+
+template <typename T, bool kVector> __global__ void __launch_bounds__(kEmbeddingThreads) embedding_kernel(EmbeddingParams p) {
   const int row = blockIdx.x;
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (row >= *p.num_rows) return;
   const int id = p.ids[row];
   const bool known = id >= 0 && id < p.vocab;
   const T* from = static_cast<const T*>(p.table) + (known ? static_cast<int64_t>(id) * p.hidden : 0);
   T* out = static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.hidden;
-  for (int i = threadIdx.x; i < p.hidden; i += blockDim.x) out[i] = known ? from[i] : round_to<T>(bits_to_float(0x7fc00000u));
+  for (int i = kVec * threadIdx.x; i < p.hidden; i += kVec * kEmbeddingThreads) {
+    T x[kVec];
+    load8<T, kVector>(from + i, p.hidden - i, x);
+    if (!known)
+      for (T& v : x) v = round_to<T>(bits_to_float(0x7fc00000u));
+    store8<T, kVector>(out + i, p.hidden - i, x);
+  }
 }
 
-template <typename T> void rms_norm(const RmsNormParams& p, cudaStream_t s) { rms_norm_kernel<T><<<(p.rows + kWarps - 1) / kWarps, kWarps * 32, 0, s>>>(p); }
-template <typename T> void silu_mul(const SiluMulParams& p, cudaStream_t s) { silu_mul_kernel<T><<<dim3(p.rows, (p.inter + 255) / 256), 256, 0, s>>>(p); }
-template <typename T> void embedding(const EmbeddingParams& p, cudaStream_t s) { embedding_kernel<T><<<p.rows, 128, 0, s>>>(p); }
+// Whether rows of `width` elements can be read and written in 16-byte pieces.
+template <typename... Pointers> bool in_vectors(int width, const Pointers*... pointers) {
+  return width % kVec == 0 && (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+}
+
+template <typename T> void rms_norm(const RmsNormParams& p, cudaStream_t s) {
+  auto kernel = in_vectors(p.hidden, p.x, p.residual, p.weight, p.out) ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
+  launch({dim3(p.rows), dim3(kNormThreads), 0, s, 1, true}, kernel, p);
+}
+template <typename T> void silu_mul(const SiluMulParams& p, cudaStream_t s) {
+  constexpr int tile = kVec * kSiluThreads;
+  auto kernel = in_vectors(p.inter, p.gate_up, p.out) ? silu_mul_kernel<T, true> : silu_mul_kernel<T, false>;
+  launch({dim3(p.rows, (p.inter + tile - 1) / tile), dim3(kSiluThreads), 0, s, 1, true}, kernel, p);
+}
+template <typename T> void embedding(const EmbeddingParams& p, cudaStream_t s) {
+  auto kernel = in_vectors(p.hidden, p.table, p.out) ? embedding_kernel<T, true> : embedding_kernel<T, false>;
+  launch({dim3(p.rows), dim3(kEmbeddingThreads), 0, s, 1, true}, kernel, p);
+}
 
 }  // namespace
 
 void launch_rms_norm_cuda(const RmsNormParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   p.dtype == DType::kBF16 ? rms_norm<bf16>(p, s) : rms_norm<float>(p, s);
-  SPECRT_CHECK_LAUNCH();
 }
 
 void launch_silu_mul_cuda(const SiluMulParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   p.dtype == DType::kBF16 ? silu_mul<bf16>(p, s) : silu_mul<float>(p, s);
-  SPECRT_CHECK_LAUNCH();
 }
 
 void launch_embedding_cuda(const EmbeddingParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   p.dtype == DType::kBF16 ? embedding<bf16>(p, s) : embedding<float>(p, s);
-  SPECRT_CHECK_LAUNCH();
 }
 
 }  // namespace specrt

@@ -11,17 +11,21 @@ namespace {
 
 template <typename T>
 SPECRT_CLONES void rms_norm_row(const T* x, T* residual, const T* weight, T* out, float eps, int hidden) {
-  float lane[32] = {};
+  float lane[kNormLanes] = {}, folded[kNormLanes / 2];
   if (residual) {
     for (int i = 0; i < hidden; ++i) residual[i] = round_to<T>(to_float(residual[i]) + to_float(x[i]));
     x = residual;
   }
-  int i = 0;
-  for (; i + 32 <= hidden; i += 32)
-    for (int l = 0; l < 32; ++l) lane[l] = fma_rn(to_float(x[i + l]), to_float(x[i + l]), lane[l]);
-  for (int l = 0; i + l < hidden; ++l) lane[l] = fma_rn(to_float(x[i + l]), to_float(x[i + l]), lane[l]);
-  for (int d = 16; d; d >>= 1)
-    for (int l = 0; l < d; ++l) lane[l] = lane[l] + lane[l + d];  // lane 0 of the butterfly
+  for (int i = 0; i < hidden; i += kNormLanes) {
+    const int n = std::min(kNormLanes, hidden - i);
+    for (int l = 0; l < n; ++l) lane[l] = fma_rn(to_float(x[i + l]), to_float(x[i + l]), lane[l]);
+  }
+  int n = 1;
+  while (n < hidden && n < kNormLanes) n *= 2;  // lanes past a short row are zero: leaving them out changes no bit
+  for (n /= 2; n; n /= 2) {
+    for (int l = 0; l < n; ++l) folded[l] = lane[2 * l] + lane[2 * l + 1];
+    std::copy(folded, folded + n, lane);
+  }
   float r = 1.0f / std::sqrt(lane[0] / static_cast<float>(hidden) + eps);
   for (int j = 0; j < hidden; ++j) out[j] = round_to<T>(to_float(round_to<T>(to_float(x[j]) * r)) * to_float(weight[j]));
 }

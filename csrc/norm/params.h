@@ -1,11 +1,13 @@
 // Row-wise ops: RMSNorm (with the residual add), SiLU-mul, embedding lookup.
 //
-// Reduction order (csrc/README.md, 5): 32 lanes stride the row, lane i takes elements i, i+32, ... ascending in one fma chain; the lanes fold by
-// a butterfly over 16, 8, 4, 2, 1. One warp a row on CUDA, so the order is the thread layout.
+// Reduction order (csrc/README.md, 5): 2048 lanes stride the row, lane i takes elements i, i + 2048, ... ascending in one fma chain; neighbours fold
+// pairwise, lane i = lane 2i + lane 2i + 1, until one is left.
 #pragma once
 #include "base/types.h"
 
 namespace specrt {
+
+constexpr int kNormLanes = 2048;
 
 struct RmsNormParams {
   DType dtype;

@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       "sample_transform(Tensor(a!) logits, Tensor row_request, Tensor row_position, Tensor? row_node"
       ", Tensor? tree_token, Tensor? tree_ancestors, Tensor sampling_f, Tensor sampling_i, Tensor stop_ids"
       ", Tensor bias, Tensor output_count, Tensor prompt_mask, Tensor? mask_bits, Tensor? row_mask, Tensor num_rows"
-      ", Tensor(b!) status) -> ()");
+      ", Tensor(b!) status, Tensor? seeds, Tensor(c!)? token, bool keep) -> ()");
   m.def(
       "sample_exact(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds, Tensor sampling_f"
       ", Tensor num_rows, Tensor(a!) token) -> ()");

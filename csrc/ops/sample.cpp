@@ -9,7 +9,8 @@ constexpr const char* kVocabText = "a vocabulary of at most 524288 tokens";
 
 void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, std::optional<Tensor> row_node, std::optional<Tensor> tree_token,
                       std::optional<Tensor> tree_ancestors, Tensor sampling_f, Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor output_count,
-                      Tensor prompt_mask, std::optional<Tensor> mask_bits, std::optional<Tensor> row_mask, Tensor num_rows, Tensor status) {
+                      Tensor prompt_mask, std::optional<Tensor> mask_bits, std::optional<Tensor> row_mask, Tensor num_rows, Tensor status, std::optional<Tensor> seeds,
+                      std::optional<Tensor> token, bool keep) {
   Checker check("sample_transform", logits);
   Sym R("R"), V("V"), B("B"), N("N"), S("S"), M("masks");
   check("logits", logits, {R, V}, {kF32});
@@ -28,6 +29,10 @@ void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, st
   check("row_mask", row_mask, {R}, {kI32});
   check("num_rows", num_rows, {1}, {kI32});
   check("status", status, {R}, {kI32});
+  check("seeds", seeds, {B}, {kI64});
+  check("token", token, {R}, {kI32});
+  check.require(!check.cuda() || V <= kTransformVocab, "logits", "a vocabulary of at most 393216 tokens on CUDA");
+  check.require(seeds.has_value() == token.has_value(), "token", "seeds and token together, or None for both");
   check.require(row_node.has_value() == tree_token.has_value() && row_node.has_value() == tree_ancestors.has_value(), "row_node",
                 "row_node, tree_token and tree_ancestors together, or None for all three");
   check.require(mask_bits.has_value() == row_mask.has_value(), "mask_bits", "mask_bits and row_mask together, or None for both");
@@ -37,7 +42,8 @@ void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, st
                           in<int32_t>(tree_token),  in<int64_t>(tree_ancestors), in<float>(sampling_f),     in<int32_t>(sampling_i),
                           in<int32_t>(stop_ids),    in<float>(bias),             in<int32_t>(output_count), in<uint8_t>(prompt_mask),
                           in<int32_t>(mask_bits),   in<int32_t>(row_mask),       in<int32_t>(num_rows),     inout<int32_t>(status),
-                          static_cast<int>(R),      static_cast<int>(V),         row_node.has_value() ? static_cast<int>(N) : 0, static_cast<int>(S)};
+                          in<int64_t>(seeds),       inout<int32_t>(token),       keep,                      static_cast<int>(R),
+                          static_cast<int>(V),      row_node.has_value() ? static_cast<int>(N) : 0,          static_cast<int>(S)};
   SPECRT_LAUNCH(sample_transform, check, p);
 }
 

@@ -1,4 +1,5 @@
-// Thread-block clusters (sm_90): rank, barrier, and reads of another CTA's shared memory.
+// Thread-block clusters (sm_90): rank, barrier, and another CTA's shared memory. Before the first access every CTA must have started, and none may end before the
+// last one: a barrier before, a barrier after.
 #pragma once
 #include <cstdint>
 
@@ -14,11 +15,28 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
 // The address, in the cluster's window, of what lies at the shared address `own` in the CTA `rank`.
 __device__ __forceinline__ uint32_t shared_address_of(uint32_t rank, uint32_t own) {
   uint32_t address;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(own), "r"(rank));
   return address;
+}
+
+// The word at the shared address `own` of the CTA `rank`.
+__device__ __forceinline__ uint32_t load_word_of(uint32_t rank, uint32_t own) {
+  uint32_t word;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(shared_address_of(rank, own)) : "memory");
+  return word;
+}
+
+// Writes 64 bits to the shared address `own` of the CTA `rank`.
+__device__ __forceinline__ void store_to(uint32_t rank, uint32_t own, uint64_t bits) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(shared_address_of(rank, own)), "l"(bits) : "memory");
 }
 
 // Sends four floats to `to` (16-byte aligned) in another CTA; they complete as 16 bytes on that CTA's barrier `bell`. Both addresses in the cluster's window.

@@ -52,12 +52,6 @@ __device__ inline uint64_t block_argmax(const float* x, int n) {
   return block_max(best);
 }
 
-// The four noise words of tokens 4c .. 4c + 3.
-__device__ inline void noise_words(int64_t seed, int32_t position, int32_t purpose, int c, uint32_t words[4]) {
-  philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32), static_cast<uint32_t>(c),
-             static_cast<uint32_t>(position), static_cast<uint32_t>(purpose), 0u, words);
-}
-
 // The best of x + G, as a rank; a thread takes four tokens a counter. Four that cannot win even with the largest noise are skipped: an equal score
 // would lose to the lower id.
 __device__ inline uint64_t block_exact(const float* x, int n, int64_t seed, int32_t position, int32_t purpose) {

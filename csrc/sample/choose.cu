@@ -1,10 +1,14 @@
 // sample_exact, row_logprobs, draft_topk: one block a row, a few passes over the row (each reads it once from L2). Rows past *num_rows exit.
+#include "base/launch.h"
+#include "ptx/dependency.cuh"
 #include "sample/block.cuh"
 
 namespace specrt {
 namespace {
 
 __global__ void __launch_bounds__(kThreads, 1) sample_exact_kernel(SampleExactParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int row = blockIdx.x;
   if (row >= *p.num_rows) return;
   const int b = p.row_request[row];
@@ -16,6 +20,8 @@ __global__ void __launch_bounds__(kThreads, 1) sample_exact_kernel(SampleExactPa
 }
 
 __global__ void __launch_bounds__(kThreads, 1) row_logprobs_kernel(RowLogprobsParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   extern __shared__ float stats[];
   const int row = blockIdx.x;
   if (row >= *p.num_rows) return;
@@ -36,6 +42,8 @@ __global__ void __launch_bounds__(kThreads, 1) row_logprobs_kernel(RowLogprobsPa
 }
 
 __global__ void __launch_bounds__(kThreads, 1) draft_topk_kernel(DraftTopkParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   extern __shared__ float stats[];
   const int row = blockIdx.x;
   if (row >= *p.num_rows) return;
@@ -66,18 +74,15 @@ __global__ void __launch_bounds__(kThreads, 1) draft_topk_kernel(DraftTopkParams
 }  // namespace
 
 void launch_sample_exact_cuda(const SampleExactParams& p, void* stream) {
-  sample_exact_kernel<<<p.rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.rows), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, sample_exact_kernel, p);
 }
 
 void launch_row_logprobs_cuda(const RowLogprobsParams& p, void* stream) {
-  row_logprobs_kernel<<<p.rows, kThreads, lse_shared(p.vocab), static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.rows), dim3(kThreads), static_cast<int>(lse_shared(p.vocab)), static_cast<cudaStream_t>(stream), 1, true}, row_logprobs_kernel, p);
 }
 
 void launch_draft_topk_cuda(const DraftTopkParams& p, void* stream) {
-  draft_topk_kernel<<<p.rows, kThreads, lse_shared(p.vocab), static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.rows), dim3(kThreads), static_cast<int>(lse_shared(p.vocab)), static_cast<cudaStream_t>(stream), 1, true}, draft_topk_kernel, p);
 }
 
 }  // namespace specrt

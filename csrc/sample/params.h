@@ -32,8 +32,12 @@ struct SampleTransformParams {
   const int32_t* row_mask;        // [R] or null; -1: no mask
   const int32_t* num_rows;
   int32_t* status;                // [R]
+  const int64_t* seeds;           // [B], with token
+  int32_t* token;                 // [R] or null: what sample_exact would choose; 0 where the status is not OK
+  bool keep;                      // false: nobody reads the logits afterwards, they may be left in any state
   int rows, vocab, nodes, stops;  // R, V, N, S
 };
+constexpr int kTransformVocab = 3 << 17;  // on CUDA: a row fits a cluster's shared memory
 
 struct SampleExactParams {
   const float* z;               // [R, V]

@@ -1,4 +1,6 @@
 // accept_rejection: one block walks one slot's tree.
+#include "base/launch.h"
+#include "ptx/dependency.cuh"
 #include "sample/block.cuh"
 #include "sample/rejection.h"
 
@@ -33,6 +35,8 @@ struct BlockTeam {
 };
 
 __global__ void __launch_bounds__(kThreads, 1) accept_rejection_kernel(AcceptRejectionParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   extern __shared__ float stats[];
   BlockTeam team{p.vocab, stats};
   walk_rejection(team, p, blockIdx.x);
@@ -41,8 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1) accept_rejection_kernel(AcceptRej
 }  // namespace
 
 void launch_accept_rejection_cuda(const AcceptRejectionParams& p, void* stream) {
-  accept_rejection_kernel<<<p.slots, kThreads, lse_shared(p.vocab), static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.slots), dim3(kThreads), static_cast<int>(lse_shared(p.vocab)), static_cast<cudaStream_t>(stream), 1, true}, accept_rejection_kernel, p);
 }
 
 }  // namespace specrt

@@ -28,6 +28,12 @@ SPECRT_HD uint64_t rank_of(float value, int32_t token) {
 }
 SPECRT_HD int32_t rank_token(uint64_t rank) { return rank ? static_cast<int32_t>(~static_cast<uint32_t>(rank)) : -1; }
 
+// The four noise words of tokens 4c .. 4c + 3.
+SPECRT_HD void noise_words(int64_t seed, int32_t position, int32_t purpose, int c, uint32_t words[4]) {
+  philox4x32(static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32), static_cast<uint32_t>(c),
+             static_cast<uint32_t>(position), static_cast<uint32_t>(purpose), 0u, words);
+}
+
 // Repetition as Hugging Face (divide a positive logit, multiply a negative one), then frequency and presence as OpenAI: each step rounded.
 SPECRT_HD float penalize(float z, int32_t count, bool in_prompt, const float* f) {
   const float repeated = select(z > 0.0f, z / f[kRepetition], z * f[kRepetition]);

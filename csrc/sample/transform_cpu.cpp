@@ -165,6 +165,10 @@ RowStatus transform_row(const SampleTransformParams& p, int64_t row) {
 void launch_sample_transform_cpu(const SampleTransformParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows);
   parallel_for(n, n * p.vocab * 8, [&](int64_t row) { p.status[row] = transform_row(p, row); });
+  if (!p.token) return;
+  launch_sample_exact_cpu({p.logits, p.row_request, p.row_position, p.seeds, p.sampling_f, p.num_rows, p.token, p.rows, p.vocab});
+  for (int64_t row = 0; row < n; ++row)
+    if (p.status[row] != kStatusOk) p.token[row] = 0;
 }
 
 }  // namespace specrt

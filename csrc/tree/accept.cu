@@ -1,6 +1,7 @@
 // The walk down the tree and the commit of its tokens: a warp a slot, two nodes a lane.
-#include "base/check.h"
+#include "base/launch.h"
 #include "base/noise.h"
+#include "ptx/dependency.cuh"
 #include "tree/block.cuh"
 #include "tree/rules.h"
 
@@ -64,12 +65,16 @@ template <typename Choose> __device__ void walk(const AcceptWalkParams& p, int b
 
 __global__ void accept_walk_kernel(AcceptWalkParams p) {
   const int b = blockIdx.x * kWarps + threadIdx.x / 32;
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (b >= p.batch) return;
   walk(p, b, [](const WarpTree& tree, int node, int, int target) { return tree.child(node, false, target); });
 }
 
 __global__ void accept_synthetic_kernel(AcceptSyntheticParams p) {
   const int b = blockIdx.x * kWarps + threadIdx.x / 32;
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (b >= p.tree.batch) return;
   const int most = p.whole + (uniform(p.seeds[b], p.seq_lens[b] + 1, 0, kNoiseAccept) < p.fraction ? 1 : 0);
   walk(p.tree, b, [most](const WarpTree& tree, int node, int visited, int) { return visited < most ? tree.child(node, true, 0) : -1; });
@@ -77,6 +82,8 @@ __global__ void accept_synthetic_kernel(AcceptSyntheticParams p) {
 
 __global__ void round_advance_kernel(RoundAdvanceParams p) {
   const int b = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   if (b >= p.batch) return;
   const int count = clamp_to(p.path_len[b], 0, p.nodes), len = p.seq_lens[b];
   __syncwarp();  // every lane has read the length
@@ -91,23 +98,22 @@ __global__ void round_advance_kernel(RoundAdvanceParams p) {
   if (len + count >= p.limit[b]) p.active[b] = 0;
 }
 
-int blocks(int batch) { return (batch + kWarps - 1) / kWarps; }
+Launch over_slots(int batch, void* stream) {
+  return {dim3((batch + kWarps - 1) / kWarps), dim3(kWarps * 32), 0, static_cast<cudaStream_t>(stream), 1, true};
+}
 
 }  // namespace
 
 void launch_accept_walk_cuda(const AcceptWalkParams& p, void* stream) {
-  accept_walk_kernel<<<blocks(p.batch), kWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch(over_slots(p.batch, stream), accept_walk_kernel, p);
 }
 
 void launch_accept_synthetic_cuda(const AcceptSyntheticParams& p, void* stream) {
-  accept_synthetic_kernel<<<blocks(p.tree.batch), kWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch(over_slots(p.tree.batch, stream), accept_synthetic_kernel, p);
 }
 
 void launch_round_advance_cuda(const RoundAdvanceParams& p, void* stream) {
-  round_advance_kernel<<<blocks(p.batch), kWarps * 32, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch(over_slots(p.batch, stream), round_advance_kernel, p);
 }
 
 }  // namespace specrt

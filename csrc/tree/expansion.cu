@@ -1,6 +1,7 @@
 // A level of a drafter's tree expansion, and the re-ranking at its end; the meaning is in expansion_cpu.cpp. A block a slot, the slot's keys in shared
 // memory. Bytes: some words a candidate.
-#include "base/check.h"
+#include "base/launch.h"
+#include "ptx/dependency.cuh"
 #include "tree/block.cuh"
 #include "tree/rules.h"
 
@@ -10,6 +11,8 @@ namespace {
 constexpr int kExpandThreads = 256, kSelectThreads = 1024, kWords = kMaxCandidates / 32;
 
 __global__ void __launch_bounds__(kExpandThreads) tree_expand_kernel(TreeExpandParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int b = blockIdx.x, width = p.beam_width, k = p.topk;
   const int first = first_candidate(p.level, width, k), n = p.level == 1 ? k : width * k;
   const int active_before = block_sum(b, [&](int i) { return p.max_depth[i] >= p.level; });
@@ -68,6 +71,8 @@ __device__ __forceinline__ int bits_before(const unsigned* words, int i) {
 }
 
 __global__ void __launch_bounds__(kSelectThreads) tree_select_kernel(TreeSelectParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int b = blockIdx.x;
   if (p.max_nodes[b] <= 0) return;
   const int budget = min(p.max_nodes[b], p.nodes - 1);
@@ -122,13 +127,11 @@ __global__ void __launch_bounds__(kSelectThreads) tree_select_kernel(TreeSelectP
 }  // namespace
 
 void launch_tree_expand_cuda(const TreeExpandParams& p, void* stream) {
-  tree_expand_kernel<<<p.batch, kExpandThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.batch), dim3(kExpandThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, tree_expand_kernel, p);
 }
 
 void launch_tree_select_cuda(const TreeSelectParams& p, void* stream) {
-  tree_select_kernel<<<p.batch, kSelectThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.batch), dim3(kSelectThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, tree_select_kernel, p);
 }
 
 }  // namespace specrt

@@ -1,7 +1,8 @@
 // Prompt lookup; the method and the order of the scores are in ngram_cpu.cpp. A block a slot: all warps scan the history, each keeping its 32 best
 // occurrences sorted across its lanes; the lists are merged, and one warp grows the tree with an occurrence a lane. Bytes: 4 a known token.
-#include "base/check.h"
+#include "base/launch.h"
 #include "base/noise.h"
+#include "ptx/dependency.cuh"
 #include "tree/block.cuh"
 #include "tree/rules.h"
 
@@ -118,6 +119,8 @@ struct Lookup {
 };
 
 __global__ void __launch_bounds__(kThreads, 1) ngram_propose_kernel(NgramProposeParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int b = blockIdx.x, lane = threadIdx.x % 32;
   if (p.max_nodes[b] <= 0) return;
   const int budget = min(p.max_nodes[b], p.nodes - 1), max_depth = min(p.max_depth[b], budget), known = min(p.seq_lens[b] + 1, p.max_len);
@@ -153,8 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) ngram_propose_kernel(NgramPropose
 }  // namespace
 
 void launch_ngram_propose_cuda(const NgramProposeParams& p, void* stream) {
-  ngram_propose_kernel<<<p.batch, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.batch), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, ngram_propose_kernel, p);
 }
 
 }  // namespace specrt

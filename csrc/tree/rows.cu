@@ -1,6 +1,7 @@
 // Packed rows: of all token trees, and of spans of committed tokens. A block a slot; each sums the sizes of the slots before it, so no block
 // waits for another. Bytes: a few words a row.
-#include "base/check.h"
+#include "base/launch.h"
+#include "ptx/dependency.cuh"
 #include "tree/block.cuh"
 #include "tree/rules.h"
 
@@ -18,6 +19,8 @@ template <typename Size> __device__ int place_slot(int b, int batch, int rows, i
 }
 
 __global__ void tree_build_kernel(TreeBuildParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int b = blockIdx.x, node = threadIdx.x;
   const int first = place_slot(b, p.batch, p.rows, p.row_offset, p.num_rows, [&](int i) { return tree_nodes(p.tree_size, i, p.nodes); });
   __shared__ int32_t parent[kMaxNodes];
@@ -42,6 +45,8 @@ __global__ void tree_build_kernel(TreeBuildParams p) {
 }
 
 __global__ void span_rows_kernel(SpanRowsParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
   const int b = blockIdx.x;
   auto size = [&](int i) { return max(min(p.end[i], p.max_len) - max(p.start[i], 0), 0); };
   const int first = place_slot(b, p.batch, p.rows, p.row_offset, p.num_rows, size), start = max(p.start[b], 0);
@@ -59,13 +64,11 @@ __global__ void span_rows_kernel(SpanRowsParams p) {
 }  // namespace
 
 void launch_tree_build_cuda(const TreeBuildParams& p, void* stream) {
-  tree_build_kernel<<<p.batch, kMaxNodes, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.batch), dim3(kMaxNodes), 0, static_cast<cudaStream_t>(stream), 1, true}, tree_build_kernel, p);
 }
 
 void launch_span_rows_cuda(const SpanRowsParams& p, void* stream) {
-  span_rows_kernel<<<p.batch, 256, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SPECRT_CHECK_LAUNCH();
+  launch({dim3(p.batch), dim3(256), 0, static_cast<cudaStream_t>(stream), 1, true}, span_rows_kernel, p);
 }
 
 }  // namespace specrt

@@ -173,19 +173,19 @@ class Round:
         s, c, rows = self.state, self.config, shape.rows
         z, request, position, status, target = s.logits[:rows], s.row_request[:rows], s.row_position[:rows], s.row_status[:rows], s.row_target[:rows]
         mask_bits, row_mask = (s.mask_bits, self._row_mask(rows)) if shape.masked else (None, None)
+        standard = c.rejection_sample_method == "standard"
+        choice = {} if standard else dict(seeds=s.seeds, token=target, keep=shape.logprobs is not None)  # the choice is made while the row is at hand
         ops.sample_transform(z, request, position, s.row_node[:rows], s.tree_token, s.tree_ancestors, s.sampling_f, s.sampling_i, s.stop_ids, s.bias,
-                             s.output_count, s.prompt_mask, mask_bits, row_mask, s.num_rows, status)
-        if c.rejection_sample_method == "standard":
+                             s.output_count, s.prompt_mask, mask_bits, row_mask, s.num_rows, status, **choice)
+        if standard:
             q, q_levels = self._draft_logits()
             ops.accept_rejection(z, status, s.row_offset, s.tree_token, s.tree_parent, s.tree_size, s.seq_lens, q, q_levels, s.seeds, s.sampling_f, self.residual,
                                  s.path, s.path_len, s.emitted, s.error)
+        elif c.rejection_sample_method == "synthetic":
+            ops.accept_synthetic(s.tree_token, s.tree_parent, s.tree_size, s.row_offset, target, status, s.seq_lens, s.seeds, c.synthetic_acceptance_length, s.path,
+                                 s.path_len, s.emitted, s.error)
         else:
-            ops.sample_exact(z, request, position, s.seeds, s.sampling_f, s.num_rows, target)
-            if c.rejection_sample_method == "synthetic":
-                ops.accept_synthetic(s.tree_token, s.tree_parent, s.tree_size, s.row_offset, target, status, s.seq_lens, s.seeds, c.synthetic_acceptance_length, s.path,
-                                     s.path_len, s.emitted, s.error)
-            else:
-                ops.accept_walk(s.tree_token, s.tree_parent, s.tree_size, s.row_offset, target, status, s.path, s.path_len, s.emitted, s.error)
+            ops.accept_walk(s.tree_token, s.tree_parent, s.tree_size, s.row_offset, target, status, s.path, s.path_len, s.emitted, s.error)
         if shape.logprobs is not None:
             self._row_logprobs(z, self._logprobs_of(shape))
 

@@ -25,7 +25,7 @@ def ints(values, device: str = "cpu", dtype=torch.int32) -> Tensor:
 
 
 def transform(logits: Tensor, params: list[dict], row_request=None, row_position=None, row_node=None, tree_token=None, tree_ancestors=None, stop_ids=None, bias=None,
-              output_count=None, prompt_mask=None, mask=None, row_mask=None, num_rows=None) -> tuple[Tensor, Tensor]:
+              output_count=None, prompt_mask=None, mask=None, row_mask=None, num_rows=None, seeds=None, token=None, keep=True) -> tuple[Tensor, Tensor]:
     """``ops.sample_transform`` on a copy of ``logits``, with neutral defaults; ``mask`` is a bool table [masks, V]. Returns (z, status)."""
     device, (R, V), B = logits.device.type, logits.shape, len(params)
     z, status = logits.clone(), poisoned(R, dtype=torch.int32, device=device)
@@ -38,7 +38,8 @@ def transform(logits: Tensor, params: list[dict], row_request=None, row_position
         torch.full((B, 1), -1, dtype=torch.int32, device=device) if stop_ids is None else ints(stop_ids, device),
         zeros(B, V, dtype=torch.float32) if bias is None else bias.to(device), zeros(B, V, dtype=torch.int32) if output_count is None else ints(output_count, device),
         zeros(B, V, dtype=torch.uint8) if prompt_mask is None else ints(prompt_mask, device, torch.uint8),
-        None if mask is None else pack_mask(mask).to(device), None if row_mask is None else ints(row_mask, device), rows(R if num_rows is None else num_rows, device), status)
+        None if mask is None else pack_mask(mask).to(device), None if row_mask is None else ints(row_mask, device), rows(R if num_rows is None else num_rows, device), status,
+        None if seeds is None else ints(seeds, device, torch.int64), token, keep)
     return z, status
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [64, 576, 1000, 4096])
+@pytest.mark.parametrize("hidden", [1, 7, 64, 576, 1000, 1001, 2049, 4096, 8200, 12288])
 def test_rms_norm_matches_float64(device, dtype, hidden):
     x, w = torch.randn(5, hidden).to(dtype).to(device), torch.randn(hidden).to(dtype).to(device)
     residual = torch.randn(5, hidden).to(dtype).to(device)
@@ -31,20 +32,50 @@ def test_a_row_does_not_depend_on_the_others(device, dtype):
         assert_bits(alone[0], every[r])
 
 
+@pytest.mark.parametrize("hidden", [1, 576, 1001, 5000])
+def test_rms_norm_sums_in_the_stated_order(device, hidden):
+    """2048 lanes stride the row, then neighbours fold pairwise (csrc/README.md, 5). Squares of small integers times powers of two are exact: only the additions
+    round, and their order shows."""
+    x = (torch.randint(-64, 64, (3, hidden)) * 2.0 ** torch.randint(-9, 9, (3, hidden))).float()
+    lane = torch.zeros(3, 2048)
+    for i in range(0, hidden, 2048):
+        part = x[:, i : i + 2048]
+        lane[:, : part.shape[1]] += part * part
+    while lane.shape[1] > 1:
+        lane = lane[:, ::2] + lane[:, 1::2]
+    r = torch.from_numpy(np.float32(1) / np.sqrt(lane.numpy() / np.float32(hidden) + np.float32(1e-5)))
+    out = poisoned(3, hidden, dtype=torch.float32, device=device)
+    ops.rms_norm(x.to(device), None, torch.ones(hidden, device=device), 1e-5, rows(3, device), out)
+    assert_bits(out, x * r)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul_matches_float64(device, dtype):
-    x = (4 * torch.randn(7, 2 * 1536)).to(dtype).to(device)
-    out = poisoned(7, 1536, dtype=dtype, device=device)
+def test_a_row_that_begins_inside_16_bytes(device, dtype):
+    """Views whose address is not a multiple of 16 give the bits of aligned ones."""
+    at = lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)  # noqa: E731
+    x, w = torch.randn(3, 576).to(dtype).to(device), torch.randn(576).to(dtype).to(device)
+    shifted, aligned = at(torch.empty_like(x)), torch.empty_like(x)
+    ops.rms_norm(at(x), None, at(w), 1e-5, rows(3, device), shifted)
+    ops.rms_norm(x, None, w, 1e-5, rows(3, device), aligned)
+    assert_bits(shifted, aligned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inter", [3, 1001, 1536])
+def test_silu_mul_matches_float64(device, dtype, inter):
+    x = (4 * torch.randn(7, 2 * inter)).to(dtype).to(device)
+    out = poisoned(7, inter, dtype=dtype, device=device)
     ops.silu_mul(x, rows(7, device), out)
     gate, up = x.double().chunk(2, -1)
     assert_close(out, torch.nn.functional.silu(gate) * up, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding_takes_rows_and_marks_unknown_ids(device, dtype):
-    table = torch.randn(100, 48).to(dtype).to(device)
+@pytest.mark.parametrize("hidden", [5, 48, 1032])
+def test_embedding_takes_rows_and_marks_unknown_ids(device, dtype, hidden):
+    table = torch.randn(100, hidden).to(dtype).to(device)
     ids = torch.tensor([3, 99, 100, -1, 0], dtype=torch.int32, device=device)
-    out = poisoned(5, 48, dtype=dtype, device=device)
+    out = poisoned(5, hidden, dtype=dtype, device=device)
     ops.embedding(table, ids, rows(5, device), out)
     assert_bits(out[[0, 1, 4]], table[[3, 99, 0]])
     assert torch.isnan(out[[2, 3]].float()).all()

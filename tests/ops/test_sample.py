@@ -44,6 +44,24 @@ def test_transform_equals_the_reference(device, vocab, ties):
         assert_bits(z[r], torch.from_numpy(want))
 
 
+@pytest.mark.parametrize("vocab", [1, 5, 1000, 50257])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_transform_chooses_what_sample_exact_would(device, vocab, keep):
+    """The fused choice, to the token, with every filter; a row without a distribution gives token 0."""
+    B = len(CASES) + 1
+    params, seeds, positions = [*CASES, dict(top_p=0.9)], list(range(7, 7 + B)), list(range(40, 40 + B))
+    logits = (3 * torch.randn(B, vocab)).to(device)
+    logits[-1, vocab // 2] = float("nan")
+    z, status = transform(logits, params, range(B), positions)
+    want = exact(z, seeds, positions, [p.get("temperature", 1.0) for p in params])
+    want[-1] = 0
+    token = poisoned(B, dtype=torch.int32, device=device)
+    again, status_again = transform(logits, params, range(B), positions, seeds=seeds, token=token, keep=keep)
+    assert token.tolist() == want.tolist() and status_again.tolist() == status.tolist() and status[-1] == ops.STATUS_NOT_FINITE
+    if keep:
+        assert_bits(again[:-1], z[:-1])
+
+
 @pytest.mark.parametrize("vocab", [49152, 50257])
 def test_transform_of_a_whole_vocabulary(device, vocab):
     cases = [dict(top_k=50), dict(top_k=3000), dict(top_k=vocab - 1), dict(top_p=0.9), dict(top_p=0.9, temperature=3.0), dict(top_k=50, top_p=0.9), dict(top_p=0.999999)]
