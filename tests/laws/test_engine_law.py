@@ -182,8 +182,12 @@ def residual_noise_drafts(llm: LLM, monkeypatch) -> None:
 
 
 def one_noise_for_all_positions(llm: LLM, monkeypatch) -> None:
-    right = ops.sample_exact
-    monkeypatch.setattr(ops, "sample_exact", lambda z, request, position, *rest: right(z, request, torch.zeros_like(position), *rest))
+    right = ops.sample_transform  # it makes the target's choice too, while it has the row at hand; SHARP asks nothing else of the position
+
+    def planted(logits, request, position, *rest, **choice):
+        right(logits, request, torch.zeros_like(position) if choice else position, *rest, **choice)
+
+    monkeypatch.setattr(ops, "sample_transform", planted)
 
 
 @pytest.mark.parametrize("rule, keys, plant", [
