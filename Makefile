@@ -80,7 +80,7 @@ gpu-tests: $(VENV)/.test $(VENV)/.model
 
 gpu-invariance: $(VENV)/.test $(VENV)/.model
 	$(GPU_PYTEST) tests/invariance
-	$(PY) bench/exactness.py --requests 64 --tokens 256
+	$(PY) bench/exactness.py --requests 80 --tokens 256
 	$(PY) bench/exactness.py --requests 64 --tokens 128 --model llama-8b-random
 
 gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.run

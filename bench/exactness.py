@@ -69,8 +69,8 @@ def main() -> int:
     del plain
 
     results = Results(f"exactness_{card() if a.device == 'cuda' else 'cpu'}.json", a.device)
-    shape = f"{a.model} {a.dtype}, {a.requests} requests of {a.tokens} tokens"
-    results.add("exactness, alone against together", f"{a.model} {a.dtype}, {a.alone} requests of {a.tokens} tokens", [0], "differing tokens")
+    shape = f"{a.model} {a.dtype}"
+    results.add("exactness, alone against together", shape, [0], "differing tokens", note=f"{a.alone} requests of {a.tokens} tokens")
     for name, (spec, extra) in VARIANTS.items():
         if a.variants and not any(text in name for text in a.variants):
             continue
@@ -102,7 +102,7 @@ def main() -> int:
         del llm
         compared[name] = a.requests * a.tokens
         results.add(f"exactness, {name}", shape, [0], "differing tokens",
-                    note=f"{seen.accepted} of {seen.drafted} drafts accepted, to depth {sum(n > 0 for n in seen.accepted_per_pos)}; {seen.put_back} put back")
+                    note=f"{a.requests} requests of {a.tokens} tokens; {seen.accepted} of {seen.drafted} drafts accepted, to depth {sum(n > 0 for n in seen.accepted_per_pos)}; {seen.put_back} put back")
         print(f"{name}: {compared[name]} tokens equal; {seen.accepted} of {seen.drafted} drafts accepted, {seen.put_back} put back; "
               f"{time.perf_counter() - started:.1f} s", flush=True)
     results.write()
