@@ -49,7 +49,7 @@ struct AttentionPlanParams {
 };
 
 constexpr int kPlanHeader = 4, kPlanBlock = 8;  // ints
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * rows; }
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
 
 // CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.
 struct TreeShape {

@@ -63,25 +63,31 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   // What the rows of a block see: a warp a block.
   for (int b = warp; b < count; b += kWarps) {
     const int begin = blocks[b].begin, end = b + 1 < count ? blocks[b + 1].begin : rows;
-    int prefix = 0, shortest = 0x7fffffff, longest = 0;
+    int prefix = 0, shortest = 0x7fffffff, longest = 0, nodes = 0;
     for (int r = begin + lane; r < end; r += 32) {
       int len = p.row_prefix[r];
       prefix = max(prefix, len);
-      if (p.ancestors) len += __popcll(p.ancestors[r]);
-      else if (p.paths)
+      if (p.ancestors) {
+        const long long word = p.ancestors[r];
+        len += __popcll(word);
+        nodes = max(nodes, 64 - __clzll(word));
+      } else if (p.paths) {
         for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++len;
+      }
       shortest = min(shortest, len);
       longest = max(longest, len);
     }
     prefix = __reduce_max_sync(~0u, prefix);
     shortest = __reduce_min_sync(~0u, shortest);
     longest = __reduce_max_sync(~0u, longest);
+    nodes = __reduce_max_sync(~0u, nodes);
     if (lane == 0) {
       blocks[b].rows = end - begin;
       blocks[b].request = p.row_request[begin];
       blocks[b].prefix = prefix;
       blocks[b].shortest = shortest;
       blocks[b].longest = longest;
+      blocks[b].nodes = nodes;
     }
   }
   __syncthreads();

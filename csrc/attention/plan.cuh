@@ -13,7 +13,7 @@ struct PlanHeader {
 
 struct alignas(16) Block {
   int begin, rows, request, pieces_before;
-  int prefix, shortest, longest, unused;  // prefix: the greatest; shortest, longest: len
+  int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
 
   __device__ int pieces(int run) const { return (longest + run * kChunk - 1) / (run * kChunk); }
 };
@@ -24,23 +24,28 @@ static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPla
 __device__ __forceinline__ const PlanHeader& plan_header(const int32_t* plan) { return *reinterpret_cast<const PlanHeader*>(plan); }
 __device__ __forceinline__ const Block* plan_blocks(const int32_t* plan) { return reinterpret_cast<const Block*>(plan + kPlanHeader); }
 
-// The block of a piece. By a whole warp.
-__device__ __forceinline__ Block block_of(const int32_t* plan, const PlanHeader& header, int piece, int lane) {
-  int4 low{}, high{};
-  for (int base = 0;; base += 32) {
-    const int i = base + lane;
-    const bool there = i < header.blocks;
-    if (there) {
-      const int4* at = reinterpret_cast<const int4*>(plan_blocks(plan) + i);
-      low = at[0];
-      high = at[1];
+// The block that has a piece; pieces ascend from call to call.
+struct BlockCursor {
+  const int32_t* plan;
+  int run, index = 0;
+  Block block;
+
+  // mine: block number `lane`, as read together with the header.
+  __device__ BlockCursor(const int32_t* plan_, const PlanHeader& header, const Block& mine, int piece, int lane) : plan(plan_), run(header.run) {
+    const unsigned before = __ballot_sync(~0u, lane < header.blocks && mine.pieces_before <= piece);
+    index = max(0, 31 - __clz(static_cast<int>(before)));
+    auto get = [&](int x) { return __shfl_sync(~0u, x, index); };
+    block = {get(mine.begin), get(mine.rows), get(mine.request), get(mine.pieces_before), get(mine.prefix), get(mine.shortest), get(mine.longest), get(mine.nodes)};
+    for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
+      const int i = base + lane;
+      const unsigned more = __ballot_sync(~0u, i < header.blocks && plan_blocks(plan)[i].pieces_before <= piece);
+      if (more) block = plan_blocks(plan)[index = base + 31 - __clz(static_cast<int>(more))];
     }
-    const unsigned before = __ballot_sync(~0u, there && low.w <= piece);
-    if (before == ~0u && base + 32 < header.blocks && plan_blocks(plan)[base + 32].pieces_before <= piece) continue;
-    const int from = 31 - __clz(static_cast<int>(before));
-    auto get = [&](int x) { return __shfl_sync(~0u, x, from); };
-    return {get(low.x), get(low.y), get(low.z), get(low.w), get(high.x), get(high.y), get(high.z), 0};
   }
-}
+
+  __device__ void advance(int piece) {
+    while (piece >= block.pieces_before + block.pieces(run)) block = plan_blocks(plan)[++index];
+  }
+};
 
 }  // namespace specrt

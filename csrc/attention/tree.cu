@@ -23,7 +23,7 @@ template <int dim_, int warpgroups_> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
-  static constexpr int producer_registers = 40, consumer_registers = warpgroups == 1 ? 216 : 224;
+  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
   static constexpr int tile_bytes = columns / 64 * kBlockBytes;
   // Shared memory: stages; the queries, a tile a warpgroup; O of the run so far, 16 bytes a thread and piece; the rest.
   static constexpr int queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes, pieces = columns / 8, rest = kept + consumers * pieces * 16;
@@ -38,28 +38,36 @@ template <typename S> struct Rest {
 
 template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
 
+constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than in whole pages
+
 // What a CTA works on, and what its rows see.
 struct Job {
   Block block;
   int kv_head, run_begin, chunk_begin, chunk_end, first_seen;  // run_begin: its first position; positions before first_seen: seen by no row
-  bool has_paths;
+  bool has_paths, many_nodes;
 
-  __device__ Job(const AttentionParams& p, const PlanHeader& header, int number, int lane) : block(block_of(p.plan, header, number / p.kv_heads, lane)) {
-    kv_head = number % p.kv_heads;
-    const int piece = number / p.kv_heads - block.pieces_before;
+  __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
+    cursor.advance(number / p.kv_heads);
+    block = cursor.block;
+    const int run = cursor.run, of_block = number - block.pieces_before * p.kv_heads, pieces = block.pieces(run), piece = of_block % pieces;
+    kv_head = of_block / pieces;
     first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
-    run_begin = piece * header.run * kChunk;
-    chunk_begin = max(piece * header.run, first_seen / kChunk);
-    chunk_end = min((piece + 1) * header.run, (block.longest + kChunk - 1) / kChunk);
+    run_begin = piece * run * kChunk;
+    chunk_begin = max(piece * run, first_seen / kChunk);
+    chunk_end = min((piece + 1) * run, (block.longest + kChunk - 1) / kChunk);
     has_paths = p.ancestors || p.paths;
+    many_nodes = p.ancestors && block.nodes > kFewNodes;
   }
 
   // Tiles of a chunk. From own_begin() on, in groups of 16 positions, each row has keys of its own.
   __device__ int tiles_begin(int chunk) const { return max(chunk * kChunk, first_seen / kTile * kTile); }
   __device__ int tiles_end(int chunk) const { return min((chunk + 1) * kChunk, block.longest); }
   __device__ int own_begin() const { return has_paths ? block.prefix / 16 * 16 : 0x7fffffff; }
-  __device__ bool shared(int tile) const { return tile < block.prefix; }
   __device__ bool owns(int tile) const { return tile + kTile > own_begin() && block.longest > block.prefix; }
+  // What is loaded of K, and then of V: the slots of the tile's positions; and for the paths, where nodes are few, a tile of their own, else the slots after these.
+  __device__ int slots_end() const { return many_nodes ? block.prefix + block.nodes : block.prefix; }
+  __device__ bool loads_slots(int tile) const { return tile < block.prefix || (many_nodes && owns(tile)); }
+  __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
 };
 
 // The producer, a warp (of a warpgroup that gives its registers away): the tiles of a job, each of its stages filled as soon as it is free.
@@ -80,7 +88,7 @@ template <typename S> struct Producer {
   // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
   __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
     const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
-    const bool copies = block < S::columns / 64 && at < job.block.prefix && at + p.page > job.first_seen;
+    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
     if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
   }
@@ -113,25 +121,28 @@ template <typename S> struct Producer {
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
     const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
     uint64_t wanted = 0;
-    if (p.ancestors && job.chunk_end * kChunk > job.own_begin()) {
+    if (p.ancestors && !job.many_nodes && job.chunk_end * kChunk > job.own_begin()) {
       for (int r = lane; r < job.block.rows; r += 32) wanted |= static_cast<uint64_t>(p.ancestors[job.block.begin + r]);
       const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
       wanted = static_cast<uint64_t>(high) << 32 | low;
     }
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
       const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < kChunk / p.page && mine * p.page < job.block.prefix && (mine + 1) * p.page > begin ? table[mine] : 0;
+      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
       for (int at = begin; at < end; at += kTile) {
-        const bool shared = job.shared(at), owns = job.owns(at);
-        const int page_ids = __shfl_sync(~0u, ids, at / p.page - first_page + (lane & (kTile / p.page - 1)));
+        const bool slots = job.loads_slots(at), more = job.loads_more(at);
+        const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
+        const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
         int rows[2];
-        if (owns)
+        if (more && !job.many_nodes)
 #pragma unroll
           for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
-        if (shared) tile(job, k_pages, at, page_ids);
-        if (owns) own(job, k_slots, rows);
-        if (shared) tile(job, v_pages, at, page_ids);
-        if (owns) own(job, v_slots, rows);
+        for (int which = 0; which < 2; ++which) {
+          const CUtensorMap* pages = which ? v_pages : k_pages;
+          if (slots) tile(job, pages, at, page_ids);
+          if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
+          if (more && !job.many_nodes) own(job, which ? v_slots : k_slots, rows);
+        }
       }
     }
   }
@@ -162,6 +173,12 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const uint32_t stages = ptx::shared_address(shared), full = ptx::shared_address(rest.full), empty = ptx::shared_address(rest.empty);
+  if (threadIdx.x == S::consumers) {
+    ptx::prefetch_tensor_map(&k_pages);
+    ptx::prefetch_tensor_map(&v_pages);
+    ptx::prefetch_tensor_map(&k_slots);
+    ptx::prefetch_tensor_map(&v_slots);
+  }
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
@@ -174,13 +191,18 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const PlanHeader header = plan_header(p.plan);
-  const int jobs = header.pieces * p.kv_heads;
+  const Block first_blocks = plan_blocks(p.plan)[lane];
+  // Neighbouring jobs to a CTA: pieces of one block and KV head.
+  const int jobs = header.pieces * p.kv_heads, each = jobs / static_cast<int>(gridDim.x), over = jobs % static_cast<int>(gridDim.x), cta = blockIdx.x;
+  const int jobs_begin = cta * each + min(cta, over), jobs_end = jobs_begin + each + (cta < over);
+  if (jobs_begin == jobs_end) return;
+  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
 
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
     if (warp > S::warps) return;
     Producer<S> producer{p, stages, full, empty, lane};
-    for (int number = blockIdx.x; number < jobs; number += gridDim.x) producer.run(Job(p, header, number, lane), &k_pages, &v_pages, &k_slots, &v_slots);
+    for (int number = jobs_begin; number < jobs_end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
     return;
   }
 
@@ -189,9 +211,9 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   const uint32_t queries = stages + S::queries + warp / 4 * S::tile_bytes, zeros = ptx::shared_address(&rest.zeros);
   const RowAddress query{queries, first_vector % 64 + lane % 16};
   float4* kept = reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x;
-  int copied = 0;
-  for (int number = blockIdx.x; number < jobs; number += gridDim.x) {
-    const Job job(p, header, number, lane);
+  int copied = 0, loaded_block = -1, loaded_head = -1;  // whose queries and rows are there
+  for (int number = jobs_begin; number < jobs_end; ++number) {
+    const Job job(p, cursor, number);
     const Block& block = job.block;
     const int valid = block.rows * group_heads;
     const bool warp_works = first_vector < valid;
@@ -200,22 +222,26 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     for (int i = 0; i < 2; ++i) local[i] = (first_vector + lane / 4 + 8 * i) / group_heads;
     const int warp_rows_begin = first_vector / group_heads, warp_rows_end = min((first_vector + 15) / group_heads + 1, block.rows);
 
-    ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
-    for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
-      const int vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-      uint4 x = make_uint4(0, 0, 0, 0);
-      if (vector < valid && piece * 8 < D)
-        x = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
-                                            (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
-      *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = x;
+    if (block.begin != loaded_block || job.kv_head != loaded_head) {
+    loaded_block = block.begin;
+    loaded_head = job.kv_head;
+      ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
+      for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
+        const int vector = i / (S::columns / 8), piece = i % (S::columns / 8);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (vector < valid && piece * 8 < D)
+          x = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
+                                              (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
+        *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = x;
+      }
+      for (int r = threadIdx.x; r < block.rows; r += S::consumers) {
+        const Row row = describe_row(p, block.begin + r);
+        rest.len[r] = row.len;
+        rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + r]) : 0;
+      }
+      ptx::async_proxy_fence();
+      ptx::named_barrier(1, S::consumers);
     }
-    for (int r = threadIdx.x; r < block.rows; r += S::consumers) {
-      const Row row = describe_row(p, block.begin + r);
-      rest.len[r] = row.len;
-      rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + r]) : 0;
-    }
-    ptx::async_proxy_fence();
-    ptx::named_barrier(1, S::consumers);
 
     auto row_at = [&](int r) {
       Row row;
@@ -234,7 +260,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
       x.reset();
       const int end = job.tiles_end(chunk);
       for (int tile = job.tiles_begin(chunk); tile < end; tile += kTile) {
-        const bool shared_keys = job.shared(tile), owns = job.owns(tile);
+        const bool shared_keys = tile < block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
         auto take = [&] {  // the next tile's stage, once it is there
           const int s = copied++ % S::stages;
           ptx::mbarrier_wait(full + 8 * s, (copied - 1) / S::stages & 1);
@@ -244,10 +270,13 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
           if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);
         };
         // Where the key (or value) at a position of a row lies: among its path's, in the tile that all share, or nowhere.
-        auto own_row = [&](int r, const Row& row, int position, int own, int all) -> RowAddress {
+        auto own_row = [&](int r, const Row& row, int position, int first, int second) -> RowAddress {
           if (position < row.first || position >= row.len) return {zeros, -1};
-          if (position < row.prefix) return {stages + all * S::tile_bytes, position - tile};
-          return {stages + own * S::tile_bytes, p.ancestors ? nth_bit(rest.nodes[r], position - row.prefix) : r * most_path + position - max(tile, row.prefix)};
+          if (position < row.prefix) return {stages + first * S::tile_bytes, position - tile};
+          const int entry = p.ancestors ? nth_bit(rest.nodes[r], position - row.prefix) : r * most_path + position - max(tile, row.prefix);
+          if (!job.many_nodes) return {stages + second * S::tile_bytes, entry};
+          const int at = row.prefix + entry - tile;
+          return {stages + (at < kTile ? first : second) * S::tile_bytes, at % kTile};
         };
         // f(row's number, row, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
         auto each_own = [&](auto&& f) {
@@ -261,22 +290,20 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
           }
         };
 
-        int k_shared = 0, k_own = 0, v_shared = 0, v_own = 0;
+        int first = 0, second = 0;  // stages
         x.reset_scores();
-        if (shared_keys) {
-          k_shared = take();
-          x.score(queries, stages + k_shared * S::tile_bytes);
-        }
+        if (slots) first = take();
+        if (shared_keys) x.score(queries, stages + first * S::tile_bytes);
         if (owns) {
-          k_own = take();
+          if (more) second = take();
           if (warp_works)
             each_own([&](int r, const Row& row, int g, const bool(&mine)[2]) {
-              x.score_own(g, query, own_row(r, row, tile + 16 * g + lane / 16 * 8 + lane % 8, k_own, k_shared), mine, lane);
+              x.score_own(g, query, own_row(r, row, tile + 16 * g + lane / 16 * 8 + lane % 8, first, second), mine, lane);
             });
         }
         __syncwarp();
-        if (shared_keys) give(k_shared);
-        if (owns) give(k_own);
+        if (slots) give(first);
+        if (more) give(second);
 
         if (!warp_works) {
           x.no_probabilities();
@@ -293,11 +320,11 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
           x.template softmax<true>(low, high, scale, lane);
         }
 
+        if (slots) first = take();
         if (shared_keys) {
-          v_shared = take();
           const int groups = owns ? max(0, (job.own_begin() - tile) / 16) : 4;  // the groups of 16 keys that all rows read from the tile
           const int low = job.first_seen - tile, high = owns ? groups * 16 : block.prefix - tile;
-          const uint32_t values = stages + v_shared * S::tile_bytes;
+          const uint32_t values = stages + first * S::tile_bytes;
           if (low > 0 || high < groups * 16) {  // V rows nobody sees may hold NaN: zeros
             for (int i = threadIdx.x % 128; i < kTile * (S::columns / 8); i += 128) {
               const int j = i / (S::columns / 8);
@@ -309,15 +336,15 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
           x.accumulate(values, groups);
         }
         if (owns) {
-          v_own = take();
+          if (more) second = take();
           if (warp_works)
             each_own([&](int r, const Row& row, int g, const bool(&mine)[2]) {
-              x.accumulate_own(g, own_row(r, row, tile + 16 * g + lane / 8 % 2 * 8 + lane % 8, v_own, v_shared), mine, lane);
+              x.accumulate_own(g, own_row(r, row, tile + 16 * g + lane / 8 % 2 * 8 + lane % 8, first, second), mine, lane);
             });
         }
         __syncwarp();
-        if (shared_keys) give(v_shared);
-        if (owns) give(v_own);
+        if (slots) give(first);
+        if (more) give(second);
       }
       if (!warp_works) continue;
 
@@ -346,13 +373,13 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     }
     if (!warp_works) continue;
 
-    const int run_begin = job.run_begin, run = header.run * kChunk;
+    const int run_begin = job.run_begin, run = cursor.run * kChunk;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int vector = first_vector + lane / 4 + 8 * i;
       const Row row = row_at(local[i]);
       if (vector >= valid || !row.sees(run_begin, run)) continue;
-      const bool whole = header.run == kGroupChunks && row.first >= run_begin && row.len <= run_begin + run;
+      const bool whole = cursor.run == kGroupChunks && row.first >= run_begin && row.len <= run_begin + run;
       write_vector<S>(p, static_cast<int64_t>(block.begin + local[i]) * p.q_heads + job.kv_head * group_heads + vector % group_heads, run_begin / kChunk, whole, kept_m[i], kept_l[i],
                       x.o, i, lane);
     }
@@ -368,9 +395,10 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_k
   const int lane = threadIdx.x % 32, r = static_cast<int>(vector / p.q_heads), chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  if (r >= p.rows || r >= *p.num_rows) return;
-  const int run = plan_header(p.plan).run;
+  if (r >= p.rows) return;
+  const int rows = *p.num_rows, run = plan_header(p.plan).run;  // all loads at once
   const Row row = describe_row(p, r);
+  if (r >= rows) return;
   const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
   if (run == kGroupChunks && end - begin == 1) return;  // written where it was computed
   const float* o = p.workspace + vector * chunks * D + lane;
