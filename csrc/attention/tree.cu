@@ -33,6 +33,7 @@ template <typename S> struct Rest {
   uint4 zeros;
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
+  uint8_t places[S::warps][16];  // for a warp's group of 16 positions: the node at each
   int len[S::vectors];
 };
 
@@ -148,13 +149,14 @@ template <typename S> struct Producer {
   }
 };
 
-// O / l, or a partial (m, l, O), of a vector; by the four lanes that hold it.
+// O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
 template <typename S> __device__ __forceinline__ void write_vector(const AttentionParams& p, int64_t vector, int slot, bool whole, float m, float l, const float (&o)[S::pieces][4], int i, int lane) {
   if (whole) {
     uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * S::dim) + lane % 4;
+    const float r = 1.0f / l;
 #pragma unroll
     for (int n = 0; n < S::dim / 8; ++n)
-      out[4 * n] = to_bf16(o[n][2 * i] / l).bits | static_cast<uint32_t>(to_bf16(o[n][2 * i + 1] / l).bits) << 16;
+      out[4 * n] = to_bf16(o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(o[n][2 * i + 1] * r).bits) << 16;
     return;
   }
   const int chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
@@ -216,7 +218,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     const Job job(p, cursor, number);
     const Block& block = job.block;
     const int valid = block.rows * group_heads;
-    const bool warp_works = first_vector < valid;
+    const bool warp_works = first_vector < valid, both = first_vector + 8 < valid;
     int local[2];  // rows of this thread's vectors
 #pragma unroll
     for (int i = 0; i < 2; ++i) local[i] = (first_vector + lane / 4 + 8 * i) / group_heads;
@@ -226,18 +228,25 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     loaded_block = block.begin;
     loaded_head = job.kv_head;
       ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
-      for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
-        const int vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-        uint4 x = make_uint4(0, 0, 0, 0);
+      constexpr int kEach = S::vectors * (S::columns / 8) / S::consumers;
+      uint4 q[kEach];
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const int i = j * S::consumers + threadIdx.x, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
+        q[j] = make_uint4(0, 0, 0, 0);
         if (vector < valid && piece * 8 < D)
-          x = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
-                                              (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
-        *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = x;
+          q[j] = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
+                                                 (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
       }
       for (int r = threadIdx.x; r < block.rows; r += S::consumers) {
         const Row row = describe_row(p, block.begin + r);
         rest.len[r] = row.len;
         rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + r]) : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        const int i = j * S::consumers + threadIdx.x, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
+        *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = q[j];
       }
       ptx::async_proxy_fence();
       ptx::named_barrier(1, S::consumers);
@@ -254,6 +263,12 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     const int last_seen = min(job.own_begin(), block.shortest), first_all = p.window > 0 ? max(0, block.longest - p.window) : 0;  // all rows see [first_all, last_seen), in common
     const int most_path = min(kTile, p.path_depth);
 
+    auto stage_at = [&](int count) { return stages + count % S::stages * S::tile_bytes; };
+    auto wait = [&](int count) { ptx::mbarrier_wait(full + 8 * (count % S::stages), count / S::stages & 1); };
+    auto give = [&](int count) {
+      if (lane == 0) ptx::mbarrier_arrive(empty + 8 * (count % S::stages));
+    };
+
     float kept_m[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, kept_l[2] = {0.0f, 0.0f};
     Vectors<D> x;
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
@@ -261,24 +276,26 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
       const int end = job.tiles_end(chunk);
       for (int tile = job.tiles_begin(chunk); tile < end; tile += kTile) {
         const bool shared_keys = tile < block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
-        auto take = [&] {  // the next tile's stage, once it is there
-          const int s = copied++ % S::stages;
-          ptx::mbarrier_wait(full + 8 * s, (copied - 1) / S::stages & 1);
-          return s;
+        // Where the key (or value) at a position of a row lies, for lane j < 16 at position tile + 16 g + j: the row of the stage, + 64 in the second stage; -1: nowhere.
+        auto own_place = [&](int r, const Row& row, int g) {
+          const int begin = tile + 16 * g, position = begin + lane % 16;
+          int entry = r * most_path + position - max(tile, row.prefix);
+          if (p.ancestors) {
+            const uint64_t word = rest.nodes[r];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int node = lane + 32 * half, at = row.prefix + __popcll(word & ((1ull << node) - 1)) - begin;
+              if ((word >> node & 1) && at >= 0 && at < 16) rest.places[warp][at] = static_cast<uint8_t>(node);
+            }
+            __syncwarp();
+            entry = rest.places[warp][lane % 16];
+            __syncwarp();
+          }
+          if (position < row.first || position >= row.len) return -1;
+          return position < row.prefix ? position - tile : (job.many_nodes ? row.prefix + entry - tile : 64 + entry);
         };
-        auto give = [&](int s) {
-          if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);
-        };
-        // Where the key (or value) at a position of a row lies: among its path's, in the tile that all share, or nowhere.
-        auto own_row = [&](int r, const Row& row, int position, int first, int second) -> RowAddress {
-          if (position < row.first || position >= row.len) return {zeros, -1};
-          if (position < row.prefix) return {stages + first * S::tile_bytes, position - tile};
-          const int entry = p.ancestors ? nth_bit(rest.nodes[r], position - row.prefix) : r * most_path + position - max(tile, row.prefix);
-          if (!job.many_nodes) return {stages + second * S::tile_bytes, entry};
-          const int at = row.prefix + entry - tile;
-          return {stages + (at < kTile ? first : second) * S::tile_bytes, at % kTile};
-        };
-        // f(row's number, row, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
+        auto address = [&](int place, int first) -> RowAddress { return place < 0 ? RowAddress{zeros, -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64}; };
+        // f(place of lane's key, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
         auto each_own = [&](auto&& f) {
 #pragma unroll 1
           for (int r = warp_rows_begin; r < warp_rows_end; ++r) {
@@ -286,29 +303,29 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
             const bool mine[2] = {local[0] == r, local[1] == r};
 #pragma unroll 1
             for (int g = max(0, (job.own_begin() - tile) / 16); g < 4; ++g)
-              if (row.sees(tile + 16 * g, 16)) f(r, row, g, mine);
+              if (row.sees(tile + 16 * g, 16)) f(own_place(r, row, g), g, mine);
           }
         };
 
-        int first = 0, second = 0;  // stages
-        x.reset_scores();
-        if (slots) first = take();
-        if (shared_keys) x.score(queries, stages + first * S::tile_bytes);
+        const int keys = copied, values = copied + slots + more;  // as the producer counts
+        if (slots) wait(keys);
+        if (shared_keys) x.score(queries, stage_at(keys));
+        else x.reset_scores();
         if (owns) {
-          if (more) second = take();
+          if (more) wait(keys + slots);
           if (warp_works)
-            each_own([&](int r, const Row& row, int g, const bool(&mine)[2]) {
-              x.score_own(g, query, own_row(r, row, tile + 16 * g + lane / 16 * 8 + lane % 8, first, second), mine, lane);
+            each_own([&](int place, int g, const bool(&mine)[2]) {
+              x.score_own(g, query, address(__shfl_sync(~0u, place, lane / 16 * 8 + lane % 8), keys), mine, lane);
             });
         }
         __syncwarp();
-        if (slots) give(first);
-        if (more) give(second);
+        if (slots) give(keys);
+        if (more) give(keys + slots);
 
         if (!warp_works) {
           x.no_probabilities();
         } else if (tile >= first_all && tile + kTile <= last_seen) {
-          x.template softmax<false>({}, {}, scale, lane);
+          x.template softmax<false>({}, {}, scale, both, lane);
         } else {
           int low[2], high[2];
 #pragma unroll
@@ -317,54 +334,61 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
             low[i] = row.low(tile);
             high[i] = row.high(tile, kTile);
           }
-          x.template softmax<true>(low, high, scale, lane);
+          x.template softmax<true>(low, high, scale, both, lane);
         }
 
-        if (slots) first = take();
+        if (slots) wait(values);
         if (shared_keys) {
           const int groups = owns ? max(0, (job.own_begin() - tile) / 16) : 4;  // the groups of 16 keys that all rows read from the tile
           const int low = job.first_seen - tile, high = owns ? groups * 16 : block.prefix - tile;
-          const uint32_t values = stages + first * S::tile_bytes;
           if (low > 0 || high < groups * 16) {  // V rows nobody sees may hold NaN: zeros
             for (int i = threadIdx.x % 128; i < kTile * (S::columns / 8); i += 128) {
               const int j = i / (S::columns / 8);
-              if (j < low || (j >= high && j < groups * 16)) *reinterpret_cast<uint4*>(shared + (piece_address(values, j, i % (S::columns / 8)) - stages)) = make_uint4(0, 0, 0, 0);
+              if (j < low || (j >= high && j < groups * 16))
+                *reinterpret_cast<uint4*>(shared + (piece_address(stage_at(values), j, i % (S::columns / 8)) - stages)) = make_uint4(0, 0, 0, 0);
             }
             ptx::async_proxy_fence();
             ptx::named_barrier(2 + warp / 4, 128);
           }
-          x.accumulate(values, groups);
+          x.accumulate(stage_at(values), groups);
         }
         if (owns) {
-          if (more) second = take();
+          if (more) wait(values + slots);
           if (warp_works)
-            each_own([&](int r, const Row& row, int g, const bool(&mine)[2]) {
-              x.accumulate_own(g, own_row(r, row, tile + 16 * g + lane / 8 % 2 * 8 + lane % 8, first, second), mine, lane);
+            each_own([&](int place, int g, const bool(&mine)[2]) {
+              x.accumulate_own(g, address(__shfl_sync(~0u, place, lane / 8 % 2 * 8 + lane % 8), values), mine, lane);
             });
         }
         __syncwarp();
-        if (slots) give(first);
-        if (more) give(second);
+        if (slots) give(values);
+        if (more) give(values + slots);
+        copied = values + slots + more;
       }
       if (!warp_works) continue;
 
       // The chunk joins the run.
+      if (chunk == job.chunk_begin) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (chunk == job.chunk_begin) {
+        for (int i = 0; i < 2; ++i) {
           kept_m[i] = x.m[i];
           kept_l[i] = x.l[2 * i];
-        } else {
-          const bool sees = row_at(local[i]).sees(chunk * kChunk, kChunk);
-          FoldFactors f{1.0f, 0.0f};
-          if (sees) f = fold_factors(kept_m[i], x.m[i]);
-          kept_l[i] = sees ? fold_value(kept_l[i], x.l[2 * i], f) : kept_l[i];
+        }
+      } else {
+        bool sees[2];
+        FoldFactors f[2];
 #pragma unroll
-          for (int n = 0; n < S::pieces; ++n) {
-            float2& before = reinterpret_cast<float2*>(&kept[n * S::consumers])[i];
-            x.o[n][2 * i] = sees ? fold_value(before.x, x.o[n][2 * i], f) : before.x;
-            x.o[n][2 * i + 1] = sees ? fold_value(before.y, x.o[n][2 * i + 1], f) : before.y;
-          }
+        for (int i = 0; i < 2; ++i) {
+          sees[i] = row_at(local[i]).sees(chunk * kChunk, kChunk);
+          f[i] = {1.0f, 0.0f};
+          if (sees[i]) f[i] = fold_factors(kept_m[i], x.m[i]);
+          kept_l[i] = sees[i] ? fold_value(kept_l[i], x.l[2 * i], f[i]) : kept_l[i];
+        }
+#pragma unroll
+        for (int n = 0; n < S::pieces; ++n) {
+          const float4 v = kept[n * S::consumers];
+          const float before[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x.o[n][e] = sees[e / 2] ? fold_value(before[e], x.o[n][e], f[e / 2]) : before[e];
         }
       }
       if (chunk + 1 < job.chunk_end)
@@ -429,8 +453,9 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_k
     }
   }
   bf16* out = static_cast<bf16*>(p.out) + vector * D + lane;
+  const float reciprocal = row.len > 0 ? 1.0f / total.l : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kFloats; ++i) out[32 * i] = to_bf16(row.len > 0 ? total.o[i] / total.l : 0.0f);
+  for (int i = 0; i < kFloats; ++i) out[32 * i] = to_bf16(row.len > 0 ? total.o[i] * reciprocal : 0.0f);
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {

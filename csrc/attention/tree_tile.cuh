@@ -24,21 +24,6 @@ struct RowAddress {
   __device__ uint32_t piece(int i) const { return row < 0 ? tile : piece_address(tile, row, i); }
 };
 
-// Node of rank `rank` (from 0) among the set bits of a word.
-__device__ __forceinline__ int nth_bit(uint64_t word, int rank) {
-  int at = 0;
-#pragma unroll
-  for (int size = 32; size; size /= 2) {
-    const int below = __popcll(word & ((1ull << size) - 1));
-    if (rank >= below) {
-      rank -= below;
-      word >>= size;
-      at += size;
-    }
-  }
-  return at;
-}
-
 template <int D> struct Vectors {
   static constexpr int kColumns = D <= 64 ? 64 : 128;  // of a tile; columns from D on are zeros
   float m[2], l[4], o[kColumns / 8][4];  // l: the product with a column of ones; l[0] for i = 0, l[2] for i = 1
@@ -60,9 +45,10 @@ template <int D> struct Vectors {
     for (int n = 0; n < 32; ++n) s[n] = 0.0f;
   }
 
-  // Scores of all 64 keys of a tile, after reset_scores; `queries`: the 64 vectors, laid out as a tile is. By the whole warpgroup.
+  // Scores of all 64 keys of a tile; `queries`: the 64 vectors, laid out as a tile is. By the whole warpgroup.
   __device__ __forceinline__ void score(uint32_t queries, uint32_t keys) {
     const uint64_t a = ptx::wgmma_descriptor(queries), b = ptx::wgmma_descriptor(keys);
+    reset_scores();
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) ptx::wgmma_bf16(s, a + k / 4 * (kBlockBytes >> 4) + k % 4 * 2, b + k / 4 * (kBlockBytes >> 4) + k % 4 * 2);
@@ -94,10 +80,16 @@ template <int D> struct Vectors {
   }
 
   // Scores -> probabilities, the new maxima, l and O scaled and the row sums added. low, high: what the vectors see of the tile, where Masked; else all.
-  template <bool Masked> __device__ __forceinline__ void softmax(const int (&low)[2], const int (&high)[2], float scale, int lane) {
-    float a[2];
+  // both: this warp has more than 8 vectors.
+  template <bool Masked> __device__ __forceinline__ void softmax(const int (&low)[2], const int (&high)[2], float scale, bool both, int lane) {
+    float a[2] = {1.0f, 1.0f};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (i == 1 && !both) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) s[4 * n + 2] = s[4 * n + 3] = 0.0f;
+        break;
+      }
       float top = m[i];
 #pragma unroll
       for (int n = 0; n < 8; ++n)
