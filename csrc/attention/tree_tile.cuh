@@ -152,15 +152,19 @@ template <int D> struct Vectors {
         uint32_t a[4];
         probabilities(g, a);
         ptx::wgmma_fence();
-        ptx::wgmma_columns(o, a, b + 128 * g);
-        ptx::wgmma_finish(o);
+        ptx::wgmma_columns(o, a, b + 128 * g, true);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_results(o);
       }
       return;
     }
     ptx::wgmma_fence();
 #pragma unroll
-    for (int g = 0; g < 4; ++g) ptx::wgmma_columns(o, p[g], b + 128 * g);
-    ptx::wgmma_finish(o);
+    for (int g = 0; g < 4; ++g) ptx::wgmma_columns(o, p[g], b + 128 * g, true);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_results(o);
   }
 
   // O += P V over the 16 keys of a group, whose V rows lie at `value` (of lane's key lane / 8 % 2 * 8 + lane % 8), for the vectors that are `mine`. By one warp.
