@@ -12,6 +12,7 @@ Conventions, for every op below:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -129,23 +130,40 @@ def kv_commit(k_pools: Tensor, v_pools: Tensor, block_table: Tensor, seq_lens: T
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> Tensor:
-    """Scratch of ``tree_attention`` (float32): CUDA keeps one (m, l, O) partial a row, head and chunk of 256 positions. Allocate once."""
-    chunks = (max_len + 255) // 256
-    size = rows * q_heads * chunks * (head_dim + 2) if torch.device(device).type == "cuda" else 1
-    return torch.empty(size, dtype=torch.float32, device=device)
+@dataclass
+class AttentionWorkspace:
+    """Scratch of ``tree_attention``, which only CUDA uses: ``plan`` int32, which block of the GPU does what; ``partials`` float32, one (m, l, O) a row, head and chunk of
+    256 positions."""
+
+    plan: Tensor
+    partials: Tensor
+
+
+def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> AttentionWorkspace:
+    """For up to ``rows`` rows of at most ``max_len`` positions. Allocate once."""
+    chunks, cuda = (max_len + 255) // 256, torch.device(device).type == "cuda"
+    return AttentionWorkspace(torch.zeros(4 + 8 * max(rows, 32) if cuda else 1, dtype=torch.int32, device=device),
+                              torch.empty(rows * q_heads * chunks * (head_dim + 2) if cuda else 1, dtype=torch.float32, device=device))
+
+
+def attention_plan(row_request: Tensor, row_prefix: Tensor, ancestors: Tensor | None, paths: Tensor | None, num_rows: Tensor, requests: int, q_heads: int,
+                   kv_heads: int, plan: Tensor) -> None:
+    """Before the calls of ``tree_attention`` that have these rows (all layers of a forward pass): divides the work. Shapes as there; ``requests`` is B,
+    ``plan`` int32 of attention_workspace."""
+    _C.attention_plan(row_request, row_prefix, ancestors, paths, num_rows, requests, q_heads, kv_heads, plan)
 
 
 def tree_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor,
-                   ancestors: Tensor | None, paths: Tensor | None, scale: float, window: int, num_rows: Tensor, workspace: Tensor, out: Tensor) -> None:
-    """Decode, verify and draft-expansion attention over paged KV (few rows a request).
+                   ancestors: Tensor | None, paths: Tensor | None, scale: float, window: int, num_rows: Tensor, plan: Tensor,
+                   workspace: Tensor, out: Tensor) -> None:
+    """Decode, verify and draft-expansion attention over paged KV (few rows a request), after ``attention_plan`` for the same rows; plan, workspace: of attention_workspace.
 
     q, out [R, Hq, D] act; k_pool, v_pool [pages, Hkv, P, D] act; block_table int32 [B, max_pages]; row_request int32 [R].
     Row r sees the logical positions 0 .. row_prefix[r]-1 of its request, each in its own slot, and then its path: the key at logical position
     row_prefix[r] + d lies in slot row_prefix[r] + n_d, n_d the d-th node of the path, ascending, the row itself last. The path is given by
     ``ancestors`` int64 [R] (bit j: node j; verify) or ``paths`` int32 [R, depth] (-1 ends it; expansion scratch, beyond 64 slots); with neither,
     or with an empty one, the row sees its prefix only. ``window`` > 0: only the last ``window`` logical positions (the row's own included)."""
-    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, workspace, out)
+    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, plan, workspace, out)
 
 
 def prefill_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor, scale: float,

@@ -98,6 +98,7 @@ class Bench {
     counts_ = upload<int32_t>({rows_, 1});
     // ops.attention_workspace: (m, l, O) a row, head and chunk.
     const size_t chunks = (static_cast<size_t>(max_pages_) * kPage + kChunk - 1) / kChunk;
+    plan_ = Buffer(static_cast<size_t>(plan_ints(rows_)) * sizeof(int32_t));
     workspace_ = Buffer(static_cast<size_t>(prompt_ ? 1 : rows_) * kHeads * chunks * (kDim + 2) * sizeof(float));
   }
 
@@ -133,9 +134,12 @@ class Bench {
     p.ancestors = prompt_ ? nullptr : words_.as<int64_t>();
     p.scale = 0.08838834764831845f;  // 128^-1/2
     p.num_rows = counts_.as<int32_t>();
+    p.plan = plan_.as<int32_t>();
     p.workspace = prompt_ ? nullptr : workspace_.as<float>();
     p.out = out_.as();
     p.rows = rows_;
+    p.requests = case_.batch;
+    p.pages = case_.batch * max_pages_;
     p.q_heads = kHeads;
     p.kv_heads = kKvHeads;
     p.head_dim = kDim;
@@ -149,12 +153,19 @@ class Bench {
     else launch_tree_attention_cuda(params(copy), stream);
   }
 
+  // As a forward pass does once for all layers.
+  static void plan(const AttentionParams& p) {
+    launch_attention_plan_cuda({p.row_request, p.row_prefix, p.ancestors, nullptr, p.num_rows, const_cast<int32_t*>(p.plan), p.rows, p.requests, p.q_heads, p.kv_heads, 0}, nullptr);
+    SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
+  }
+
   bool check(std::string& said) const {
     const int copy = copies_ - 1, last = rows_ - 1;
     const size_t row_bytes = alone_.bytes();
     poison(out_.as(), out_.bytes());
     poison(alone_.as(), row_bytes);
     poison(workspace_.as(), workspace_.bytes());
+    if (!prompt_) plan(params(copy));
     enqueue(copy, nullptr);
     SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
     const size_t bad = count_not_finite(out_.as(), DType::kBF16, out_.bytes() / 2);
@@ -168,7 +179,11 @@ class Bench {
     p.workspace = workspace_.as<float>();
     p.out = alone_.as();
     p.rows = 1;
+    p.requests = 1;
+    plan(p);
     launch_tree_attention_cuda(p, nullptr);
+    SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
+    if (!prompt_) plan(params(copy));
     const bool same = download<char>(out_.at(row_bytes * last), row_bytes) == download<char>(alone_.as(), row_bytes);
 
     constexpr int kSamples = 48;
@@ -193,7 +208,7 @@ class Bench {
   int rows_, max_pages_ = 0, copies_ = 0;
   size_t visible_ = 0, pool_bytes_ = 0;
   Buffer pools_;  // [copies, 2 (K, V), pages, kv heads, page, dim]
-  Buffer q_, out_, alone_, table_, request_, prefix_, words_, counts_, workspace_;
+  Buffer q_, out_, alone_, table_, request_, prefix_, words_, counts_, plan_, workspace_;
 };
 
 bool measure_all(int argc, char** argv) {

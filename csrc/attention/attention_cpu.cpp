@@ -177,7 +177,7 @@ template <typename T> class Attention {
       }
       const int64_t r = block.begin + v / group_;
       T* out = static_cast<T*>(p_.out) + (r * p_.q_heads + head * group_ + v % group_) * dim_;
-      for (int d = 0; d < dim_; ++d) out[d] = round_to<T>(row.len > 0 ? total.o[d] / total.l : 0.0f);
+      for (int d = 0; d < dim_; ++d) out[d] = round_to<T>(row.len > 0 ? total.o[d] * (1.0f / total.l) : 0.0f);
     }
   }
 

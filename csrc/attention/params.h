@@ -31,11 +31,42 @@ struct AttentionParams {
   float scale;
   int window;                 // 0: none
   const int32_t* num_rows;
-  float* workspace;           // CUDA tree attention: O [R, Hq, C, D], then (m, l) [R, Hq, C, 2], C = ceil(max_pages * P / 256)
+  const int32_t* plan;        // bf16 CUDA tree attention: made by attention_plan from the same rows
+  float* workspace;           // bf16 CUDA tree attention: O [R, Hq, C, D], then (m, l) [R, Hq, C, 2], C = ceil(max_pages * P / 256)
   void* out;                  // [R, Hq, D]
-  int rows, q_heads, kv_heads, head_dim, page, max_pages, path_depth;
+  int rows, requests, q_heads, kv_heads, head_dim, page, max_pages, pages, path_depth;
 };
 
+// Which CTA of tree attention does what (plan.cuh), once for all layers of a forward pass.
+struct AttentionPlanParams {
+  const int32_t* row_request;  // [R]
+  const int32_t* row_prefix;   // [R]
+  const int64_t* ancestors;    // [R] or null
+  const int32_t* paths;        // [R, path_depth] or null
+  const int32_t* num_rows;
+  int32_t* plan;               // [plan_ints(R)]
+  int rows, requests, q_heads, kv_heads, path_depth;
+};
+
+constexpr int kPlanHeader = 4, kPlanBlock = 8;  // ints
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
+
+// CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.
+struct TreeShape {
+  int warpgroups, blocks_per_sm, most_rows;
+};
+inline TreeShape tree_shape(int rows, int requests, int group_heads, int path_depth) {
+  const int rows_a_request = (rows + requests - 1) / (requests > 0 ? requests : 1), warpgroups = !path_depth && rows_a_request * group_heads > 64 ? 2 : 1;
+  int most = warpgroups * 64 / group_heads;
+  if (path_depth) {  // a tile holds the keys of all paths
+    const int in_a_tile = kTile / (path_depth < kTile ? path_depth : kTile);
+    most = most < in_a_tile ? most : in_a_tile;
+  }
+  return {warpgroups, warpgroups == 1 ? 2 : 1, most};
+}
+
+inline void launch_attention_plan_cpu(const AttentionPlanParams&) {}  // the CPU needs none
+void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream);
 void launch_tree_attention_cpu(const AttentionParams& p);
 void launch_tree_attention_cuda(const AttentionParams& p, void* stream);
 // No ancestors, no paths; rows of a request stand together, prefixes ascending by one. The CPU has one implementation for both.

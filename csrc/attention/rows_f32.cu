@@ -72,7 +72,7 @@ template <int D> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(
     }
   }
 #pragma unroll
-  for (int i = 0; i < D / 32; ++i) static_cast<float*>(p.out)[vector * D + lane + 32 * i] = row.len > 0 ? total.o[i] / total.l : 0.0f;
+  for (int i = 0; i < D / 32; ++i) static_cast<float*>(p.out)[vector * D + lane + 32 * i] = row.len > 0 ? total.o[i] * (1.0f / total.l) : 0.0f;
 }
 
 }  // namespace

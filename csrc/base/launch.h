@@ -37,4 +37,11 @@ template <typename... Params, typename... Args> void launch(const Launch& at, vo
   SPECRT_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
+inline int multiprocessors() {
+  int card = 0, count = 0;
+  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
+  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, card));
+  return count;
+}
+
 }  // namespace specrt

@@ -30,21 +30,51 @@ AttentionParams describe(Checker& check, Sym& R, const Tensor& q, const Tensor& 
     check.require(D > 0 && D % 16 == 0, "q", "a head dim that is a multiple of 16, not " + std::to_string(D));
   }
   return {dtype_of(q), in<void>(q), in<void>(k_pool), in<void>(v_pool), in<int32_t>(block_table), in<int32_t>(row_request), in<int32_t>(row_prefix),
-          nullptr, nullptr, static_cast<float>(scale), static_cast<int>(window), in<int32_t>(num_rows), nullptr, inout<void>(out),
-          static_cast<int>(R), static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(D), static_cast<int>(P), static_cast<int>(M), 0};
+          nullptr, nullptr, static_cast<float>(scale), static_cast<int>(window), in<int32_t>(num_rows), nullptr, nullptr, inout<void>(out),
+          static_cast<int>(R), static_cast<int>(B), static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(D), static_cast<int>(P), static_cast<int>(M),
+          static_cast<int>(pages), 0};
+}
+
+void check_plan(Checker& check, int64_t ints, int64_t rows) {
+  const int64_t need = plan_ints(static_cast<int>(rows));
+  check.require(ints >= need, "plan", "at least " + std::to_string(need) + " ints (ops.attention_workspace for as many rows)");
+}
+
+void attention_plan(Tensor row_request, Tensor row_prefix, std::optional<Tensor> ancestors, std::optional<Tensor> paths, Tensor num_rows, int64_t requests,
+                    int64_t q_heads, int64_t kv_heads, Tensor plan) {
+  Checker check("attention_plan", row_request);
+  Sym R("R"), depth("depth"), L("ints");
+  check("row_request", row_request, {R}, {kI32});
+  check("row_prefix", row_prefix, {R}, {kI32});
+  check("ancestors", ancestors, {R}, {kI64});
+  check("paths", paths, {R, depth}, {kI32});
+  check.require(!(ancestors.has_value() && paths.has_value()), "paths", "None where ancestors are given");
+  check("num_rows", num_rows, {1}, {kI32});
+  check("plan", plan, {L}, {kI32});
+  check.aligned("plan", plan);
+  check.require(requests > 0, "requests", "a positive number");
+  check.require(kv_heads > 0 && q_heads % kv_heads == 0, "q_heads", "a multiple of the KV heads, " + std::to_string(kv_heads) + ", not " + std::to_string(q_heads));
+  if (check.cuda()) check_plan(check, L, R);
+  if (R == 0) return;
+  const AttentionPlanParams p{in<int32_t>(row_request), in<int32_t>(row_prefix), in<int64_t>(ancestors), in<int32_t>(paths), in<int32_t>(num_rows), inout<int32_t>(plan),
+                              static_cast<int>(R), static_cast<int>(requests), static_cast<int>(q_heads), static_cast<int>(kv_heads),
+                              paths.has_value() ? static_cast<int>(depth) : 0};
+  SPECRT_LAUNCH(attention_plan, check, p);
 }
 
 void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request, Tensor row_prefix, std::optional<Tensor> ancestors,
-                    std::optional<Tensor> paths, double scale, int64_t window, Tensor num_rows, Tensor workspace, Tensor out) {
+                    std::optional<Tensor> paths, double scale, int64_t window, Tensor num_rows, Tensor plan, Tensor workspace, Tensor out) {
   Checker check("tree_attention", q);
-  Sym R("R"), depth("depth"), W("floats");
+  Sym R("R"), depth("depth"), W("floats"), L("ints");
   AttentionParams p = describe(check, R, q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out);
   check("ancestors", ancestors, {R}, {kI64});
   check("paths", paths, {R, depth}, {kI32});
   check.require(!(ancestors.has_value() && paths.has_value()), "paths", "None where ancestors are given");
+  check("plan", plan, {L}, {kI32});
   check("workspace", workspace, {W}, {kF32});
   check.aligned("workspace", workspace);
   if (check.cuda()) {
+    check_plan(check, L, R);
     const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, need = R * p.q_heads * chunks * (p.head_dim + 2);
     check.require(W >= need, "workspace", "at least " + std::to_string(need) + " floats (ops.attention_workspace with max_len >= max_pages * P)");
   }
@@ -52,6 +82,7 @@ void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, 
   p.ancestors = in<int64_t>(ancestors);
   p.paths = in<int32_t>(paths);
   p.path_depth = paths.has_value() ? static_cast<int>(depth) : 0;
+  p.plan = in<int32_t>(plan);
   p.workspace = inout<float>(workspace);
   SPECRT_LAUNCH(tree_attention, check, p);
 }
@@ -68,6 +99,7 @@ void prefill_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_tabl
 }  // namespace
 
 #define SPECRT_ATTENTION_OPS(m)                         \
+  m.impl("attention_plan", TORCH_BOX(&attention_plan)); \
   m.impl("tree_attention", TORCH_BOX(&tree_attention)); \
   m.impl("prefill_attention", TORCH_BOX(&prefill_attention));
 

@@ -17,7 +17,8 @@ class Expansion:
     """Buffers and steps of one drafter's expansion. Rows: packed, at most B * W a level. Use: ``first`` on the roots' logits, then for every further level run
     the network on ``batch`` and call ``level``; ``select`` ends it."""
 
-    def __init__(self, state: RoundState, page_size: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool, workspace: Tensor):
+    def __init__(self, state: RoundState, page_size: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
+                 workspace: ops.AttentionWorkspace):
         self.state, self.page_size, self.levels, self.beam_width, self.topk, self.noise = state, page_size, levels, beam_width, topk, noise
         batch, device = state.batch, state.device
         rows = batch * beam_width

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from specrt.ops import AttentionWorkspace
+
 
 @dataclass
 class RowBatch:
@@ -22,7 +24,7 @@ class RowBatch:
     slot: Tensor
     num_rows: Tensor
     block_table: Tensor
-    workspace: Tensor
+    workspace: AttentionWorkspace
     ancestors: Tensor | None = None
     paths: Tensor | None = None
     prefill: bool = False

@@ -129,6 +129,8 @@ class DenseModel:
         position, slot, request, prefix, table = batch.position, batch.slot, batch.request, batch.prefix, batch.block_table
         cos, sin, scale, flat = self.cos, self.sin, self._scale, attended.flatten(1)
         ops.embedding(self.embedding, batch.token, n, residual)
+        if not batch.prefill:
+            ops.attention_plan(request, prefix, batch.ancestors, batch.paths, n, table.shape[0], self.config.num_heads, self.kv_heads, batch.workspace.plan)
         for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
             # delta is what the layer before adds to the residual stream.
             ops.rms_norm(delta if j else residual, residual if j else None, layer.input_norm, eps, n, normed)
@@ -139,7 +141,8 @@ class DenseModel:
             if batch.prefill:
                 ops.prefill_attention(q, k_pool, v_pool, table, request, prefix, scale, layer.window, n, attended)
             else:
-                ops.tree_attention(q, k_pool, v_pool, table, request, prefix, batch.ancestors, batch.paths, scale, layer.window, n, batch.workspace, attended)
+                ops.tree_attention(q, k_pool, v_pool, table, request, prefix, batch.ancestors, batch.paths, scale, layer.window, n,
+                                   batch.workspace.plan, batch.workspace.partials, attended)
             layer.o(flat, n, delta)
             ops.rms_norm(delta, residual, layer.post_norm, eps, n, normed)
             layer.gate_up(normed, n, gate_up)

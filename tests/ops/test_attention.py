@@ -83,8 +83,10 @@ class Case:
                 for i, r in enumerate(pick):
                     paths[i, : len(self.paths[r])] = torch.tensor(self.paths[r], dtype=torch.int32)
                 paths = paths.to(device)
-            workspace = ops.attention_workspace(n + pad, q.shape[1], q.shape[2], table.shape[1] * self.page, device).fill_(float("nan"))
-            ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace, out)
+            workspace = ops.attention_workspace(n + pad, q.shape[1], q.shape[2], table.shape[1] * self.page, device)
+            workspace.partials.fill_(float("nan"))
+            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], workspace.plan)
+            ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace.plan, workspace.partials, out)
         assert torch.isnan(out[n:]).all(), "rows past num_rows were written"
         return out[:n].cpu()
 
@@ -241,7 +243,7 @@ def test_wrong_arguments_are_named(device):
         case.run(device, "prefill")
     case = tree_case(torch.float32, 64, [20], 1)
     case.q = torch.randn(1, 5, 64)
-    with pytest.raises(RuntimeError, match=r"tree_attention.*'q'.*2 KV heads"):
+    with pytest.raises(RuntimeError, match=r"attention.*'q.*2"):
         case.run(device, "none")
 
 

@@ -1,0 +1,127 @@
+// Makes the plan of tree attention (plan.cuh): one block walks the packed rows.
+#include "attention/plan.cuh"
+#include "base/launch.h"
+#include "ptx/dependency.cuh"
+
+namespace specrt {
+namespace {
+
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
+
+// The combination of what the threads before and the thread itself have, over the block; `total`: of all. Operator: max or plus.
+template <typename F> __device__ int scan(int x, F f, int identity, int& total, int* warps) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 1; d < 32; d <<= 1) {
+    const int y = __shfl_up_sync(~0u, x, d);
+    if (lane >= d) x = f(x, y);
+  }
+  if (lane == 31) warps[warp] = x;
+  __syncthreads();
+  int before = identity;
+  total = identity;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before = f(before, warps[w]);
+    total = f(total, warps[w]);
+  }
+  __syncthreads();
+  return f(before, x);
+}
+
+struct Max {
+  __device__ int operator()(int a, int b) const { return max(a, b); }
+};
+struct Plus {
+  __device__ int operator()(int a, int b) const { return a + b; }
+};
+
+__global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
+  __shared__ int warps[kWarps];
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
+  const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool has_paths = p.ancestors || p.paths;
+  Block* blocks = reinterpret_cast<Block*>(p.plan + kPlanHeader);
+  auto together = [&](int r) {  // row r goes on with row r - 1's run
+    return r > 0 && p.row_request[r] == p.row_request[r - 1] && (!has_paths || p.row_prefix[r] == p.row_prefix[r - 1]);
+  };
+
+  int count = 0, run_begin = 0;
+  for (int base = 0; base < rows; base += kThreads) {
+    const int r = base + threadIdx.x;
+    int last;
+    const int begin = scan(r < rows && !together(r) ? r : (threadIdx.x == 0 ? run_begin : 0), Max(), 0, last, warps);
+    run_begin = last;
+    const bool leads = r < rows && (r - begin) % most == 0;
+    int leaders;
+    const int place = count + scan(leads, Plus(), 0, leaders, warps) - 1;
+    if (leads) blocks[place].begin = r;
+    count += leaders;
+  }
+  __syncthreads();
+
+  // What the rows of a block see: a warp a block.
+  for (int b = warp; b < count; b += kWarps) {
+    const int begin = blocks[b].begin, end = b + 1 < count ? blocks[b + 1].begin : rows;
+    int prefix = 0, shortest = 0x7fffffff, longest = 0, nodes = 0;
+    for (int r = begin + lane; r < end; r += 32) {
+      int len = p.row_prefix[r];
+      prefix = max(prefix, len);
+      if (p.ancestors) {
+        const long long word = p.ancestors[r];
+        len += __popcll(word);
+        nodes = max(nodes, 64 - __clzll(word));
+      } else if (p.paths) {
+        for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++len;
+      }
+      shortest = min(shortest, len);
+      longest = max(longest, len);
+    }
+    prefix = __reduce_max_sync(~0u, prefix);
+    shortest = __reduce_min_sync(~0u, shortest);
+    longest = __reduce_max_sync(~0u, longest);
+    nodes = __reduce_max_sync(~0u, nodes);
+    if (lane == 0) {
+      blocks[b].rows = end - begin;
+      blocks[b].request = p.row_request[begin];
+      blocks[b].prefix = prefix;
+      blocks[b].shortest = shortest;
+      blocks[b].longest = longest;
+      blocks[b].nodes = nodes;
+    }
+  }
+  __syncthreads();
+
+  // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
+  int chunks = 0, groups = 0, longest = 0;
+  for (int b = threadIdx.x; b < count; b += kThreads) {
+    chunks += blocks[b].pieces(1);
+    groups += blocks[b].pieces(kGroupChunks);
+    longest = max(longest, min(kGroupChunks, blocks[b].pieces(1)));
+  }
+  int all_chunks, all_groups, most_chunks;
+  scan(chunks, Plus(), 0, all_chunks, warps);
+  scan(groups, Plus(), 0, all_groups, warps);
+  scan(longest, Max(), 0, most_chunks, warps);
+  const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
+  const int run = by_group <= by_chunk + by_chunk / 4 ? kGroupChunks : 1;
+
+  int pieces = 0;
+  for (int base = 0; base < count; base += kThreads) {
+    const int b = base + threadIdx.x, mine = b < count ? blocks[b].pieces(run) : 0;
+    int total;
+    const int upto = scan(mine, Plus(), 0, total, warps);
+    if (b < count) blocks[b].pieces_before = pieces + upto - mine;
+    pieces += total;
+  }
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
+}
+
+}  // namespace
+
+void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
+  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows, multiprocessors() * shape.blocks_per_sm);
+}
+
+}  // namespace specrt
