@@ -45,10 +45,12 @@ class Case:
     nodes: int = 1
     tree: bool = False
     acceptance: float = 1.0
+    quantization: str | None = None
 
     def __str__(self) -> str:
+        weights = "bf16" if self.quantization is None else f"{self.quantization} weights (lm_head bf16)"
         drafts = "greedy" if self.nodes == 1 else f"{'tree' if self.tree else 'chain'} of {self.nodes} nodes, {self.acceptance:g} tokens a round"
-        return f"{TITLES[self.shape]} bf16, batch {self.batch}, context {self.context}, {drafts}"
+        return f"{TITLES[self.shape]} {weights}, batch {self.batch}, context {self.context}, {drafts}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ ROWS = {
     "decode_step_b1_1k": Judged(Case("llama-8b"), "round", 6.66),
     "decode_step_b8_1k": Judged(Case("llama-8b", batch=8), "round", 6.82),
     "decode_step_b32_1k": Judged(Case("llama-8b", batch=32), "round", 7.40),
+    "decode_step_fp8_b1_1k": Judged(Case("llama-8b", quantization="fp8"), "round"),
     "verify_n64_b1_1k": Judged(Case("llama-8b", nodes=64, tree=True, acceptance=3.0), "round"),
     "round_host_time_b1": Judged(Case("llama-8b"), "host"),
     "round_gpu_idle_b1": Judged(Case("llama-8b"), "idle"),
@@ -292,14 +295,14 @@ def read_bandwidth(folder: Path) -> float:
 # --- reports ---
 
 
-def load_target(shape: str) -> Any:
+def load_target(shape: str, quantization: str | None) -> Any:
     import torch
 
     from specrt.models.config import ModelConfig
     from specrt.models.dense import DenseModel
     from tests.kit.tiny import random_checkpoint
 
-    return DenseModel.load(random_checkpoint(ModelConfig.from_hf(SHAPES[shape]), device="cuda"), torch.bfloat16, torch.device("cuda"))
+    return DenseModel.load(random_checkpoint(ModelConfig.from_hf(SHAPES[shape]), device="cuda"), torch.bfloat16, torch.device("cuda"), quantization)
 
 
 def spread(values: list[float]) -> float:
@@ -348,6 +351,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--nodes", type=int, default=1, help="rows verified a request, root included; 1 = plain decoding")
     parser.add_argument("--tree", action="store_true", help="a random tree instead of a chain")
+    parser.add_argument("--quantization", choices=["fp8"], help="of the weights, at load")
     parser.add_argument("--acceptance", type=float, default=1.0, help="mean tokens a round")
     a = parser.parse_args()
     if a.list:
@@ -359,7 +363,8 @@ def main() -> None:
         raise SystemExit(f"bench_round.py: no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     bandwidth = read_bandwidth(a.bin)
     if a.shape:
-        show(Case(a.shape, a.batch, a.context, a.nodes, a.tree, a.acceptance), load_target(a.shape), bandwidth)
+        case = Case(a.shape, a.batch, a.context, a.nodes, a.tree, a.acceptance, a.quantization)
+        show(case, load_target(case.shape, case.quantization), bandwidth)
         return
     target, loaded, made = None, None, None
     with open(a.json or "/dev/null", "w", encoding="utf-8") as file:
@@ -367,9 +372,9 @@ def main() -> None:
             case = ROWS[name].case
             if made is None or made.case != case:
                 made = None  # its memory is needed
-                if loaded != case.shape:
+                if loaded != (case.shape, case.quantization):
                     target = None
-                    target, loaded = load_target(case.shape), case.shape
+                    target, loaded = load_target(case.shape, case.quantization), (case.shape, case.quantization)
                 made = Bench(case, target)
             row = measure(name, made, target, bandwidth)
             share = f", floor {row['floor']:.3f}, floor / value {row['floor'] / row['value']:.3f}" if row["floor"] else ""
