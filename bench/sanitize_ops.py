@@ -76,12 +76,11 @@ def row_wise(k: Kit) -> None:
     for dtype in (BF16, F32):
         for rows, used, hidden in [(5, 3, 72), (9, 9, 33), (3, 0, 8)]:
             n = k.ints(used)
-            for residual in (None, k.random(rows, hidden, dtype=dtype)):
-                out = k.out(rows, hidden, dtype=dtype)
-                ops.rms_norm(k.random(rows, hidden, dtype=dtype), residual, k.random(hidden, dtype=dtype), 1e-5, n, out)
-                k.written(out, used)
             out = k.out(rows, hidden, dtype=dtype)
-            ops.silu_mul(k.random(rows, 2 * hidden, dtype=dtype), n, out)
+            ops.rms_norm(k.random(rows, hidden, dtype=dtype), k.random(hidden, dtype=dtype), 1e-5, n, out)
+            k.written(out, used)
+            out = k.out(rows, hidden, dtype=dtype)
+            ops.rms_scale(k.random(rows, hidden, dtype=dtype), k.random(hidden, dtype=dtype), n, out, k.out(*ops.squares_shape(rows, hidden), dtype=F32))
             k.written(out, used)
             out = k.out(rows, hidden, dtype=dtype)
             ops.embedding(k.random(11, hidden, dtype=dtype), torch.arange(rows, dtype=I32, device=k.device), n, out)

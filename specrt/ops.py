@@ -60,10 +60,31 @@ def pack_linear(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor) -> None:
+def squares_shape(rows: int, width: int) -> tuple[int, int]:
+    """Shape of the sums of squares of rows of ``width`` columns, by blocks of 64: [rows, ceil(width/64) rounded up to 4]."""
+    return rows, (width + 255) // 256 * 4
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None, eps: float = 0.0) -> None:
     """out[r] = x[r] W^T + bias. x [R, K] act; weight packed from [N, K]; bias [N] act or None; out [R, N] act, or float32 (then unrounded:
-    the form of lm_head). Any K, N (CUDA bf16: K % 8 == 0)."""
-    _C.linear(x, weight, bias, num_rows, out)
+    the form of lm_head). Any K, N (CUDA bf16: K % 8 == 0).
+
+    A deferred RMSNorm of rows h, norm(h) W^T = r (h * norm_weight) W^T with r = 1 / sqrt(mean(h^2) + eps): x = round(h * norm_weight) and ``squares`` float32
+    ``squares_shape(R, K)`` come from ``linear_residual`` or ``rms_scale``, and the sum is multiplied by r before the bias."""
+    _C.linear(x, squares, eps, weight, bias, num_rows, out)
+
+
+def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None, eps: float = 0.0) -> None:
+    """Gate and up projection with SiLU-mul: out[r] = round(round(silu(gate)) * up), gate and up rounded first. out [R, I] act, I % 8 == 0; weight packed from [2I, K] whose rows
+    alternate in eights (gate 0-7, up 0-7, gate 8-15, ...; layers.linear.alternate), bias [2I] likewise; the rest as in ``linear``."""
+    _C.linear_silu(x, squares, eps, weight, bias, num_rows, out)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, residual: Tensor, residual_out: Tensor, next_weight: Tensor | None = None,
+                    scaled: Tensor | None = None, next_squares: Tensor | None = None) -> None:
+    """residual_out[r] = h = round(residual[r] + round(x[r] W^T + bias)), [R, N] act each (CUDA: N % 4 == 0); residual_out may be residual. With next_weight [N] (of the RMSNorm
+    that follows) the first half of that norm too: scaled [R, N] = round(h * next_weight) and next_squares float32 ``squares_shape(R, N)``, for ``linear``."""
+    _C.linear_residual(x, weight, bias, num_rows, residual, residual_out, next_weight, scaled, next_squares)
 
 
 def fp8_scale_shape(rows: int, columns: int) -> tuple[int, int]:
@@ -90,15 +111,15 @@ def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
 # ------------------------------------------------------------------------------------------------ norm (and other row-wise ops)
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, num_rows: Tensor, out: Tensor) -> None:
-    """RMSNorm of [R, H] act rows. With ``residual`` [R, H]: residual = round(residual + x) in place, and that is normalised.
-    out = round(round(h * rsqrt(mean(h^2) + eps)) * weight). ``out`` may be ``x``."""
-    _C.rms_norm(x, residual, weight, eps, num_rows, out)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, num_rows: Tensor, out: Tensor) -> None:
+    """RMSNorm of [R, H] act rows: out = round(round(x * rsqrt(mean(x^2) + eps)) * weight). ``out`` may be ``x``."""
+    _C.rms_norm(x, weight, eps, num_rows, out)
 
 
-def silu_mul(gate_up: Tensor, num_rows: Tensor, out: Tensor) -> None:
-    """out[r] = round(round(silu(gate)) * up): gate_up [R, 2I] act (gate first), out [R, I]."""
-    _C.silu_mul(gate_up, num_rows, out)
+def rms_scale(x: Tensor, weight: Tensor, num_rows: Tensor, scaled: Tensor, squares: Tensor) -> None:
+    """The first half of a deferred RMSNorm (``linear``) of rows that no ``linear_residual`` has written: x, scaled = round(x * weight) [R, H] act, weight [H];
+    squares float32 ``squares_shape(R, H)``."""
+    _C.rms_scale(x, weight, num_rows, scaled, squares)
 
 
 def embedding(table: Tensor, ids: Tensor, num_rows: Tensor, out: Tensor) -> None:

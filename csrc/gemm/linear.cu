@@ -2,12 +2,38 @@
 // shared memory. The float32 path on CUDA is for parity checks: it is written to be right at any K and N, not to be near the memory's speed.
 #include "base/check.h"
 #include "base/math.h"
+#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
 
 namespace specrt {
 namespace {
 
 constexpr int kDepth = 16, kOutputs = 64;
+
+// One value's way out (params.h, Finish), of lanes that hold 16 outputs side by side; returns the sum of the 16 squares of the residual stream.
+__device__ float finish_f32(const LinearParams& p, int row, int output, bool valid, float y) {
+  const int64_t at = static_cast<int64_t>(row) * p.out_features + output;
+  float* out = static_cast<float*>(p.out);
+  if (p.finish == Finish::kStore) {
+    if (valid) out[at] = y;
+    return 0.0f;
+  }
+  if (p.finish == Finish::kSilu) {
+    const float up = __shfl_xor_sync(0xffffffffu, y, 8);
+    if (valid && output % 16 < 8) out[static_cast<int64_t>(row) * (p.out_features / 2) + output / 16 * 8 + output % 8] = y / (1.0f + exp_rn(-y)) * up;
+    return 0.0f;
+  }
+  const float h = valid ? static_cast<const float*>(p.residual)[at] + y : 0.0f;
+  if (valid) static_cast<float*>(p.residual_out)[at] = h;
+  if (!p.next_weight) return 0.0f;
+  if (valid) static_cast<float*>(p.scaled)[at] = h * static_cast<const float*>(p.next_weight)[output];
+  float quad[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) quad[e] = __shfl_sync(0xffffffffu, h, threadIdx.x % 32 / 4 * 4 + e);
+  float sum = quad_squares(quad);
+  sum = sum + __shfl_xor_sync(0xffffffffu, sum, 4);
+  return sum + __shfl_xor_sync(0xffffffffu, sum, 8);
+}
 
 // 16 x 16 threads: outputs tx + 16 i, tokens ty + 16 j with j < TM.
 template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams p) {
@@ -36,14 +62,30 @@ template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams
         for (int j = 0; j < TM; ++j) acc[i][j] = fma_rn(xs[k][ty + 16 * j], ws[k][tx + 16 * i], acc[i][j]);
     __syncthreads();
   }
+  if (p.squares) {
+    __shared__ float scale[tokens];
+    const int warp = threadIdx.x / 32;
+    make_scales(p, scale, first_row, warp * tokens / 8, (warp + 1) * tokens / 8, num_rows);
+    __syncthreads();
 #pragma unroll
-  for (int j = 0; j < TM; ++j)
+    for (int j = 0; j < TM; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[i][j] = acc[i][j] * scale[ty + 16 * j];
+  }
+#pragma unroll
+  for (int j = 0; j < TM; ++j) {
+    const int row = first_row + ty + 16 * j;
+    float squares[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + ty + 16 * j, output = first_output + tx + 16 * i;
-      if (row < num_rows && output < p.out_features)
-        static_cast<float*>(p.out)[static_cast<int64_t>(row) * p.out_features + output] = bias ? acc[i][j] + bias[output] : acc[i][j];
+      const int output = first_output + tx + 16 * i;
+      const bool valid = row < num_rows && output < p.out_features;
+      const float y = bias && valid ? acc[i][j] + bias[output] : acc[i][j];
+      squares[i] = finish_f32(p, row, output, valid, y);
     }
+    if (p.next_squares && row < num_rows && tx == 0)
+      p.next_squares[static_cast<int64_t>(row) * square_pitch(p.out_features) + first_output / kSquareBlock] = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  }
 }
 
 template <int TM> void launch(const LinearParams& p, cudaStream_t stream) {

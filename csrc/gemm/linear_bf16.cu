@@ -17,8 +17,8 @@
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
+#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
-#include "gemm/tile.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -36,7 +36,7 @@ enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
   static constexpr Ways ways = ways_;
-  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 32;  // the last warp is the producer
+  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64;  // the last two warps: the producer, and who makes the rows' scales
   static constexpr int cluster = ways == Ways::kPair ? 2 : 1;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2;  // of the tile, a thread
@@ -47,33 +47,24 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
-  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + (2 * stages + 1) * 8; }
+  using Tail = EpilogueShared<warpgroups, tokens>;
+
+  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
 
 constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
 
 __device__ __forceinline__ int range_begin(int range, int steps) { return range * steps / kRanges; }
 
-// The thread's fragment d (ptx/wgmma.cuh) of 8 tokens from `token` and 64 outputs from `output`: bias, rounding, store.
-__device__ __forceinline__ void finish(const LinearParams& p, int token, int rows, int output, float (&d)[4]) {
-  if (p.bias) {
-    const int own = output + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float bias = to_float(static_cast<const bf16*>(p.bias)[min(own + 8 * half, p.out_features - 1)]);
-      d[2 * half] = d[2 * half] + bias;
-      d[2 * half + 1] = d[2 * half + 1] + bias;
-    }
-  }
-  store_fragment(p.out, p.out_dtype, p.out_features, token, rows, output, d);
-}
-
 template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 64 ? 2 : 1)
 linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
   constexpr bool pair = T::ways == Ways::kPair, totals = T::ways != Ways::kOne;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t stages = ptx::shared_address(shared), inbox = T::own_inbox ? stages + num_stages * T::stage_bytes : stages;
-  const uint32_t full = stages + num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0), empty = full + num_stages * 8, received = empty + num_stages * 8;
+  const int tail_at = num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0);
+  typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
+  const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
+  const uint32_t scales_made = ptx::shared_address(&tail.full), scales_read = ptx::shared_address(&tail.empty);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? ptx::cluster_rank() : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns;
   const int begin = pair ? range_begin(2 * rank, all_steps) : 0, steps = (pair ? range_begin(2 * rank + 2, all_steps) : all_steps) - begin;
@@ -86,14 +77,34 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
     }
     if (pair) ptx::mbarrier_init(received, 1);
+    ptx::mbarrier_init(scales_made, 1);
+    ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
   if (pair && T::own_inbox) ptx::cluster_arrive();
   ptx::launch_dependents();
 
-  if (warp == 4 * T::warpgroups) {
-    if (lane == 0) {
+  if (warp >= 4 * T::warpgroups) {
+    if (warp > 4 * T::warpgroups && p.next_weight) {  // from memory: nobody has read it before
+      const int output = first_tile / blocks * T::outputs + 16 * lane;
+      if (16 * lane < T::outputs && output < p.out_features) ptx::prefetch_l2(static_cast<const bf16*>(p.next_weight) + output);
+    }
+    if (warp > 4 * T::warpgroups && p.squares) {
+      ptx::grid_dependency_wait();
+      const int rows = min(*p.num_rows, p.rows), begin = rank * T::tokens / 2, end = pair ? begin + T::tokens / 2 : T::tokens;
+      int parity = 1;
+      for (int tile = first_tile; tile < tiles; tile += tile_step) {
+        const int first_row = tile % blocks * T::tokens;
+        if (first_row > 0 && first_row >= rows) continue;
+        ptx::mbarrier_wait(scales_read, parity);
+        make_scales(p, tail.scale, first_row, begin, end, rows);
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(scales_made);
+        parity ^= 1;
+      }
+    }
+    if (warp == 4 * T::warpgroups && lane == 0) {
       const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
       bool waited = false;
       int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
@@ -139,7 +150,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     }
   } else {
     const int warpgroup = warp / 4;
-    int s = 0, parity = 0, before = 0;  // the stage in use, over all tiles, and the one before it
+    int s = 0, parity = 0, before = 0, scales_parity = 0;  // the stage in use, over all tiles, and the one before it
     ptx::grid_dependency_wait();        // nothing is lost: there are no tokens before
     const int rows = min(*p.num_rows, p.rows);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -182,6 +193,9 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       }
       ptx::wgmma_wait<0>();
       if (T::lag && steps > 0 && lane == 0) ptx::mbarrier_arrive(empty + 8 * before);
+      const Epilogue<typename T::Tail> epilogue(p, tail, warpgroup, first_row, rows, first_output);
+      if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
+      scales_parity ^= 1;
       if constexpr (pair) {
         // Rank 0 has the sum of ranges 0 and 1 in total; rank 1 has range 2 in total and range 3 in sum. Rank 0 finishes the first half of the tokens.
         constexpr int fragments = T::values / 4, own = fragments / 2;
@@ -201,6 +215,9 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
             ptx::store_shared_of(place + (2 * j + 1) * bytes, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], bell);
           }
         }
+        uint2 stream[own];
+#pragma unroll
+        for (int j = 0; j < own; ++j) stream[j] = epilogue.residual(8 * (rank * own + j));
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
 #pragma unroll
@@ -222,8 +239,9 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
             d[2] = first.z + total[i + 2] + sum[i + 2];
             d[3] = first.w + total[i + 3] + sum[i + 3];
           }
-          finish(p, first_row + 8 * (rank * own + j), rows, first_output, d);
+          epilogue.finish(8 * (rank * own + j), d, stream[j]);
         }
+        epilogue.finish_squares(8 * rank * own, 8 * (rank + 1) * own);
       } else {
 #pragma unroll
         for (int j = 0; j < T::values / 4; ++j) {
@@ -231,9 +249,12 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           float d[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) d[e] = totals ? total[totals ? 4 * j + e : 0] : sum[4 * j + e];
-          finish(p, first_row + 8 * j, rows, first_output, d);
+          epilogue.finish(8 * j, d, epilogue.residual(8 * j));
         }
+        epilogue.finish_squares(0, T::tokens);
       }
+      __syncwarp();
+      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
   }
 }

@@ -158,7 +158,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         if (p.bias)
 #pragma unroll
           for (int e = 0; e < 4; ++e) d[e] = d[e] + bias[e >> 1];
-        store_fragment(p.out, p.out_dtype, p.out_features, first_row + 8 * j, rows, first_output, d);
+        store_quad(p.out, p.out_dtype, p.out_features, rows, quad_of(first_row + 8 * j, first_output, d));
       };
       if constexpr (pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.

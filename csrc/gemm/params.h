@@ -6,7 +6,12 @@
 //     denormal results to zero, the portable code does not.
 //   CUDA bfloat16: K padded with zeros to T steps of 64, cut in S = num_ranges(N) contiguous ranges [s T / S, (s+1) T / S); a range is one tensor-core chain
 //     from zero, k ascending in steps of 16; the range sums are added ascending, to zero; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
-// The bias is added to the sum in fp32, then comes the one rounding to out's dtype.
+// What then happens to a sum, all in fp32 (Finish): it is multiplied by its row's 1 / rms where `squares` is given, the bias is added, and
+//   kStore     it is rounded to out's dtype.
+//   kSilu      W's rows interleave gate and up in eights (rows 16 i + e and 16 i + 8 + e, e < 8: gate and up of channel 8 i + e); both are rounded, and
+//              out = round(round(g / (1 + exp(-g))) * up), [R, N / 2].
+//   kResidual  it is rounded, h = round(residual + it); for the next layer, where next_weight is given, scaled = round(h * next_weight) and the sums of squares of h.
+// So an RMSNorm is never a kernel of its own: norm(h) W^T = r (h * weight) W^T with r = 1 / rms(h), and r commutes with the product (base/squares.h: the order of r's sum).
 //
 // FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
 // wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[b, r] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
@@ -14,6 +19,7 @@
 // The bias is float32; sum, bias and rounding as above.
 #pragma once
 #include "base/fp8.h"
+#include "base/squares.h"
 
 namespace specrt {
 
@@ -29,14 +35,24 @@ struct PackLinearParams {
   int out_features, in_features;  // N, K
 };
 
+enum class Finish : int32_t { kStore, kSilu, kResidual };
+
 struct LinearParams {
-  DType dtype, out_dtype;  // of x, weight and bias; of out (dtype, or float32)
+  DType dtype, out_dtype;  // of x, weight and bias; of out (dtype, or with kStore float32)
   const void* x;           // [R, K]
   const void* weight;      // packed as above; CUDA float32: [N, K]
   const void* bias;        // [N] or null
-  void* out;               // [R, N], not overlapping x
+  void* out;               // [R, N] (kSilu: [R, N / 2]), not overlapping x; with kResidual null
   const int32_t* num_rows;
   int rows, out_features, in_features;  // R (capacity), N, K
+  const float* squares;    // [R, square_pitch(K)] or null: sums of squares of what x was before it was multiplied by a norm's weight
+  float eps;               // of that norm
+  Finish finish;
+  const void* residual;    // kResidual: [R, N]
+  void* residual_out;      // kResidual: [R, N], may be residual
+  const void* next_weight; // kResidual: [N] or null
+  void* scaled;            // with next_weight: [R, N]
+  float* next_squares;     // with next_weight: [R, square_pitch(N)]
 };
 
 // Rows of scales that stand side by side for a block of k: R, so that bulk copies of any 16 of them are aligned.

@@ -31,11 +31,22 @@ inline void require_hopper(const char* op, const char* dtype) {
   if (major != 9) fail(std::string(op) + ": " + dtype + " on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\"");
 }
 
-// Stores 8 tokens x 64 outputs of a warpgroup, rounded: the thread's fragment d (ptx/wgmma.cuh) at tokens from `token`, outputs from `output`. Neighbours swap tokens
-// (pairs of outputs) and pairs swap halves (fours of outputs), so that a warp writes whole sectors of 32 bytes or more.
-__device__ __forceinline__ void store_fragment(void* out, DType dtype, int out_features, int token, int rows, int output, const float (&d)[4]) {
+// Four neighbouring outputs of one token, as a warp writes them: whole sectors of 32 bytes or more.
+struct Quad {
+  int token, output;
+  float value[4];
+};
+
+// Of the thread's fragment d (ptx/wgmma.cuh) of 8 tokens from `token` x 64 outputs of a warpgroup from `output`: neighbours swap tokens (pairs of outputs) and pairs swap
+// halves (fours of outputs).
+__device__ __forceinline__ Quad quad_place(int token, int output) {
   const int lane = threadIdx.x % 32, g = lane / 4;
+  return {token + 2 * (lane % 4) + (g & 1), output + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + (g & 4) + (g & 2) * 4, {}};
+}
+__device__ __forceinline__ Quad quad_of(int token, int output, const float (&d)[4]) {
+  const int g = threadIdx.x % 32 / 4;
   const bool odd = g & 1, upper = g & 2;
+  Quad quad = quad_place(token, output);
   float pairs[2][2];  // [half][output] of one token
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -43,30 +54,38 @@ __device__ __forceinline__ void store_fragment(void* out, DType dtype, int out_f
     pairs[half][0] = odd ? other : d[2 * half];
     pairs[half][1] = odd ? d[2 * half + 1] : other;
   }
-  float four[4];  // of one token
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const float other = __shfl_xor_sync(0xffffffffu, upper ? pairs[0][i] : pairs[1][i], 8);
-    four[i] = upper ? other : pairs[0][i];
-    four[2 + i] = upper ? pairs[1][i] : other;
+    quad.value[i] = upper ? other : pairs[0][i];
+    quad.value[2 + i] = upper ? pairs[1][i] : other;
   }
-  token += 2 * (lane % 4) + odd;
-  output += threadIdx.x % 128 / 32 * 16 + (g & 4) + (upper ? 8 : 0);
-  if (token >= rows || output >= out_features) return;
-  const int64_t at = static_cast<int64_t>(token) * out_features + output;
+  return quad;
+}
+
+// Four bfloat16 as one load or store.
+union Quad16 {
+  bf16 each[4];
+  uint2 all;
+};
+
+__device__ __forceinline__ void store_quad(void* out, DType dtype, int out_features, int rows, const Quad& quad) {
+  if (quad.token >= rows || quad.output >= out_features) return;
+  const int64_t at = static_cast<int64_t>(quad.token) * out_features + quad.output;
+  const float(&x)[4] = quad.value;
   if (out_features % 4 == 0) {
     if (dtype == DType::kF32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = make_float4(four[0], four[1], four[2], four[3]);
+      *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = make_float4(x[0], x[1], x[2], x[3]);
     } else {
-      union { bf16 each[4]; uint2 all; } pack{{to_bf16(four[0]), to_bf16(four[1]), to_bf16(four[2]), to_bf16(four[3])}};
+      const Quad16 pack{{to_bf16(x[0]), to_bf16(x[1]), to_bf16(x[2]), to_bf16(x[3])}};
       *reinterpret_cast<uint2*>(static_cast<bf16*>(out) + at) = pack.all;
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (output + i >= out_features) continue;
-      if (dtype == DType::kF32) static_cast<float*>(out)[at + i] = four[i];
-      else static_cast<bf16*>(out)[at + i] = to_bf16(four[i]);
+      if (quad.output + i >= out_features) continue;
+      if (dtype == DType::kF32) static_cast<float*>(out)[at + i] = x[i];
+      else static_cast<bf16*>(out)[at + i] = to_bf16(x[i]);
     }
   }
 }

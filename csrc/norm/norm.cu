@@ -1,8 +1,9 @@
-// RMSNorm, SiLU-mul, embedding. Row-wise, memory- and latency-bound: a block a row (norm, embedding), eight elements a thread in 16-byte pieces, or one by
+// RMSNorm, rms_scale, embedding. Row-wise, memory- and latency-bound: a block a row (norm, embedding), eight elements a thread in 16-byte pieces, or one by
 // one where a row does not begin on 16 bytes. Rows past *num_rows exit. Bytes: each row is read once and written once. All start while the kernel before them
 // ends, and let the next one start at once.
 #include "base/launch.h"
 #include "base/math.h"
+#include "base/squares.h"
 #include "norm/params.h"
 #include "ptx/dependency.cuh"
 
@@ -47,7 +48,7 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
   static_assert(kNormThreads / 32 == 8, "fold8 folds the warps");
   const int row = blockIdx.x, first = kVec * threadIdx.x;
   const T* weight = static_cast<const T*>(p.weight);
-  T held[kHeld][kVec], before[kHeld][kVec], scale[kHeld][kVec];
+  T held[kHeld][kVec], scale[kHeld][kVec];
   float lane[kVec] = {};
   ptx::launch_dependents();
 #pragma unroll
@@ -59,19 +60,9 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
   if (row >= *p.num_rows) return;
   const int64_t base = static_cast<int64_t>(row) * p.hidden;
   const T* x = static_cast<const T*>(p.x) + base;
-  T* residual = p.residual ? static_cast<T*>(p.residual) + base : nullptr;
   T* out = static_cast<T*>(p.out) + base;
 
-  const auto read = [&](int i, T (&h)[kVec], T (&old)[kVec]) {
-    load8<T, kVector>(x + i, p.hidden - i, h);
-    if (residual) load8<T, kVector>(residual + i, p.hidden - i, old);
-  };
-  const auto add = [&](int i, T (&h)[kVec], const T (&old)[kVec]) {
-    if (residual) {
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) h[e] = round_to<T>(to_float(old[e]) + to_float(h[e]));
-      store8<T, kVector>(residual + i, p.hidden - i, h);
-    }
+  const auto add = [&](const T (&h)[kVec]) {
 #pragma unroll
     for (int e = 0; e < kVec; ++e) lane[e] = fma_rn(to_float(h[e]), to_float(h[e]), lane[e]);
   };
@@ -82,23 +73,21 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
     store8<T, kVector>(out + i, p.hidden - i, y);
   };
 
-  // All of a thread's loads before its first store, which the compiler could not move them over.
 #pragma unroll
   for (int g = 0; g < kHeld; ++g) {
     const int i = first + g * kNormLanes;
     if (i >= p.hidden) break;
-    read(i, held[g], before[g]);
+    load8<T, kVector>(x + i, p.hidden - i, held[g]);
   }
 #pragma unroll
   for (int g = 0; g < kHeld; ++g) {
-    const int i = first + g * kNormLanes;
-    if (i >= p.hidden) break;
-    add(i, held[g], before[g]);
+    if (first + g * kNormLanes >= p.hidden) break;
+    add(held[g]);
   }
   for (int i = first + kHeld * kNormLanes; i < p.hidden; i += kNormLanes) {
-    T h[kVec], old[kVec];
-    read(i, h, old);
-    add(i, h, old);
+    T h[kVec];
+    load8<T, kVector>(x + i, p.hidden - i, h);
+    add(h);
   }
   float sum = fold8(lane);
   for (int d = 1; d < 32; d <<= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
@@ -111,32 +100,33 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
     if (i >= p.hidden) break;
     write(i, held[g], scale[g], r);
   }
-  for (int i = first + kHeld * kNormLanes; i < p.hidden; i += kNormLanes) {  // each thread reads back what it wrote itself
+  for (int i = first + kHeld * kNormLanes; i < p.hidden; i += kNormLanes) {
     T h[kVec], w[kVec];
-    load8<T, kVector>((residual ? residual : x) + i, p.hidden - i, h);
+    load8<T, kVector>(x + i, p.hidden - i, h);
     load8<T, kVector>(weight + i, p.hidden - i, w);
     write(i, h, w, r);
   }
 }
 
-constexpr int kSiluThreads = 128;
+constexpr int kScaleThreads = 256;
 
-template <typename T, bool kVector> __global__ void __launch_bounds__(kSiluThreads) silu_mul_kernel(SiluMulParams p) {
-  const int row = blockIdx.x, i = kVec * (blockIdx.y * kSiluThreads + threadIdx.x);
+// A thread a quad of columns, 16 threads a block of the sums.
+template <typename T> __global__ void __launch_bounds__(kScaleThreads) rms_scale_kernel(RmsScaleParams p) {
+  const int row = blockIdx.x, block = (blockIdx.y * kScaleThreads + threadIdx.x) / 16, i = (blockIdx.y * kScaleThreads + threadIdx.x) * 4;
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  if (row >= *p.num_rows || i >= p.inter) return;
-  const T* gate_up = static_cast<const T*>(p.gate_up) + static_cast<int64_t>(row) * 2 * p.inter + i;
-  T gate[kVec], up[kVec];
-  load8<T, kVector>(gate_up, p.inter - i, gate);
-  load8<T, kVector>(gate_up + p.inter, p.inter - i, up);
+  if (row >= *p.num_rows) return;
+  const int64_t base = static_cast<int64_t>(row) * p.hidden;
+  float x[4];
 #pragma unroll
-  for (int e = 0; e < kVec; ++e) {
-    const float g = to_float(gate[e]);
-    const float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
-    up[e] = round_to<T>(s * to_float(up[e]));
+  for (int e = 0; e < 4; ++e) {
+    const bool there = i + e < p.hidden;
+    x[e] = there ? to_float(static_cast<const T*>(p.x)[base + i + e]) : 0.0f;
+    if (there) static_cast<T*>(p.scaled)[base + i + e] = round_to<T>(x[e] * to_float(static_cast<const T*>(p.weight)[i + e]));
   }
-  store8<T, kVector>(static_cast<T*>(p.out) + static_cast<int64_t>(row) * p.inter + i, p.inter - i, up);
+  float sum = quad_squares(x);
+  for (int d = 1; d < 16; d <<= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
+  if (threadIdx.x % 16 == 0 && block < square_blocks(p.hidden)) p.squares[static_cast<int64_t>(row) * square_pitch(p.hidden) + block] = sum;
 }
 
 constexpr int kEmbeddingThreads = 128;
@@ -165,13 +155,11 @@ template <typename... Pointers> bool in_vectors(int width, const Pointers*... po
 }
 
 template <typename T> void rms_norm(const RmsNormParams& p, cudaStream_t s) {
-  auto kernel = in_vectors(p.hidden, p.x, p.residual, p.weight, p.out) ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
+  auto kernel = in_vectors(p.hidden, p.x, p.weight, p.out) ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>;
   launch({dim3(p.rows), dim3(kNormThreads), 0, s, 1, true}, kernel, p);
 }
-template <typename T> void silu_mul(const SiluMulParams& p, cudaStream_t s) {
-  constexpr int tile = kVec * kSiluThreads;
-  auto kernel = in_vectors(p.inter, p.gate_up, p.out) ? silu_mul_kernel<T, true> : silu_mul_kernel<T, false>;
-  launch({dim3(p.rows, (p.inter + tile - 1) / tile), dim3(kSiluThreads), 0, s, 1, true}, kernel, p);
+template <typename T> void rms_scale(const RmsScaleParams& p, cudaStream_t s) {
+  launch({dim3(p.rows, (p.hidden + 4 * kScaleThreads - 1) / (4 * kScaleThreads)), dim3(kScaleThreads), 0, s, 1, true}, rms_scale_kernel<T>, p);
 }
 template <typename T> void embedding(const EmbeddingParams& p, cudaStream_t s) {
   auto kernel = in_vectors(p.hidden, p.table, p.out) ? embedding_kernel<T, true> : embedding_kernel<T, false>;
@@ -185,9 +173,9 @@ void launch_rms_norm_cuda(const RmsNormParams& p, void* stream) {
   p.dtype == DType::kBF16 ? rms_norm<bf16>(p, s) : rms_norm<float>(p, s);
 }
 
-void launch_silu_mul_cuda(const SiluMulParams& p, void* stream) {
+void launch_rms_scale_cuda(const RmsScaleParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
-  p.dtype == DType::kBF16 ? silu_mul<bf16>(p, s) : silu_mul<float>(p, s);
+  p.dtype == DType::kBF16 ? rms_scale<bf16>(p, s) : rms_scale<float>(p, s);
 }
 
 void launch_embedding_cuda(const EmbeddingParams& p, void* stream) {

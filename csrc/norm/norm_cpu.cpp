@@ -4,18 +4,15 @@
 
 #include "base/math.h"
 #include "base/parallel.h"
+#include "base/squares.h"
 #include "norm/params.h"
 
 namespace specrt {
 namespace {
 
 template <typename T>
-SPECRT_CLONES void rms_norm_row(const T* x, T* residual, const T* weight, T* out, float eps, int hidden) {
+SPECRT_CLONES void rms_norm_row(const T* x, const T* weight, T* out, float eps, int hidden) {
   float lane[kNormLanes] = {}, folded[kNormLanes / 2];
-  if (residual) {
-    for (int i = 0; i < hidden; ++i) residual[i] = round_to<T>(to_float(residual[i]) + to_float(x[i]));
-    x = residual;
-  }
   for (int i = 0; i < hidden; i += kNormLanes) {
     const int n = std::min(kNormLanes, hidden - i);
     for (int l = 0; l < n; ++l) lane[l] = fma_rn(to_float(x[i + l]), to_float(x[i + l]), lane[l]);
@@ -33,24 +30,19 @@ SPECRT_CLONES void rms_norm_row(const T* x, T* residual, const T* weight, T* out
 template <typename T> void rms_norm(const RmsNormParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
   parallel_for(n, n * h * 8, [&](int64_t r) {
-    rms_norm_row(static_cast<const T*>(p.x) + r * h, p.residual ? static_cast<T*>(p.residual) + r * h : nullptr, static_cast<const T*>(p.weight),
-                 static_cast<T*>(p.out) + r * h, p.eps, p.hidden);
+    rms_norm_row(static_cast<const T*>(p.x) + r * h, static_cast<const T*>(p.weight), static_cast<T*>(p.out) + r * h, p.eps, p.hidden);
   });
 }
 
-template <typename T> SPECRT_CLONES void silu_mul_row(const T* gate, const T* up, T* out, int inter) {
-  for (int i = 0; i < inter; ++i) {
-    float g = to_float(gate[i]);
-    float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
-    out[i] = round_to<T>(s * to_float(up[i]));
-  }
-}
-
-template <typename T> void silu_mul(const SiluMulParams& p) {
-  const int64_t n = std::min(*p.num_rows, p.rows), inter = p.inter;
-  parallel_for(n, n * inter * 32, [&](int64_t r) {
-    const T* gate = static_cast<const T*>(p.gate_up) + r * 2 * inter;
-    silu_mul_row(gate, gate + inter, static_cast<T*>(p.out) + r * inter, p.inter);
+template <typename T> void rms_scale(const RmsScaleParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
+  const T* weight = static_cast<const T*>(p.weight);
+  parallel_for(n, n * h * 4, [&](int64_t r) {
+    const T* x = static_cast<const T*>(p.x) + r * h;
+    T* scaled = static_cast<T*>(p.scaled) + r * h;
+    for (int64_t i = 0; i < h; ++i) scaled[i] = round_to<T>(to_float(x[i]) * to_float(weight[i]));
+    for (int b = 0; b < square_blocks(p.hidden); ++b)
+      p.squares[r * square_pitch(p.hidden) + b] = block_squares(x + b * kSquareBlock, std::min(kSquareBlock, p.hidden - b * kSquareBlock));
   });
 }
 
@@ -67,7 +59,7 @@ template <typename T> void embedding(const EmbeddingParams& p) {
 }  // namespace
 
 void launch_rms_norm_cpu(const RmsNormParams& p) { p.dtype == DType::kBF16 ? rms_norm<bf16>(p) : rms_norm<float>(p); }
-void launch_silu_mul_cpu(const SiluMulParams& p) { p.dtype == DType::kBF16 ? silu_mul<bf16>(p) : silu_mul<float>(p); }
+void launch_rms_scale_cpu(const RmsScaleParams& p) { p.dtype == DType::kBF16 ? rms_scale<bf16>(p) : rms_scale<float>(p); }
 void launch_embedding_cpu(const EmbeddingParams& p) { p.dtype == DType::kBF16 ? embedding<bf16>(p) : embedding<float>(p); }
 
 }  // namespace specrt

@@ -1,6 +1,6 @@
-// Row-wise ops: RMSNorm (with the residual add), SiLU-mul, embedding lookup.
+// Row-wise ops: RMSNorm, the first half of a deferred one, embedding lookup.
 //
-// Reduction order (csrc/README.md, 5): 2048 lanes stride the row, lane i takes elements i, i + 2048, ... ascending in one fma chain; neighbours fold
+// Reduction order (csrc/README.md, 5): rms_scale as base/squares.h says; rms_norm: 2048 lanes stride the row, lane i takes elements i, i + 2048, ... ascending in one fma chain; neighbours fold
 // pairwise, lane i = lane 2i + lane 2i + 1, until one is left.
 #pragma once
 #include "base/types.h"
@@ -12,7 +12,6 @@ constexpr int kNormLanes = 2048;
 struct RmsNormParams {
   DType dtype;
   const void* x;         // [R, H]
-  void* residual;        // [R, H] or null; updated to round(residual + x)
   const void* weight;    // [H]
   void* out;             // [R, H], may be x
   float eps;
@@ -20,12 +19,15 @@ struct RmsNormParams {
   int rows, hidden;      // R (capacity), H
 };
 
-struct SiluMulParams {
+// What linear wants of a row that no linear has written (gemm/params.h): scaled = round(x * weight), and the sums of squares of x.
+struct RmsScaleParams {
   DType dtype;
-  const void* gate_up;   // [R, 2I], gate first
-  void* out;             // [R, I]
+  const void* x;         // [R, H]
+  const void* weight;    // [H]
+  void* scaled;          // [R, H]
+  float* squares;        // [R, square_pitch(H)]
   const int32_t* num_rows;
-  int rows, inter;
+  int rows, hidden;      // R (capacity), H
 };
 
 struct EmbeddingParams {
@@ -39,8 +41,8 @@ struct EmbeddingParams {
 
 void launch_rms_norm_cpu(const RmsNormParams& p);
 void launch_rms_norm_cuda(const RmsNormParams& p, void* stream);
-void launch_silu_mul_cpu(const SiluMulParams& p);
-void launch_silu_mul_cuda(const SiluMulParams& p, void* stream);
+void launch_rms_scale_cpu(const RmsScaleParams& p);
+void launch_rms_scale_cuda(const RmsScaleParams& p, void* stream);
 void launch_embedding_cpu(const EmbeddingParams& p);
 void launch_embedding_cuda(const EmbeddingParams& p, void* stream);
 

@@ -33,11 +33,9 @@ void pack_linear(Tensor weight, Tensor packed) {
   SPECRT_LAUNCH(pack_linear, check, p);
 }
 
-void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
-  Checker check("linear", x);
-  Sym R("R"), K("K"), N("N");
+// The checks that all linear layers share; the sizes are fixed here.
+LinearParams linear_params(Checker& check, Sym& R, Sym& N, Sym& K, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& num_rows) {
   check("x", x, {R, K}, {kF32, kBF16});
-  check("out", out, {R, N}, {x.scalar_type(), kF32});
   if (check.cuda()) {
     if (x.scalar_type() == kF32) {
       check("weight", weight, {N, K}, {kF32});
@@ -46,7 +44,6 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
       check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, 64), kPanel, 64}, {kBF16});
       check.aligned("x", x);
       check.aligned("weight", weight);
-      check.aligned("out", out);
     }
   } else {
     const int64_t g = pair_of(x);
@@ -54,9 +51,84 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
   }
   check("bias", bias, {N}, {x.scalar_type()});
   check("num_rows", num_rows, {1}, {kI32});
+  LinearParams p{};
+  p.dtype = p.out_dtype = dtype_of(x);
+  p.x = in<void>(x);
+  p.weight = in<void>(weight);
+  p.bias = in<void>(bias);
+  p.num_rows = in<int32_t>(num_rows);
+  p.rows = static_cast<int>(R);
+  p.out_features = static_cast<int>(N);
+  p.in_features = static_cast<int>(K);
+  return p;
+}
+
+// Of a deferred norm of x.
+void set_squares(Checker& check, LinearParams& p, const std::optional<Tensor>& squares, double eps) {
+  check("squares", squares, {p.rows, square_pitch(p.in_features)}, {kF32});
+  p.squares = in<float>(squares);
+  p.eps = static_cast<float>(eps);
+  if (check.cuda() && squares.has_value()) check.aligned("squares", *squares);
+}
+
+void linear(Tensor x, std::optional<Tensor> squares, double eps, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
+  Checker check("linear", x);
+  Sym R("R"), K("K"), N("N");
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("out", out, {R, N}, {x.scalar_type(), kF32});
+  LinearParams p = linear_params(check, R, N, K, x, weight, bias, num_rows);
+  set_squares(check, p, squares, eps);
+  if (check.cuda()) check.aligned("out", out);
   if (R == 0 || N == 0) return;
-  LinearParams p{dtype_of(x), dtype_of(out), in<void>(x), in<void>(weight), in<void>(bias), inout<void>(out), in<int32_t>(num_rows),
-                 static_cast<int>(R), static_cast<int>(N), static_cast<int>(K)};
+  p.out_dtype = dtype_of(out);
+  p.out = inout<void>(out);
+  SPECRT_LAUNCH(linear, check, p);
+}
+
+void linear_silu(Tensor x, std::optional<Tensor> squares, double eps, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
+  Checker check("linear_silu", x);
+  Sym R("R"), K("K"), I("I"), N("N");
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("out", out, {R, I}, {x.scalar_type()});
+  check.require(I % 8 == 0, "out", "I divisible by 8 (gate and up alternate in eights); I = " + std::to_string(I));
+  N.value = 2 * I;
+  LinearParams p = linear_params(check, R, N, K, x, weight, bias, num_rows);
+  set_squares(check, p, squares, eps);
+  if (check.cuda()) check.aligned("out", out);
+  if (R == 0 || N == 0) return;
+  p.finish = Finish::kSilu;
+  p.out = inout<void>(out);
+  SPECRT_LAUNCH(linear, check, p);
+}
+
+void linear_residual(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor residual, Tensor residual_out, std::optional<Tensor> next_weight,
+                     std::optional<Tensor> scaled, std::optional<Tensor> next_squares) {
+  Checker check("linear_residual", x);
+  Sym R("R"), K("K"), N("N");
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("residual", residual, {R, N}, {x.scalar_type()});
+  check("residual_out", residual_out, {R, N}, {x.scalar_type()});
+  LinearParams p = linear_params(check, R, N, K, x, weight, bias, num_rows);
+  check("next_weight", next_weight, {N}, {x.scalar_type()});
+  check("scaled", scaled, {R, N}, {x.scalar_type()});
+  check("next_squares", next_squares, {R, square_pitch(static_cast<int>(N))}, {kF32});
+  check.require(next_weight.has_value() == scaled.has_value() && next_weight.has_value() == next_squares.has_value(), "next_weight", "next_weight, scaled and next_squares together, or none of them");
+  if (check.cuda()) {
+    check.require(N % 4 == 0, "residual", "N divisible by 4 (four columns a thread); N = " + std::to_string(N));
+    check.aligned("residual", residual);
+    check.aligned("residual_out", residual_out);
+    if (next_weight.has_value()) {
+      check.aligned("next_weight", *next_weight);
+      check.aligned("scaled", *scaled);
+    }
+  }
+  if (R == 0 || N == 0) return;
+  p.finish = Finish::kResidual;
+  p.residual = in<void>(residual);
+  p.residual_out = inout<void>(residual_out);
+  p.next_weight = in<void>(next_weight);
+  p.scaled = inout<void>(scaled);
+  p.next_squares = inout<float>(next_squares);
   SPECRT_LAUNCH(linear, check, p);
 }
 
@@ -109,12 +181,16 @@ void linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, st
 STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_silu", TORCH_BOX(&linear_silu));
+  m.impl("linear_residual", TORCH_BOX(&linear_residual));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
 }
 STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_silu", TORCH_BOX(&linear_silu));
+  m.impl("linear_residual", TORCH_BOX(&linear_residual));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
 }

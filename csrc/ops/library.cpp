@@ -5,14 +5,18 @@
 STABLE_TORCH_LIBRARY(specrt, m) {
   // gemm
   m.def("pack_linear(Tensor weight, Tensor(a!) packed) -> ()");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor? squares, float eps, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("linear_silu(Tensor x, Tensor? squares, float eps, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def(
+      "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor residual, Tensor(a!) residual_out, Tensor? next_weight"
+      ", Tensor(b!)? scaled, Tensor(c!)? next_squares) -> ()");
   m.def("quantize_fp8(Tensor x, Tensor num_rows, Tensor(a!) q, Tensor(b!) scale) -> ()");
   m.def(
       "linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"
       ", Tensor(a!) out) -> ()");
   // norm
-  m.def("rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps, Tensor num_rows, Tensor(b!) out) -> ()");
-  m.def("silu_mul(Tensor gate_up, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("rms_scale(Tensor x, Tensor weight, Tensor num_rows, Tensor(a!) scaled, Tensor(b!) squares) -> ()");
   m.def("embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor(a!) out) -> ()");
   // kv
   m.def(

@@ -1,32 +1,34 @@
+#include "base/squares.h"
 #include "norm/params.h"
 #include "ops/checks.h"
 
 namespace specrt::ops {
 namespace {
 
-void rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, Tensor num_rows, Tensor out) {
+void rms_norm(Tensor x, Tensor weight, double eps, Tensor num_rows, Tensor out) {
   Checker check("rms_norm", x);
   Sym R("R"), H("H");
   check("x", x, {R, H}, {kF32, kBF16});
-  check("residual", residual, {R, H}, {x.scalar_type()});
   check("weight", weight, {H}, {x.scalar_type()});
   check("num_rows", num_rows, {1}, {kI32});
   check("out", out, {R, H}, {x.scalar_type()});
   if (R == 0) return;
-  RmsNormParams p{dtype_of(x), in<void>(x), inout<void>(residual), in<void>(weight), inout<void>(out), static_cast<float>(eps),
+  RmsNormParams p{dtype_of(x), in<void>(x), in<void>(weight), inout<void>(out), static_cast<float>(eps),
                   in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(H)};
   SPECRT_LAUNCH(rms_norm, check, p);
 }
 
-void silu_mul(Tensor gate_up, Tensor num_rows, Tensor out) {
-  Checker check("silu_mul", gate_up);
-  Sym R("R"), I("I");
-  check("out", out, {R, I}, {kF32, kBF16});
-  check("gate_up", gate_up, {R, 2 * I}, {out.scalar_type()});
+void rms_scale(Tensor x, Tensor weight, Tensor num_rows, Tensor scaled, Tensor squares) {
+  Checker check("rms_scale", x);
+  Sym R("R"), H("H");
+  check("x", x, {R, H}, {kF32, kBF16});
+  check("weight", weight, {H}, {x.scalar_type()});
   check("num_rows", num_rows, {1}, {kI32});
+  check("scaled", scaled, {R, H}, {x.scalar_type()});
+  check("squares", squares, {R, square_pitch(static_cast<int>(H))}, {kF32});
   if (R == 0) return;
-  SiluMulParams p{dtype_of(out), in<void>(gate_up), inout<void>(out), in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(I)};
-  SPECRT_LAUNCH(silu_mul, check, p);
+  RmsScaleParams p{dtype_of(x), in<void>(x), in<void>(weight), inout<void>(scaled), inout<float>(squares), in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(H)};
+  SPECRT_LAUNCH(rms_scale, check, p);
 }
 
 void embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor out) {
@@ -44,9 +46,9 @@ void embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor out) {
 
 }  // namespace
 
-#define SPECRT_NORM_OPS(m)                  \
-  m.impl("rms_norm", TORCH_BOX(&rms_norm)); \
-  m.impl("silu_mul", TORCH_BOX(&silu_mul)); \
+#define SPECRT_NORM_OPS(m)                    \
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));   \
+  m.impl("rms_scale", TORCH_BOX(&rms_scale)); \
   m.impl("embedding", TORCH_BOX(&embedding));
 
 STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) { SPECRT_NORM_OPS(m) }

@@ -10,7 +10,7 @@ from torch import Tensor
 from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.layers.batch import RowBatch
-from specrt.layers.linear import Fp8Linear, Linear
+from specrt.layers.linear import Fp8Linear, Linear, Normed
 from specrt.layers.rope import rope_tables
 from specrt.models.config import ModelConfig
 from specrt.weights.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
     window: int
     o: Linear | Fp8Linear
     post_norm: Tensor
-    gate_up: Linear | Fp8Linear  # gate first
+    gate_up: Linear | Fp8Linear  # rows alternate (layers.linear.alternate)
     down: Linear | Fp8Linear
 
 
@@ -36,12 +36,11 @@ class Buffers(NamedTuple):
     """Activations of one forward pass over R rows, written anew by each."""
 
     residual: Tensor  # [R, H]
-    normed: Tensor  # [R, H]
-    delta: Tensor  # [R, H]
+    scaled: Tensor  # [R, H]
+    squares: Tensor  # float32 ops.squares_shape(R, H)
     qkv: Tensor  # [R, (Hq + 2 Hkv) D]
     q: Tensor  # [R, Hq, D]
     attended: Tensor  # [R, Hq, D]
-    gate_up: Tensor  # [R, 2I]
     activated: Tensor  # [R, I]
 
 
@@ -51,10 +50,9 @@ class Scratch:
     def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device):
         c = config
         hidden, heads = (rows, c.hidden_size), (rows, c.num_heads, c.head_dim)
-        shapes = (hidden, hidden, hidden, (rows, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim), heads, heads, (rows, 2 * c.intermediate_size),
-                  (rows, c.intermediate_size))
+        shapes = (hidden, hidden, ops.squares_shape(*hidden), (rows, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim), heads, heads, (rows, c.intermediate_size))
         self.rows = rows
-        self._views = {rows: Buffers(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))}
+        self._views = {rows: Buffers(*(torch.zeros(shape, dtype=torch.float32 if name == "squares" else dtype, device=device) for name, shape in zip(Buffers._fields, shapes)))}
 
     def view(self, rows: int) -> Buffers:
         views = self._views.get(rows)
@@ -91,16 +89,16 @@ class DenseModel:
         def matrix(name: str) -> Tensor:
             return embedding if name == "model.embed_tokens.weight" else source.get(name)
 
-        def linear(names: list[str], bias: bool = False) -> Linear | Fp8Linear:
+        def linear(names: list[str], bias: bool = False, gate_up: bool = False) -> Linear | Fp8Linear:
             weights, biases = [f"{n}.weight" for n in names], [source.get(f"{n}.bias") for n in names] if bias else []
             fp8 = [w for w in weights if stored_fp8 and source.is_fp8(w)]
             if fp8 and fp8 != weights:
                 raise ValueError(f"{checkpoint.origin}: '{fp8[0]}' is FP8 and of {', '.join(map(repr, weights))} not all are; they are one matrix here, so all must be or none")
             if fp8:
-                return Fp8Linear([source.fp8(w) for w in weights], biases, device)
+                return Fp8Linear([source.fp8(w) for w in weights], biases, device, gate_up)
             if quantization == "fp8" and not stored_fp8:
-                return Fp8Linear([quantized(matrix(w).to(device)) for w in weights], biases, device)
-            return Linear([matrix(w) for w in weights], biases, dtype, device)
+                return Fp8Linear([quantized(matrix(w).to(device)) for w in weights], biases, device, gate_up)
+            return Linear([matrix(w) for w in weights], biases, dtype, device, gate_up)
 
         def layer(i: int) -> Layer:
             at, attn, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
@@ -108,7 +106,7 @@ class DenseModel:
                 input_norm=vector(at + "input_layernorm.weight"), qkv=linear([attn + "q_proj", attn + "k_proj", attn + "v_proj"], c.attention_bias),
                 q_norm=vector(attn + "q_norm.weight") if c.qk_norm else None, k_norm=vector(attn + "k_norm.weight") if c.qk_norm else None,
                 window=c.windows[i], o=linear([attn + "o_proj"], c.o_bias), post_norm=vector(at + "post_attention_layernorm.weight"),
-                gate_up=linear([mlp + "gate_proj", mlp + "up_proj"], c.mlp_bias), down=linear([mlp + "down_proj"], c.mlp_bias))
+                gate_up=linear([mlp + "gate_proj", mlp + "up_proj"], c.mlp_bias, gate_up=True), down=linear([mlp + "down_proj"], c.mlp_bias))
 
         embedding = vector("model.embed_tokens.weight")
         # lm_head is quantised only if it is stored so: on SmolLM2 it alone costs 2.7 % of perplexity, all other matrices together 0.4 %.
@@ -124,34 +122,30 @@ class DenseModel:
         """The hidden rows after the final norm, [R, H] in scratch (valid until its next use); appends the rows' keys and values to the pool.
 
         features: boundary j -> tensor [R, H] that receives the residual stream entering layer j (j = num_layers: leaving the last one, before the norm)."""
-        residual, normed, delta, qkv, q, attended, gate_up, activated = scratch.view(batch.rows)
+        residual, scaled, squares, qkv, q, attended, activated = scratch.view(batch.rows)
         n, eps, features = batch.num_rows, self.config.rms_norm_eps, features or {}
+        normed = Normed(scaled, squares, eps)
         position, slot, request, prefix, table = batch.position, batch.slot, batch.request, batch.prefix, batch.block_table
         cos, sin, scale, flat = self.cos, self.sin, self._scale, attended.flatten(1)
-        ops.embedding(self.embedding, batch.token, n, residual)
+        stream = features.get(0, residual)  # what the layer at hand reads
+        ops.embedding(self.embedding, batch.token, n, stream)
+        ops.rms_scale(stream, self.layers[0].input_norm, n, scaled, squares)
         if not batch.prefill:
             ops.attention_plan(request, prefix, batch.ancestors, batch.paths, n, table.shape[0], self.config.num_heads, self.kv_heads, batch.workspace.plan)
         for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
-            # delta is what the layer before adds to the residual stream.
-            ops.rms_norm(delta if j else residual, residual if j else None, layer.input_norm, eps, n, normed)
-            if j in features:
-                features[j].copy_(residual)
-            layer.qkv(normed, n, qkv)
+            layer.qkv.normed(normed, n, qkv)
             ops.rope_append(qkv, position, slot, cos, sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
             if batch.prefill:
                 ops.prefill_attention(q, k_pool, v_pool, table, request, prefix, scale, layer.window, n, attended)
             else:
                 ops.tree_attention(q, k_pool, v_pool, table, request, prefix, batch.ancestors, batch.paths, scale, layer.window, n,
                                    batch.workspace.plan, batch.workspace.partials, attended)
-            layer.o(flat, n, delta)
-            ops.rms_norm(delta, residual, layer.post_norm, eps, n, normed)
-            layer.gate_up(normed, n, gate_up)
-            ops.silu_mul(gate_up, n, activated)
-            layer.down(activated, n, delta)
-        ops.rms_norm(delta, residual, self.norm, eps, n, normed)
-        if self.num_layers in features:
-            features[self.num_layers].copy_(residual)
-        return normed
+            layer.o.add(flat, n, stream, residual, layer.post_norm, normed)
+            layer.gate_up.silu(normed, n, activated)
+            stream = features.get(j + 1, residual)
+            layer.down.add(activated, n, residual, stream, self.layers[j + 1].input_norm if j + 1 < self.num_layers else None, normed)
+        ops.rms_norm(stream, self.norm, eps, n, scaled)
+        return scaled
 
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, H] into float32 [R, V], unrounded."""
@@ -168,5 +162,7 @@ def _check_kernels(config: ModelConfig, device: torch.device, fp8: bool) -> None
             raise ValueError(f"{group} query heads a KV head are not supported on CUDA; supported: up to 16")
         if fp8 and (config.hidden_size % 16 or config.intermediate_size % 16):
             raise ValueError(f"hidden_size = {config.hidden_size}, intermediate_size = {config.intermediate_size}: FP8 weights on CUDA need multiples of 16")
-    elif config.head_dim % 16:
+    if config.intermediate_size % 8:
+        raise ValueError(f"intermediate_size = {config.intermediate_size} is not supported; it must be a multiple of 8")
+    if device.type != "cuda" and config.head_dim % 16:
         raise ValueError(f"head_dim = {config.head_dim} is not supported; it must be a multiple of 16")

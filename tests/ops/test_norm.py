@@ -13,12 +13,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3}
 @pytest.mark.parametrize("hidden", [1, 7, 64, 576, 1000, 1001, 2049, 4096, 8200, 12288])
 def test_rms_norm_matches_float64(device, dtype, hidden):
     x, w = torch.randn(5, hidden).to(dtype).to(device), torch.randn(hidden).to(dtype).to(device)
-    residual = torch.randn(5, hidden).to(dtype).to(device)
-    h = (residual.float() + x.float()).to(dtype)
-    want = h.double() * torch.rsqrt(h.double().pow(2).mean(-1, keepdim=True) + 1e-5) * w.double()
+    want = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5) * w.double()
     out = poisoned(5, hidden, dtype=dtype, device=device)
-    ops.rms_norm(x, residual, w, 1e-5, rows(5, device), out)
-    assert_bits(residual, h)
+    ops.rms_norm(x, w, 1e-5, rows(5, device), out)
     assert_close(out, want, TOLERANCE[dtype])
 
 
@@ -26,9 +23,9 @@ def test_rms_norm_matches_float64(device, dtype, hidden):
 def test_a_row_does_not_depend_on_the_others(device, dtype):
     x, w = torch.randn(33, 576).to(dtype).to(device), torch.randn(576).to(dtype).to(device)
     every, alone = torch.empty_like(x), torch.empty_like(x[:1])
-    ops.rms_norm(x, None, w, 1e-5, rows(33, device), every)
+    ops.rms_norm(x, w, 1e-5, rows(33, device), every)
     for r in (0, 7, 32):
-        ops.rms_norm(x[r : r + 1].clone(), None, w, 1e-5, rows(1, device), alone)
+        ops.rms_norm(x[r : r + 1].clone(), w, 1e-5, rows(1, device), alone)
         assert_bits(alone[0], every[r])
 
 
@@ -45,7 +42,7 @@ def test_rms_norm_sums_in_the_stated_order(device, hidden):
         lane = lane[:, ::2] + lane[:, 1::2]
     r = torch.from_numpy(np.float32(1) / np.sqrt(lane.numpy() / np.float32(hidden) + np.float32(1e-5)))
     out = poisoned(3, hidden, dtype=torch.float32, device=device)
-    ops.rms_norm(x.to(device), None, torch.ones(hidden, device=device), 1e-5, rows(3, device), out)
+    ops.rms_norm(x.to(device), torch.ones(hidden, device=device), 1e-5, rows(3, device), out)
     assert_bits(out, x * r)
 
 
@@ -55,19 +52,30 @@ def test_a_row_that_begins_inside_16_bytes(device, dtype):
     at = lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)  # noqa: E731
     x, w = torch.randn(3, 576).to(dtype).to(device), torch.randn(576).to(dtype).to(device)
     shifted, aligned = at(torch.empty_like(x)), torch.empty_like(x)
-    ops.rms_norm(at(x), None, at(w), 1e-5, rows(3, device), shifted)
-    ops.rms_norm(x, None, w, 1e-5, rows(3, device), aligned)
+    ops.rms_norm(at(x), at(w), 1e-5, rows(3, device), shifted)
+    ops.rms_norm(x, w, 1e-5, rows(3, device), aligned)
     assert_bits(shifted, aligned)
 
 
+def sums_of_squares(h: torch.Tensor) -> torch.Tensor:
+    """float32 [R, blocks]: quads of columns chained, then folded pairwise (csrc/base/squares.h). Exact but for the additions where squares are exact."""
+    quads = torch.nn.functional.pad(h.float(), (0, -h.shape[1] % 64)).view(len(h), -1, 16, 4) ** 2
+    fold = ((quads[..., 0] + quads[..., 1]) + quads[..., 2]) + quads[..., 3]
+    while fold.shape[-1] > 1:
+        fold = fold[..., ::2] + fold[..., 1::2]
+    return fold[..., 0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inter", [3, 1001, 1536])
-def test_silu_mul_matches_float64(device, dtype, inter):
-    x = (4 * torch.randn(7, 2 * inter)).to(dtype).to(device)
-    out = poisoned(7, inter, dtype=dtype, device=device)
-    ops.silu_mul(x, rows(7, device), out)
-    gate, up = x.double().chunk(2, -1)
-    assert_close(out, torch.nn.functional.silu(gate) * up, TOLERANCE[dtype])
+@pytest.mark.parametrize("hidden", [1, 66, 576, 4096])
+def test_rms_scale(device, dtype, hidden):
+    x = (torch.randint(-64, 64, (3, hidden)) * 2.0 ** torch.randint(-9, 9, (3, hidden))).to(dtype)
+    w, blocks = torch.randn(hidden).to(dtype), -(-hidden // 64)
+    scaled, squares = poisoned(3, hidden, dtype=dtype, device=device), poisoned(*ops.squares_shape(3, hidden), dtype=torch.float32, device=device)
+    ops.rms_scale(x.to(device), w.to(device), rows(2, device), scaled, squares)
+    assert_bits(scaled[:2], (x.float() * w.float()).to(dtype)[:2])
+    assert_bits(squares[:2, :blocks], sums_of_squares(x)[:2])
+    assert torch.isnan(scaled[2].float()).all() and torch.isnan(squares[2]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,11 +91,11 @@ def test_embedding_takes_rows_and_marks_unknown_ids(device, dtype, hidden):
 
 def test_rows_past_num_rows_are_untouched(device):
     x, w, out = torch.randn(4, 64, device=device), torch.ones(64, device=device), torch.full((4, 64), 7.0, device=device)
-    ops.rms_norm(x, None, w, 1e-5, rows(2, device), out)
+    ops.rms_norm(x, w, 1e-5, rows(2, device), out)
     assert (out[2:] == 7).all() and (out[:2] != 7).any()
 
 
 def test_a_wrong_argument_is_named(device):
     x, w = torch.randn(4, 64, device=device), torch.ones(63, device=device)
     with pytest.raises(RuntimeError, match=r"rms_norm.*'weight'.*\[63\].*H = 64"):
-        ops.rms_norm(x, None, w, 1e-5, rows(4, device), torch.empty_like(x))
+        ops.rms_norm(x, w, 1e-5, rows(4, device), torch.empty_like(x))

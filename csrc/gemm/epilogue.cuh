@@ -1,0 +1,140 @@
+// What follows a tile's sums (params.h, Finish), for kernels whose warpgroups hold 64 outputs x some tokens in fragments of 8 tokens: scale by the row's 1 / rms, bias, then
+// store, SiLU-mul, or residual add with the next norm's statistics. One extra warp makes the rows' 1 / rms while the others still multiply.
+#pragma once
+#include "base/math.h"
+#include "gemm/params.h"
+#include "gemm/tile.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/named_barrier.cuh"
+
+namespace specrt {
+
+// In shared memory behind a kernel's pipeline.
+template <int warpgroups, int tokens> struct EpilogueShared {
+  float scale[tokens];                    // 1 / rms of the tile's tokens
+  float squares[warpgroups][4][tokens];   // a warp's part (16 outputs) of each token's sum of squares
+  alignas(16) uint64_t full, empty;       // of `scale`: made, read
+};
+
+// 1 / rms of the tokens first_row + [begin, end), by one warp, each lane four blocks at a time (base/squares.h); kBatch rows' loads at once.
+__device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
+  constexpr int kBatch = 8;
+  const int lane = threadIdx.x % 32, blocks = square_blocks(p.in_features), pitch = square_pitch(p.in_features);
+  end = min(end, rows - first_row);
+  for (int base = begin; base < end; base += kBatch) {
+    float sum[kBatch] = {};
+    for (int b = 4 * lane; b < blocks; b += 128) {
+      float4 x[kBatch];
+#pragma unroll
+      for (int t = 0; t < kBatch; ++t)
+        if (base + t < end) x[t] = *reinterpret_cast<const float4*>(p.squares + static_cast<int64_t>(first_row + base + t) * pitch + b);
+#pragma unroll
+      for (int t = 0; t < kBatch; ++t) {
+        if (base + t >= end) continue;
+        const float each[4] = {x[t].x, x[t].y, x[t].z, x[t].w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (b + e < blocks) sum[t] = sum[t] + each[e];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kBatch; ++t) {
+#pragma unroll
+      for (int d = 16; d; d >>= 1) sum[t] = sum[t] + __shfl_xor_sync(0xffffffffu, sum[t], d);
+      if (lane == t && base + t < end) scale[base + t] = row_scale(sum[t], p.in_features, p.eps);
+    }
+  }
+}
+
+// Channels of the kSilu output: a warp's 16 rows are gate and up of 8 channels, and a thread has both of one channel for two tokens. Neighbours swap tokens, so that a thread
+// stores two channels of one.
+__device__ __forceinline__ void store_silu(const LinearParams& p, int token, int rows, int output, const float (&d)[4]) {
+  const int lane = threadIdx.x % 32, g = lane / 4;
+  const bool odd = g & 1;
+  float y[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float gate = to_float(to_bf16(d[i])), up = to_float(to_bf16(d[2 + i]));
+    y[i] = to_float(to_bf16(gate / (1.0f + exp_rn(-gate)))) * up;
+  }
+  const float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
+  const bf16 first = to_bf16(odd ? other : y[0]), second = to_bf16(odd ? y[1] : other);
+  token += 2 * (lane % 4) + odd;
+  const int width = p.out_features / 2, channel = output / 2 + static_cast<int>(threadIdx.x) % 128 / 32 * 8 + (g & 6);
+  if (token >= rows || channel >= width) return;
+  *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(token) * width + channel) = first.bits | static_cast<uint32_t>(second.bits) << 16;
+}
+
+// The epilogue of a thread: what it reads ahead of its use, and the finish of a fragment.
+template <typename Shared> struct Epilogue {
+  const LinearParams& p;
+  Shared& shared;
+  int warpgroup, first_row, rows, output;  // of the tile and of this warpgroup
+  uint2 weight;                            // next_weight at this thread's quads
+
+  __device__ Epilogue(const LinearParams& p_, Shared& shared_, int warpgroup_, int first_row_, int rows_, int output_)
+      : p(p_), shared(shared_), warpgroup(warpgroup_), first_row(first_row_), rows(rows_), output(output_), weight(make_uint2(0, 0)) {
+    const Quad at = quad_place(0, output);
+    if (p.next_weight && at.output < p.out_features) weight = __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.next_weight) + at.output));
+  }
+
+  // The residual stream at this thread's quad of the fragment at token `at` of the tile.
+  __device__ uint2 residual(int at) const {
+    const Quad quad = quad_place(first_row + at, output);
+    if (p.finish != Finish::kResidual || quad.token >= rows || quad.output >= p.out_features) return make_uint2(0, 0);
+    return *reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.residual) + static_cast<int64_t>(quad.token) * p.out_features + quad.output);
+  }
+
+  // The thread's fragment d of the 8 tokens from `at` of the tile; stream: residual(at).
+  __device__ void finish(int at, float (&d)[4], uint2 stream) const {
+    const int lane = threadIdx.x % 32;
+    if (p.squares) {
+      const float2 r = *reinterpret_cast<const float2*>(shared.scale + at + 2 * (lane % 4));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) d[e] = d[e] * (e & 1 ? r.y : r.x);
+    }
+    if (p.bias) {
+      const int own = output + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float bias = to_float(static_cast<const bf16*>(p.bias)[min(own + 8 * half, p.out_features - 1)]);
+        d[2 * half] = d[2 * half] + bias;
+        d[2 * half + 1] = d[2 * half + 1] + bias;
+      }
+    }
+    if (p.finish == Finish::kSilu) return store_silu(p, first_row + at, rows, output, d);
+    const Quad quad = quad_of(first_row + at, output, d);
+    if (p.finish == Finish::kStore) return store_quad(p.out, p.out_dtype, p.out_features, rows, quad);
+    const Quad16 before{.all = stream}, factor{.all = weight};
+    const bool valid = quad.token < rows && quad.output < p.out_features;
+    const int64_t place = static_cast<int64_t>(quad.token) * p.out_features + quad.output;
+    Quad16 h, scaled;
+    float x[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      h.each[e] = to_bf16(to_float(before.each[e]) + to_float(to_bf16(quad.value[e])));
+      x[e] = valid ? to_float(h.each[e]) : 0.0f;
+      scaled.each[e] = to_bf16(x[e] * to_float(factor.each[e]));
+    }
+    if (valid) *reinterpret_cast<uint2*>(static_cast<bf16*>(p.residual_out) + place) = h.all;
+    if (!p.next_weight) return;
+    if (valid) *reinterpret_cast<uint2*>(static_cast<bf16*>(p.scaled) + place) = scaled.all;
+    float sum = quad_squares(x);
+    sum = sum + __shfl_xor_sync(0xffffffffu, sum, 16);
+    sum = sum + __shfl_xor_sync(0xffffffffu, sum, 8);
+    if (lane < 8) shared.squares[warpgroup][threadIdx.x % 128 / 32][quad.token - first_row] = sum;
+  }
+
+  // After the last fragment of the tokens begin .. end of the tile, by the whole warpgroup: their sums of squares.
+  __device__ void finish_squares(int begin, int end) const {
+    if (p.finish != Finish::kResidual || !p.next_weight) return;
+    ptx::named_barrier(1 + warpgroup, 128);
+    const float(&part)[4][sizeof(shared.scale) / 4] = shared.squares[warpgroup];
+    for (int t = begin + static_cast<int>(threadIdx.x) % 128; t < min(end, rows - first_row); t += 128)
+      if (output < p.out_features)
+        p.next_squares[static_cast<int64_t>(first_row + t) * square_pitch(p.out_features) + output / 64] = (part[0][t] + part[1][t]) + (part[2][t] + part[3][t]);
+    ptx::named_barrier(1 + warpgroup, 128);  // a further tile may write its parts
+  }
+};
+
+}  // namespace specrt
