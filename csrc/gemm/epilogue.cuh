@@ -18,7 +18,7 @@ template <int warpgroups, int tokens> struct EpilogueShared {
 
 // 1 / rms of the tokens first_row + [begin, end), by one warp, each lane four blocks at a time (base/squares.h); kBatch rows' loads at once.
 __device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 4;
   const int lane = threadIdx.x % 32, blocks = square_blocks(p.in_features), pitch = square_pitch(p.in_features);
   end = min(end, rows - first_row);
   for (int base = begin; base < end; base += kBatch) {

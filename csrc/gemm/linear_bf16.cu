@@ -56,7 +56,7 @@ constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
 
 __device__ __forceinline__ int range_begin(int range, int steps) { return range * steps / kRanges; }
 
-template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 64 ? 2 : 1)
+template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 32 ? (T::warpgroups == 1 ? 5 : 3) : T::tokens == 64 ? (T::warpgroups == 1 ? 3 : 2) : 1)
 linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
   constexpr bool pair = T::ways == Ways::kPair, totals = T::ways != Ways::kOne;
   extern __shared__ __align__(1024) char shared[];
@@ -83,7 +83,6 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   }
   __syncthreads();
   if (pair && T::own_inbox) ptx::cluster_arrive();
-  ptx::launch_dependents();
 
   if (warp >= 4 * T::warpgroups) {
     if (warp > 4 * T::warpgroups && p.next_weight) {  // from memory: nobody has read it before
@@ -132,7 +131,10 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           waited = true;
         }
         if (first_row > 0 && first_row >= *p.num_rows) continue;
+        // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
+        const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
         for (; step < steps; ++step) {
+          if (step == start) ptx::launch_dependents();
           ptx::mbarrier_wait(empty + 8 * s, parity);
           copy_weights(step, s);
           copy_tokens(step, s);

@@ -9,45 +9,59 @@ namespace {
 
 constexpr int kWarps = 4;
 
-template <typename T> __global__ void rope_append_kernel(RopeAppendParams p) {
+constexpr int kPairs = kRopeHeadDim / 64;  // of a lane: elements i and i + D/2, i = lane, lane + 32, ...
+
+// All that does not come from qkv is read before the wait: it is older than the kernel that makes qkv (params.h).
+template <typename T> __global__ void __launch_bounds__(kWarps * 32) rope_append_kernel(const __grid_constant__ RopeAppendParams p) {
   ptx::launch_dependents();  // attention may come up meanwhile
-  ptx::grid_dependency_wait();
-  const int r = blockIdx.x, lane = threadIdx.x % 32, heads = p.q_heads + 2 * p.kv_heads, head = blockIdx.y * kWarps + threadIdx.x / 32;
-  if (r >= *p.num_rows || head >= heads) return;
-  const T* x = static_cast<const T*>(p.qkv) + (static_cast<int64_t>(r) * heads + head) * p.head_dim;
+  const int r = blockIdx.x, lane = threadIdx.x % 32, heads = p.q_heads + 2 * p.kv_heads, head = blockIdx.y * kWarps + threadIdx.x / 32, half = p.head_dim / 2;
   const bool is_q = head < p.q_heads, is_k = !is_q && head < p.q_heads + p.kv_heads;
-  T* out;
-  if (is_q) {
-    out = static_cast<T*>(p.q) + (static_cast<int64_t>(r) * p.q_heads + head) * p.head_dim;
-  } else {
-    const int64_t slot = p.slots[r], kv_head = (head - p.q_heads) % p.kv_heads;
-    if (slot < 0) return;
-    out = static_cast<T*>(is_k ? p.k_pool : p.v_pool) + ((slot / p.page * p.kv_heads + kv_head) * p.page + slot % p.page) * p.head_dim;
-  }
-  if (!is_q && !is_k) {
-    for (int i = lane; i < p.head_dim; i += 32) out[i] = x[i];
-    return;
-  }
+  const int num_rows = *p.num_rows, position = p.positions[r];
+  const int64_t slot = p.slots[r];
+  const bool known = position >= 0 && position < p.max_position;
   const T* norm = static_cast<const T*>(is_q ? p.q_norm : p.k_norm);
-  float scale = 1.0f;
-  if (norm) {
+  float c[kPairs], s[kPairs];
+  T weight[kPairs][2];
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+    const int i = lane + 32 * k;
+    c[k] = s[k] = bits_to_float(0x7fc00000u);
+    if (i >= half) break;
+    if (known) c[k] = p.cos[static_cast<int64_t>(position) * half + i], s[k] = p.sin[static_cast<int64_t>(position) * half + i];
+    if (norm) weight[k][0] = norm[i], weight[k][1] = norm[i + half];
+  }
+  ptx::grid_dependency_wait();
+  if (r >= num_rows || head >= heads || (!is_q && slot < 0)) return;
+  const T* x = static_cast<const T*>(p.qkv) + (static_cast<int64_t>(r) * heads + head) * p.head_dim;
+  T* out = is_q ? static_cast<T*>(p.q) + (static_cast<int64_t>(r) * p.q_heads + head) * p.head_dim
+                : static_cast<T*>(is_k ? p.k_pool : p.v_pool) + ((slot / p.page * p.kv_heads + (head - p.q_heads) % p.kv_heads) * p.page + slot % p.page) * p.head_dim;
+  float x1[kPairs], x2[kPairs];
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+    const int i = lane + 32 * k;
+    if (i >= half) break;
+    x1[k] = to_float(x[i]);
+    x2[k] = to_float(x[i + half]);
+  }
+  if (norm && (is_q || is_k)) {
     float sum = 0.0f;
     for (int i = lane; i < p.head_dim; i += 32) sum = fma_rn(to_float(x[i]), to_float(x[i]), sum);
     for (int d = 16; d; d >>= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
-    scale = 1.0f / sqrtf(sum / static_cast<float>(p.head_dim) + p.eps);
-  }
-  const int position = p.positions[r], half = p.head_dim / 2;
-  const bool known = position >= 0 && position < p.max_position;
-  const int64_t angle = known ? static_cast<int64_t>(position) * half : 0;
-  for (int i = lane; i < half; i += 32) {
-    float x1 = to_float(x[i]), x2 = to_float(x[i + half]);
-    if (norm) {
-      x1 = to_float(round_to<T>(to_float(round_to<T>(x1 * scale)) * to_float(norm[i])));
-      x2 = to_float(round_to<T>(to_float(round_to<T>(x2 * scale)) * to_float(norm[i + half])));
+    const float scale = 1.0f / sqrtf(sum / static_cast<float>(p.head_dim) + p.eps);
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      if (lane + 32 * k >= half) break;
+      x1[k] = to_float(round_to<T>(to_float(round_to<T>(x1[k] * scale)) * to_float(weight[k][0])));
+      x2[k] = to_float(round_to<T>(to_float(round_to<T>(x2[k] * scale)) * to_float(weight[k][1])));
     }
-    const float c = known ? p.cos[angle + i] : bits_to_float(0x7fc00000u), s = known ? p.sin[angle + i] : c;
-    out[i] = round_to<T>(fma_rn(x1, c, -(x2 * s)));
-    out[i + half] = round_to<T>(fma_rn(x2, c, x1 * s));
+  }
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+    const int i = lane + 32 * k;
+    if (i >= half) break;
+    const bool turned = is_q || is_k;
+    out[i] = turned ? round_to<T>(fma_rn(x1[k], c[k], -(x2[k] * s[k]))) : x[i];
+    out[i + half] = turned ? round_to<T>(fma_rn(x2[k], c[k], x1[k] * s[k])) : x[i + half];
   }
 }
 

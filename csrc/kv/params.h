@@ -7,6 +7,9 @@
 
 namespace specrt {
 
+constexpr int kRopeHeadDim = 256;  // the largest on CUDA
+
+// On CUDA positions, slots and num_rows are read before the kernel that makes qkv has ended: what writes them must be older than that kernel.
 struct RopeAppendParams {
   DType dtype;
   const void* qkv;           // [R, (Hq + 2 Hkv) * D]: q heads, k heads, v heads
