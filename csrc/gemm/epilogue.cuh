@@ -16,6 +16,15 @@ template <int warpgroups, int tokens> struct EpilogueShared {
   alignas(16) uint64_t full, empty;       // of `scale`: made, read
 };
 
+// values[4 j + e] for a j known at run time only, from registers. Code behind the main loop is cold in the instruction cache at every launch (the weights between two launches
+// displace it even from L2), so it is short loops: unrolled over the fragments of 64 tokens it cost 10 us a kernel.
+template <int N> __device__ __forceinline__ float pick(const float (&values)[N], int j, int e) {
+  float x = values[e];
+#pragma unroll
+  for (int k = 1; k < N / 4; ++k) x = j == k ? values[4 * k + e] : x;
+  return x;
+}
+
 // 1 / rms of the tokens first_row + [begin, end), by one warp, each lane four blocks at a time (base/squares.h); kBatch rows' loads at once.
 __device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
   constexpr int kBatch = 4;
@@ -23,6 +32,7 @@ __device__ __forceinline__ void make_scales(const LinearParams& p, float* scale,
   end = min(end, rows - first_row);
   for (int base = begin; base < end; base += kBatch) {
     float sum[kBatch] = {};
+#pragma unroll 1
     for (int b = 4 * lane; b < blocks; b += 128) {
       float4 x[kBatch];
 #pragma unroll

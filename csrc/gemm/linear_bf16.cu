@@ -217,41 +217,43 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
             ptx::store_shared_of(place + (2 * j + 1) * bytes, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], bell);
           }
         }
-        uint2 stream[own];
+        float kept[4 * own], last[4 * own];  // the half that stays here: of total, of sum
 #pragma unroll
-        for (int j = 0; j < own; ++j) stream[j] = epilogue.residual(8 * (rank * own + j));
+        for (int i = 0; i < 4 * own; ++i) {
+          kept[i] = rank == 0 ? total[i] : total[4 * own + i];
+          last[i] = sum[4 * own + i];
+        }
+        const int first = 8 * rank * own, end = min(present - rank * own, own);
+        uint2 stream = epilogue.residual(first);
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-#pragma unroll
-        for (int j = 0; j < own; ++j) {
+#pragma unroll 1
+        for (int j = 0; j < end; ++j) {
+          const uint2 next = epilogue.residual(first + 8 * (j + 1));
+          const float4 one = from[0], other = from[rank == 0 ? bytes / 16 : 0];  // rank 0: the third range and the fourth; rank 1: the sum of the first two
+          const float theirs[4] = {one.x, one.y, one.z, one.w}, fourth[4] = {other.x, other.y, other.z, other.w};
+          from += (rank == 0 ? 2 : 1) * bytes / 16;
           float d[4];
-          if (rank == 0) {
-            if (j >= present) break;
-            const float4 third = from[2 * j * bytes / 16], fourth = from[(2 * j + 1) * bytes / 16];
-            d[0] = total[4 * j] + third.x + fourth.x;
-            d[1] = total[4 * j + 1] + third.y + fourth.y;
-            d[2] = total[4 * j + 2] + third.z + fourth.z;
-            d[3] = total[4 * j + 3] + third.w + fourth.w;
-          } else {
-            if (own + j >= present) break;
-            const float4 first = from[j * bytes / 16];
-            const int i = 4 * (own + j);
-            d[0] = first.x + total[i] + sum[i];
-            d[1] = first.y + total[i + 1] + sum[i + 1];
-            d[2] = first.z + total[i + 2] + sum[i + 2];
-            d[3] = first.w + total[i + 3] + sum[i + 3];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float x = pick(kept, j, e);
+            d[e] = rank == 0 ? x + theirs[e] + fourth[e] : theirs[e] + x + pick(last, j, e);
           }
-          epilogue.finish(8 * (rank * own + j), d, stream[j]);
+          epilogue.finish(first + 8 * j, d, stream);
+          stream = next;
         }
-        epilogue.finish_squares(8 * rank * own, 8 * (rank + 1) * own);
+        epilogue.finish_squares(first, first + 8 * own);
       } else {
-#pragma unroll
-        for (int j = 0; j < T::values / 4; ++j) {
-          if (first_row + 8 * j >= rows) break;
+        const int end = min((rows - first_row + 7) / 8, T::values / 4);
+        uint2 stream = epilogue.residual(0);
+#pragma unroll 1
+        for (int j = 0; j < end; ++j) {
+          const uint2 next = epilogue.residual(8 * (j + 1));
           float d[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) d[e] = totals ? total[totals ? 4 * j + e : 0] : sum[4 * j + e];
-          epilogue.finish(8 * j, d, epilogue.residual(8 * j));
+          for (int e = 0; e < 4; ++e) d[e] = totals ? pick(total, j, e) : pick(sum, j, e);
+          epilogue.finish(8 * j, d, stream);
+          stream = next;
         }
         epilogue.finish_squares(0, T::tokens);
       }
