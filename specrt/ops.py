@@ -71,13 +71,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out
 
     A deferred RMSNorm of rows h, norm(h) W^T = r (h * norm_weight) W^T with r = 1 / sqrt(mean(h^2) + eps): x = round(h * norm_weight) and ``squares`` float32
     ``squares_shape(R, K)`` come from ``linear_residual`` or ``rms_scale``, and the sum is multiplied by r before the bias."""
-    _C.linear(x, squares, eps, weight, bias, num_rows, out)
+    _C.linear(x, weight, bias, num_rows, out, squares, eps)
 
 
 def linear_silu(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None, eps: float = 0.0) -> None:
     """Gate and up projection with SiLU-mul: out[r] = round(round(silu(gate)) * up), gate and up rounded first. out [R, I] act, I % 8 == 0; weight packed from [2I, K] whose rows
     alternate in eights (gate 0-7, up 0-7, gate 8-15, ...; layers.linear.alternate), bias [2I] likewise; the rest as in ``linear``."""
-    _C.linear_silu(x, squares, eps, weight, bias, num_rows, out)
+    _C.linear_silu(x, weight, bias, num_rows, out, squares, eps)
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, residual: Tensor, residual_out: Tensor, next_weight: Tensor | None = None,

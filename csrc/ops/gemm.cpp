@@ -71,7 +71,7 @@ void set_squares(Checker& check, LinearParams& p, const std::optional<Tensor>& s
   if (check.cuda() && squares.has_value()) check.aligned("squares", *squares);
 }
 
-void linear(Tensor x, std::optional<Tensor> squares, double eps, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
+void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
   Checker check("linear", x);
   Sym R("R"), K("K"), N("N");
   check("x", x, {R, K}, {kF32, kBF16});
@@ -85,7 +85,7 @@ void linear(Tensor x, std::optional<Tensor> squares, double eps, Tensor weight, 
   SPECRT_LAUNCH(linear, check, p);
 }
 
-void linear_silu(Tensor x, std::optional<Tensor> squares, double eps, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
+void linear_silu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
   Checker check("linear_silu", x);
   Sym R("R"), K("K"), I("I"), N("N");
   check("x", x, {R, K}, {kF32, kBF16});

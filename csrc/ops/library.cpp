@@ -5,8 +5,8 @@
 STABLE_TORCH_LIBRARY(specrt, m) {
   // gemm
   m.def("pack_linear(Tensor weight, Tensor(a!) packed) -> ()");
-  m.def("linear(Tensor x, Tensor? squares, float eps, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out) -> ()");
-  m.def("linear_silu(Tensor x, Tensor? squares, float eps, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out, Tensor? squares, float eps) -> ()");
+  m.def("linear_silu(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor(a!) out, Tensor? squares, float eps) -> ()");
   m.def(
       "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor residual, Tensor(a!) residual_out, Tensor? next_weight"
       ", Tensor(b!)? scaled, Tensor(c!)? next_squares) -> ()");

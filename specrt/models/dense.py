@@ -36,7 +36,7 @@ class Buffers(NamedTuple):
     """Activations of one forward pass over R rows, written anew by each."""
 
     residual: Tensor  # [R, H]
-    scaled: Tensor  # [R, H]
+    scaled: Tensor  # [R, H]; after the pass: its result
     squares: Tensor  # float32 ops.squares_shape(R, H)
     qkv: Tensor  # [R, (Hq + 2 Hkv) D]
     q: Tensor  # [R, Hq, D]

@@ -54,7 +54,7 @@ class PromptRows:
     def logprobs(self, spans: list[tuple[int, int, int]], rows: int, wanted: dict[int, int]) -> dict[int, Any]:
         """{slot: (logprob [len], top_token [len, n], top_logprob [len, n])} of the tokens that follow the rows of the last ``forward``, from the untransformed
         distribution; numpy."""
-        hidden = self.scratch.view(rows).normed
+        hidden = self.scratch.view(rows).scaled
         out: dict[int, Any] = {}
         at = 0
         for slot, start, end in sorted(spans):  # the rows' order
