@@ -14,20 +14,27 @@ template <int warpgroups, int tokens> struct EpilogueShared {
   float scale[tokens];                    // 1 / rms of the tile's tokens
   float squares[warpgroups][4][tokens];   // a warp's part (16 outputs) of each token's sum of squares
   alignas(16) uint64_t full, empty;       // of `scale`: made, read
+  alignas(16) int go;
 };
 
-// values[4 j + e] for a j known at run time only, from registers. Code behind the main loop is cold in the instruction cache at every launch (the weights between two launches
-// displace it even from L2), so it is short loops: unrolled over the fragments of 64 tokens it cost 10 us a kernel.
-template <int N> __device__ __forceinline__ float pick(const float (&values)[N], int j, int e) {
-  float x = values[e];
+// f(j, fragment j) for all of a thread's fragments, in kCopies copies of f between which the values move down. Code behind the main loop is cold in the instruction cache at every
+// launch (the weights between two launches displace it even from L2): written out for each of the fragments of 64 tokens it cost 10 us a kernel.
+constexpr int kCopies = 1;
+template <int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
+#pragma unroll 1
+  for (int first = 0; first < N / 4; first += kCopies) {
 #pragma unroll
-  for (int k = 1; k < N / 4; ++k) x = j == k ? values[4 * k + e] : x;
-  return x;
+    for (int j = 0; j < kCopies; ++j) {
+      float d[4] = {value[4 * j], value[4 * j + 1], value[4 * j + 2], value[4 * j + 3]};
+      f(first + j, d);
+    }
+#pragma unroll
+    for (int i = 0; i + 4 * kCopies < N; ++i) value[i] = value[i + 4 * kCopies];
+  }
 }
 
 // 1 / rms of the tokens first_row + [begin, end), by one warp, each lane four blocks at a time (base/squares.h); kBatch rows' loads at once.
-__device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
-  constexpr int kBatch = 4;
+template <int kBatch> __device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
   const int lane = threadIdx.x % 32, blocks = square_blocks(p.in_features), pitch = square_pitch(p.in_features);
   end = min(end, rows - first_row);
   for (int base = begin; base < end; base += kBatch) {

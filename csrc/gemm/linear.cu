@@ -65,7 +65,7 @@ template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams
   if (p.squares) {
     __shared__ float scale[tokens];
     const int warp = threadIdx.x / 32;
-    make_scales(p, scale, first_row, warp * tokens / 8, (warp + 1) * tokens / 8, num_rows);
+    make_scales<4>(p, scale, first_row, warp * tokens / 8, (warp + 1) * tokens / 8, num_rows);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < TM; ++j)

@@ -5,7 +5,7 @@
 //     which is what vdpbf16ps computes (found by comparing 2e6 random cases on a Zen 5); that instruction also reads denormals as zero and flushes
 //     denormal results to zero, the portable code does not.
 //   CUDA bfloat16: K padded with zeros to T steps of 64, cut in S = num_ranges(N) contiguous ranges [s T / S, (s+1) T / S); a range is one tensor-core chain
-//     from zero, k ascending in steps of 16; the range sums are added ascending, to zero; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
+//     from zero, k ascending in steps of 16; the first range's sum plus the second's; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
 // What then happens to a sum, all in fp32 (Finish): it is multiplied by its row's 1 / rms where `squares` is given, the bias is added, and
 //   kStore     it is rounded to out's dtype.
 //   kSilu      W's rows interleave gate and up in eights (rows 16 i + e and 16 i + 8 + e, e < 8: gate and up of channel 8 i + e); both are rounded, and
