@@ -14,22 +14,18 @@ template <int warpgroups, int tokens> struct EpilogueShared {
   float scale[tokens];                    // 1 / rms of the tile's tokens
   float squares[warpgroups][4][tokens];   // a warp's part (16 outputs) of each token's sum of squares
   alignas(16) uint64_t full, empty;       // of `scale`: made, read
-  alignas(16) int go;
 };
 
-// f(j, fragment j) for all of a thread's fragments, in kCopies copies of f between which the values move down. Code behind the main loop is cold in the instruction cache at every
-// launch (the weights between two launches displace it even from L2): written out for each of the fragments of 64 tokens it cost 10 us a kernel.
-constexpr int kCopies = 1;
+// f(j, fragment j) for all of a thread's fragments, one after the other: between the rounds of a loop the values move down, as registers have no index. Code behind the main loop is
+// cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so it must be short: written out for each of the fragments of 64
+// tokens it cost 10 us a kernel.
 template <int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
 #pragma unroll 1
-  for (int first = 0; first < N / 4; first += kCopies) {
+  for (int j = 0; j < N / 4; ++j) {
+    float d[4] = {value[0], value[1], value[2], value[3]};
+    f(j, d);
 #pragma unroll
-    for (int j = 0; j < kCopies; ++j) {
-      float d[4] = {value[4 * j], value[4 * j + 1], value[4 * j + 2], value[4 * j + 3]};
-      f(first + j, d);
-    }
-#pragma unroll
-    for (int i = 0; i + 4 * kCopies < N; ++i) value[i] = value[i + 4 * kCopies];
+    for (int i = 0; i + 4 < N; ++i) value[i] = value[i + 4];
   }
 }
 
@@ -147,6 +143,7 @@ template <typename Shared> struct Epilogue {
     if (p.finish != Finish::kResidual || !p.next_weight) return;
     ptx::named_barrier(1 + warpgroup, 128);
     const float(&part)[4][sizeof(shared.scale) / 4] = shared.squares[warpgroup];
+#pragma unroll 1
     for (int t = begin + static_cast<int>(threadIdx.x) % 128; t < min(end, rows - first_row); t += 128)
       if (output < p.out_features)
         p.next_squares[static_cast<int64_t>(first_row + t) * square_pitch(p.out_features) + output / 64] = (part[0][t] + part[1][t]) + (part[2][t] + part[3][t]);

@@ -7,15 +7,15 @@
 //                    weight still occupies the chip.
 // In the first two a CTA stays and takes tile after tile. A producer thread keeps `stages` steps of 64 columns in flight by bulk copies, across tiles.
 //
-// Few rows: the time is the weights' way from memory, and what is lost is lost between kernels. So the next kernel of the stream starts early (programmatic
-// dependent launch) and fills its pipeline with weights while this one still works. That needs room, evenly: a kernel that finds room for two of its CTAs on an SM
-// leaves other SMs empty. Hence two sizes of pipeline, such that one of each fits an SM but not two of the larger: layers that widen (qkv, gate/up, lm_head)
+// Few rows: the time is the weights' way from memory, and what is lost is lost between kernels. So the next kernel of the stream starts (programmatic dependent launch)
+// when the last loads of this one are on their way, and fills its pipeline with weights while this one still works. Not sooner: kernels that wait hold registers and shared
+// memory that the one before them needs (a decode step of the 8B shape took 6.34 ms with a start at once, 6.02 so). That needs room, evenly: a kernel that finds room for two of its
+// CTAs on an SM leaves other SMs empty. Hence two sizes of pipeline, such that one of each fits an SM but not two of the larger: layers that widen (qkv, gate/up, lm_head)
 // take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ. For the same reason the code is short: what lies straight on for
 // every fragment of a tile does not stay in an SM's instruction cache, and every kernel would fetch it from memory again.
 //
 // Many rows: the tokens' way from L2 (at most 59 GB/s an SM) counts as much, so two CTAs with different outputs share it: each brings half of the tokens and
-// multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs). Nor does the next kernel
-// start early, as there is no room beside this one: it may when the last loads are on their way.
+// multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs).
 // Bytes: the weights once per block of tokens, x once per block of weight rows, or per two that share (from L2).
 #include <algorithm>
 
@@ -50,6 +50,8 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   // Behind the warpgroups one warp is the producer and one makes the rows' scales. Where the others need more than an even share of the registers there are four of these, and
   // they give most of their own.
   static constexpr bool takes = tokens > 128;
+  static constexpr int given = 56, taken = 224;
+  static_assert(128 * given + 256 * taken <= 384 * 168, "of 168 registers a thread, which is what 384 threads can have");
   static constexpr int threads = 128 * warpgroups + (takes ? 128 : 64);
   static constexpr int box = tokens / share;  // the tokens a CTA brings
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
@@ -71,7 +73,7 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
 constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
 
 template <typename T> __global__ void __launch_bounds__(T::threads, T::few_registers)
-linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages, int late, int dry, int pf) {
+linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t stages = ptx::shared_address(shared), inbox = T::own_inbox ? stages + num_stages * T::stage_bytes : stages;
   const int tail_at = num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0);
@@ -90,17 +92,15 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
     }
     if (T::pair) ptx::mbarrier_init(received, 1);
-    tail.go = 0;
     ptx::mbarrier_init(scales_made, 1);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
   if (T::share > 1 || T::own_inbox) ptx::cluster_arrive_relaxed();
-  if (!late) ptx::launch_dependents();
 
   if (warp >= 4 * T::warpgroups) {
-    if constexpr (T::takes) ptx::give_registers<64>();
+    if constexpr (T::takes) ptx::give_registers<T::given>();
     auto row_of = [&](int tile) { return tile % blocks * T::tokens; };
     auto output_of = [&](int tile) { return (tile / blocks * T::share + slot) * T::outputs; };
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
@@ -131,17 +131,6 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       const int output = output_of(first_tile) + 16 * lane;
       if (16 * lane < T::outputs && output < p.out_features) ptx::prefetch_l2(static_cast<const bf16*>(p.next_weight) + output);
     }
-    if (scales && pf && ahead) {
-      const int most = min(steps, num_stages + (200 << 10) / T::weight_bytes);
-      __nanosleep(pf);
-#pragma unroll 1
-      for (int at = num_stages * kUnitBytes; at < most * kUnitBytes; at += 4096) {
-        if (*reinterpret_cast<volatile int*>(&tail.go)) break;
-#pragma unroll 1
-        for (int u = 0; u < units; ++u) ptx::prefetch_l2(weight + static_cast<int64_t>(u) * all_steps * kUnitBytes + at + lane * 128);
-        __nanosleep(60 * units);
-      }
-    }
     ptx::grid_dependency_wait();
     if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
     if (scales && p.squares) {
@@ -167,8 +156,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         const int first_row = row_of(tile), units = units_of(output_of(tile));
         if (first_row > 0 && first_row >= *p.num_rows) continue;
         const char* weight = weights_of(output_of(tile));
-        // The next kernel may start when the last loads are on their way.
-        const int start = late == 2 && tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
+        const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : -1;
 #pragma unroll 1
         for (; step < steps; ++step) {
           if (step == start) ptx::launch_dependents();
@@ -182,34 +170,26 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         }
       }
     }
-    if (late == 1 && producer) ptx::launch_dependents();
     __syncwarp();
     if (T::cluster > 1 && !T::own_inbox) ptx::cluster_arrive_relaxed();
     if (T::cluster > 1) ptx::cluster_wait();
   } else {
-    if constexpr (T::takes) ptx::take_registers<224>();
+    if constexpr (T::takes) ptx::take_registers<T::taken>();
     const int warpgroup = warp / 4;
-    int s = 0, parity = 0, scales_parity = 0, rows = 0;  // the stage in use, over all tiles
+    int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
     auto release = [&](int stage) {  // this warp is done with it
       if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * stage);
       if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
     };
-    // Before the first tile, while there are no tokens yet, a pass without them: one step on whatever lies in shared memory, an epilogue of no rows. It brings this code to the
-    // instruction cache, from which the weights displace it between two launches.
-#pragma unroll 1
-    for (int tile = first_tile - (dry ? tile_step : 0); tile < tiles; tile += tile_step) {
-      const bool real = tile >= first_tile;
-      if (tile == first_tile) {
-        ptx::grid_dependency_wait();
-        if (threadIdx.x == 0) *reinterpret_cast<volatile int*>(&tail.go) = 1;
-        if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
-        rows = min(*p.num_rows, p.rows);
-      }
-      const int at = real ? tile : first_tile, first_row = at % blocks * T::tokens, first_output = (at / blocks * T::share + slot) * T::outputs + warpgroup * 64;
-      if (real && first_row > 0 && first_row >= rows) continue;
+    ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
+    if (T::share > 1) ptx::cluster_wait();
+    const int rows = min(*p.num_rows, p.rows);
+    int cta;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));  // read anew: the compiler would keep first_tile for both branches, and spill it
+    for (int tile = cta / T::cluster; tile < tiles; tile += tile_step) {
+      if (tile % blocks > 0 && tile % blocks * T::tokens >= rows) continue;
       constexpr bool turn = T::ways == Ways::kTurn;
       float sum[T::values], first_sum[turn ? T::values : 1];
-      int before = -1;  // the stage that may still be read
 #pragma unroll 1
       for (int range = 0; range < (turn ? 2 : 1); ++range) {
         if (turn && range == 1) {
@@ -218,10 +198,10 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         }
 #pragma unroll
         for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
-        const int range_steps = !real ? 1 : turn ? (range == 0 ? middle : steps - middle) : steps;
+        const int range_steps = turn ? (range == 0 ? middle : steps - middle) : steps;
 #pragma unroll 1
         for (int step = 0; step < range_steps; ++step) {
-          if (real) ptx::mbarrier_wait(full + 8 * s, parity);
+          ptx::mbarrier_wait(full + 8 * s, parity & 1);
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
           ptx::wgmma_fence();
@@ -229,10 +209,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
           ptx::wgmma_commit();
           ptx::wgmma_wait<T::lag>();
-          if (!real) continue;
           if (T::lag == 0) release(s);
-          else if (before >= 0) release(before);
-          before = s;
+          else if (range > 0 || step > 0) release((s == 0 ? num_stages : s) - 1);
           if (++s == num_stages) {
             s = 0;
             parity ^= 1;
@@ -240,21 +218,20 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         }
         ptx::wgmma_wait<0>();
       }
-      if (T::lag && before >= 0) release(before);
+      if (T::lag && steps > 0) release((s == 0 ? num_stages : s) - 1);
+      const int first_row = tile % blocks * T::tokens, first_output = (tile / blocks * T::share + slot) * T::outputs + warpgroup * 64;
       const Epilogue<typename T::Tail> epilogue(p, tail, warpgroup, first_row, rows, first_output);
-      if (real && p.squares) {
-        ptx::mbarrier_wait(scales_made, scales_parity);
-        scales_parity ^= 1;
+      if (p.squares) {
+        ptx::mbarrier_wait(scales_made, parity >> 1);
+        parity ^= 2;
       }
       if constexpr (T::pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
         const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
         const int lower = min(present, T::own), upper = present - lower, awaited = rank == 0 ? lower : upper, sent = present - awaited;
-        if (real) {
-          if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
-          if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
-          ptx::cluster_wait();
-        }
+        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
+        if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
+        ptx::cluster_wait();
         float mine[4 * T::own], theirs[4 * T::own];
 #pragma unroll
         for (int i = 0; i < 4 * T::own; ++i) {
@@ -267,10 +244,10 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         });
         const int half = 8 * rank * T::own;
         uint2 stream = epilogue.residual(half);
-        if (real) ptx::mbarrier_wait(received, 0);
+        ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
         for_each_fragment(mine, [&](int j, float (&d)[4]) {
-          if (j >= (real ? awaited : kCopies)) return;
+          if (j >= awaited) return;
           const uint2 next = epilogue.residual(half + 8 * (j + 1));
           const float4 other = from[j * T::fragment_bytes / 16];
           d[0] = d[0] + other.x;
@@ -287,7 +264,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
         uint2 stream = epilogue.residual(0);
         for_each_fragment(sum, [&](int j, float (&d)[4]) {
-          if (real ? first_row + 8 * j >= rows : j >= kCopies) return;
+          if (first_row + 8 * j >= rows) return;
           const uint2 next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);
           stream = next;
@@ -295,7 +272,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         epilogue.finish_squares(0, T::tokens);
       }
       __syncwarp();
-      if (real && p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
+      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
     if (T::share > 1) {  // the other may still arrive at this CTA's barriers
       ptx::cluster_arrive_relaxed();
@@ -311,11 +288,7 @@ template <typename T> void launch_tile(const LinearParams& p, cudaStream_t strea
   const int budget = T::many ? (ctas <= sms ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
-  auto env = [](const char* name, int otherwise) { const char* v = getenv(name); return v ? atoi(v) : otherwise; };
-  const int mode = env("SPECRT_LATE", 2), dry = env("SPECRT_DRY", 1), pf = env("SPECRT_PF", 0);
-  const int late = mode == 3 ? (T::many ? 1 : p.finish == Finish::kStore && p.squares ? 2 : 0) : mode;
-  launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_kernel<T>, x, p, stages,
-         late, dry, pf);
+  launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_kernel<T>, x, p, stages);
 }
 
 template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cudaStream_t stream) {
