@@ -33,11 +33,15 @@ SPECRT_HD float to_float(bf16 x) {
 SPECRT_HD float to_float(float x) { return x; }
 
 SPECRT_HD bf16 to_bf16(float f) {
+  bf16 out;
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(f));  // the same, but for the bits of a NaN
+#else
   uint32_t u;
   memcpy(&u, &f, 4);
   uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  bf16 out;
   out.bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? ((u >> 16) | 0x40u) : rounded);
+#endif
   return out;
 }
 

@@ -7,8 +7,7 @@
 namespace specrt {
 
 // Ranges of K (params.h): a weight of many outputs occupies the chip without them.
-constexpr int kRanges = 4;
-constexpr int num_ranges(int out_features) { return out_features > 127 * 128 ? 1 : kRanges; }
+constexpr int num_ranges(int out_features) { return out_features > 127 * 128 ? 1 : 2; }
 
 constexpr int fp8_ranges(int out_features) { return out_features > 127 * 128 ? 1 : 2; }
 

@@ -1,17 +1,22 @@
-// bfloat16 linear on Hopper's warpgroup tensor cores: 64 or 128 weight rows on the wide side, 16 to 256 tokens on the narrow one.
+// bfloat16 linear on Hopper's warpgroup tensor cores: 64 to 192 weight rows on the wide side, 16 to 256 tokens on the narrow one.
 //
-// One kernel, three ways through K (params.h has the order; which way runs, and how deep its pipeline is, changes no bit):
+// One kernel, three ways through K (params.h has the order; which way runs, who shares what, and how deep the pipeline is, changes no bit):
 //   one range:       a CTA walks all of K.
-//   ranges in turn:  a CTA walks the 4 ranges one after the other and keeps the total beside the running sum. Many rows (prefill).
-//   a pair of CTAs:  each walks two of the ranges; for half of the tokens each, the sums go to the other through distributed shared memory. Few rows: a
-//                    small weight still occupies the chip.
+//   ranges in turn:  a CTA walks the two ranges one after the other and keeps the first's sum beside the running one. Many rows (prefill).
+//   a pair of CTAs:  each walks one of the ranges; for half of the tokens each, the sum goes to the other through distributed shared memory. Few rows: a small
+//                    weight still occupies the chip.
 // In the first two a CTA stays and takes tile after tile. A producer thread keeps `stages` steps of 64 columns in flight by bulk copies, across tiles.
 //
 // Few rows: the time is the weights' way from memory, and what is lost is lost between kernels. So the next kernel of the stream starts early (programmatic
 // dependent launch) and fills its pipeline with weights while this one still works. That needs room, evenly: a kernel that finds room for two of its CTAs on an SM
 // leaves other SMs empty. Hence two sizes of pipeline, such that one of each fits an SM but not two of the larger: layers that widen (qkv, gate/up, lm_head)
-// take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ.
-// Bytes: the weights once per block of tokens, x once per block of weight rows (from L2).
+// take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ. For the same reason the code is short: what lies straight on for
+// every fragment of a tile does not stay in an SM's instruction cache, and every kernel would fetch it from memory again.
+//
+// Many rows: the tokens' way from L2 (at most 59 GB/s an SM) counts as much, so two CTAs with different outputs share it: each brings half of the tokens and
+// multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs). Nor does the next kernel
+// start early, as there is no room beside this one: it may when the last loads are on their way.
+// Bytes: the weights once per block of tokens, x once per block of weight rows, or per two that share (from L2).
 #include <algorithm>
 
 #include "base/launch.h"
@@ -23,6 +28,7 @@
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -30,19 +36,26 @@ namespace specrt {
 namespace {
 
 constexpr int kStepColumns = 64, kRowBytes = kStepColumns * 2;
+constexpr int kStepsToL2 = 4;  // of weights, beyond the pipeline, that come to L2 while the first tokens are on their way
 
 enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
 template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
   static constexpr Ways ways = ways_;
-  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 32;  // the last warp is the producer
-  static constexpr int cluster = ways == Ways::kPair ? 2 : 1;
+  static constexpr bool pair = ways == Ways::kPair;
+  static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
+  static constexpr int cluster = pair ? 2 : share;
+  static constexpr int outputs = 64 * warpgroups, values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
+  // One warp is the producer. Where the others need more than an even share of the registers it is a warpgroup, and gives them most of its own.
+  static constexpr bool takes = ways == Ways::kTurn && tokens > 128;
+  static constexpr int threads = 128 * warpgroups + (takes ? 128 : 32);
+  static constexpr int box = tokens / share;  // the tokens a CTA brings
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
-  static constexpr int values = tokens / 2;  // of the tile, a thread
-  // What the other CTA of a pair sends: [2 ranges][values / 8][thread of the warpgroups] of 4 values. Over the stages where it is large.
-  static constexpr int inbox_bytes = ways == Ways::kPair ? 2 * values / 2 * 128 * warpgroups * 4 : 0;
-  static constexpr bool own_inbox = ways == Ways::kPair && tokens <= 32;
+  static constexpr int own = fragments / 2, fragment_bytes = 16 * 128 * warpgroups;  // of a pair, each finishes half of the fragments of 8 tokens
+  // What the other CTA of a pair sends: [own][thread of the warpgroups] of 4 values. Over the stages where it is large.
+  static constexpr int inbox_bytes = pair ? own * fragment_bytes : 0;
+  static constexpr bool own_inbox = pair && tokens <= 32;
   // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long.
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
@@ -51,8 +64,6 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
 };
 
 constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
-
-__device__ __forceinline__ int range_begin(int range, int steps) { return range * steps / kRanges; }
 
 // The thread's fragment d (ptx/wgmma.cuh) of 8 tokens from `token` and 64 outputs from `output`: bias, rounding, store.
 __device__ __forceinline__ void finish(const LinearParams& p, int token, int rows, int output, float (&d)[4]) {
@@ -68,63 +79,89 @@ __device__ __forceinline__ void finish(const LinearParams& p, int token, int row
   store_fragment(p.out, p.out_dtype, p.out_features, token, rows, output, d);
 }
 
+// f(j, fragment j) for all of a thread's fragments: a few copies of f in a loop, between whose rounds the values move down (registers have no index).
+template <int values, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[values], F&& f) {
+  constexpr int copies = values > 16 ? 4 : 2;
+#pragma unroll 1
+  for (int first = 0; first < values / 4; first += copies) {
+#pragma unroll
+    for (int j = 0; j < copies; ++j) {
+      float d[4] = {value[4 * j], value[4 * j + 1], value[4 * j + 2], value[4 * j + 3]};
+      f(first + j, d);
+    }
+#pragma unroll
+    for (int i = 0; i + 4 * copies < values; ++i) value[i] = value[i + 4 * copies];
+  }
+}
+
 template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 64 ? 2 : 1)
 linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
-  constexpr bool pair = T::ways == Ways::kPair, totals = T::ways != Ways::kOne;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t stages = ptx::shared_address(shared), inbox = T::own_inbox ? stages + num_stages * T::stage_bytes : stages;
   const uint32_t full = stages + num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0), empty = full + num_stages * 8, received = empty + num_stages * 8;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? ptx::cluster_rank() : 0;
-  const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns;
-  const int begin = pair ? range_begin(2 * rank, all_steps) : 0, steps = (pair ? range_begin(2 * rank + 2, all_steps) : all_steps) - begin;
-  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::outputs - 1) / T::outputs);
-  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // of a pair: one tile
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = T::cluster > 1 ? ptx::cluster_rank() : 0, slot = T::share > 1 ? rank : 0;
+  const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
+  const int begin = T::pair && rank == 1 ? middle : 0, steps = T::pair && rank == 0 ? middle : all_steps - begin;
+  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::share * T::outputs - 1) / (T::share * T::outputs));
+  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // a tile: of the cluster. A pair has one.
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
+      ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
     }
-    if (pair) ptx::mbarrier_init(received, 1);
+    if (T::pair) ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  if (pair && T::own_inbox) ptx::cluster_arrive();
-  ptx::launch_dependents();
+  if (T::share > 1 || T::own_inbox) ptx::cluster_arrive_relaxed();
+  if (!T::many) ptx::launch_dependents();
 
-  if (warp == 4 * T::warpgroups) {
-    if (lane == 0) {
-      const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
-      bool waited = false;
-      int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
-      for (int tile = first_tile; tile < tiles; tile += tile_step) {
-        const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs;
-        const int units = min(T::warpgroups, (p.out_features - first_output + 63) / 64);
-        const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
-        auto copy_weights = [&](int step, int s) {
-          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
-          for (int u = 0; u < units; ++u)
-            ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
-        };
-        auto copy_tokens = [&](int step, int s) {
-          ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
-        };
-        int step = 0;
-        if (!waited) {
-          const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
-          for (int i = 0; i < ahead; ++i) copy_weights(i, i);
-          ptx::grid_dependency_wait();
-          for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
-          step = ahead;
-          s = ahead % num_stages;
-          parity = ahead == num_stages ? 0 : 1;
-          waited = true;
-        }
+  if (warp >= 4 * T::warpgroups) {
+    if constexpr (T::takes) ptx::give_registers<56>();
+    auto row_of = [&](int tile) { return tile % blocks * T::tokens; };
+    auto output_of = [&](int tile) { return (tile / blocks * T::share + slot) * T::outputs; };
+    auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
+    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (p.out_features - first_output + 63) / 64)); };
+    auto copy_weights = [&](const char* weight, int units, int step, int s) {
+      ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
+#pragma unroll
+      for (int u = 0; u < T::warpgroups; ++u)
+        if (u < units) ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
+    };
+    const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
+    auto copy_tokens = [&](int first_row, int step, int s) {
+      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + slot * T::box * kRowBytes;
+      const int column = (begin + step) * kStepColumns, row = first_row + slot * T::box;
+      if constexpr (T::share > 1) ptx::tma_load_to_all(to, &x_map, column, row, full + 8 * s, (1 << T::share) - 1, keep);
+      else ptx::tma_load(to, &x_map, column, row, full + 8 * s, keep);
+    };
+    // The first block of rows always runs: its weights may come before the number of rows is known.
+    const int ahead = first_tile < tiles && row_of(first_tile) == 0 ? min(steps, num_stages) : 0;
+    const int units = units_of(output_of(first_tile));
+    const char* weight = weights_of(output_of(first_tile));
+    const bool producer = warp == 4 * T::warpgroups && lane == 0;
+    if (producer)
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) copy_weights(weight, units, i, i);
+    __syncwarp();
+    ptx::grid_dependency_wait();
+    if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
+    if (producer) {
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) copy_tokens(0, i, i);
+      const int further = ahead ? min(steps - ahead, kStepsToL2) : 0;
+      for (int u = 0; u < units && further > 0; ++u) ptx::bulk_prefetch_l2(weight + (static_cast<int64_t>(u) * all_steps + ahead) * kUnitBytes, further * kUnitBytes);
+      int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
+      for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
+        const int first_row = row_of(tile), units = units_of(output_of(tile));
         if (first_row > 0 && first_row >= *p.num_rows) continue;
+        const char* weight = weights_of(output_of(tile));
+#pragma unroll 1
         for (; step < steps; ++step) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
-          copy_weights(step, s);
-          copy_tokens(step, s);
+          copy_weights(weight, units, step, s);
+          copy_tokens(first_row, step, s);
           if (++s == num_stages) {
             s = 0;
             parity ^= 1;
@@ -132,116 +169,105 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         }
       }
     }
+    if (T::many && producer) ptx::launch_dependents();
     __syncwarp();
-    if (pair) {
-      if (!T::own_inbox) ptx::cluster_arrive();
-      ptx::cluster_wait();
-    }
+    if (T::cluster > 1 && !T::own_inbox) ptx::cluster_arrive_relaxed();
+    if (T::cluster > 1) ptx::cluster_wait();
   } else {
+    if constexpr (T::takes) ptx::take_registers<224>();
     const int warpgroup = warp / 4;
-    int s = 0, parity = 0, before = 0;  // the stage in use, over all tiles, and the one before it
-    ptx::grid_dependency_wait();        // nothing is lost: there are no tokens before
+    int s = 0, parity = 0;        // the stage in use, over all tiles
+    ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
+    if (T::share > 1) ptx::cluster_wait();
     const int rows = min(*p.num_rows, p.rows);
+    auto release = [&](int stage) {  // this warp is done with it
+      if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * stage);
+      if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
+    };
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs + warpgroup * 64;
+      const int first_row = tile % blocks * T::tokens, first_output = (tile / blocks * T::share + slot) * T::outputs + warpgroup * 64;
       if (first_row > 0 && first_row >= rows) continue;
-      float sum[T::values], total[totals ? T::values : 1];
+      constexpr bool turn = T::ways == Ways::kTurn;
+      float sum[T::values], first_sum[turn ? T::values : 1];
+      int before = -1;  // the stage that may still be read
+#pragma unroll 1
+      for (int range = 0; range < (turn ? 2 : 1); ++range) {
+        if (turn && range == 1) {
 #pragma unroll
-      for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
-      if (totals)
+          for (int i = 0; i < T::values; ++i) first_sum[i] = sum[i];
+        }
 #pragma unroll
-        for (int i = 0; i < T::values; ++i) total[i] = 0.0f;
-      int range = pair ? 2 * rank : 0, range_end = range_begin(range + 1, all_steps) - begin;
-      for (int step = 0; step < steps; ++step) {
-        ptx::mbarrier_wait(full + 8 * s, parity);
-        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-        ptx::wgmma_fence();
+        for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+        const int range_steps = turn ? (range == 0 ? middle : steps - middle) : steps;
+#pragma unroll 1
+        for (int step = 0; step < range_steps; ++step) {
+          ptx::mbarrier_wait(full + 8 * s, parity);
+          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
+          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
+          ptx::wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
-        ptx::wgmma_commit();
-        if (totals && range_end <= step + 1) {  // a range ends here (with fewer steps than ranges some are empty: zero sums)
-          ptx::wgmma_wait<0>();
-          if (!(pair && rank == 1 && step == steps - 1)) {
-#pragma unroll
-            for (int i = 0; i < T::values; ++i) {
-              total[i] = total[i] + sum[i];
-              sum[i] = 0.0f;
-            }
-          }
-          while (range < kRanges - 1 && range_end <= step + 1) range_end = range_begin(++range + 1, all_steps) - begin;
-        } else {
+          for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
+          ptx::wgmma_commit();
           ptx::wgmma_wait<T::lag>();
-        }
-        if ((T::lag == 0 || step > 0) && lane == 0) ptx::mbarrier_arrive(empty + 8 * (T::lag ? before : s));  // this warp is done with that stage
-        before = s;
-        if (++s == num_stages) {
-          s = 0;
-          parity ^= 1;
-        }
-      }
-      ptx::wgmma_wait<0>();
-      if (T::lag && steps > 0 && lane == 0) ptx::mbarrier_arrive(empty + 8 * before);
-      if constexpr (pair) {
-        // Rank 0 has the sum of ranges 0 and 1 in total; rank 1 has range 2 in total and range 3 in sum. Rank 0 finishes the first half of the tokens.
-        constexpr int fragments = T::values / 4, own = fragments / 2;
-        const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
-        const int awaited = rank == 0 ? 2 * min(present, own) : max(present - own, 0);
-        constexpr int bytes = 16 * 128 * T::warpgroups;
-        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * bytes);
-        if (!T::own_inbox) ptx::cluster_arrive();  // this CTA is done with its stages
-        ptx::cluster_wait();
-        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-#pragma unroll
-        for (int j = 0; j < own; ++j) {
-          if (rank == 0) {
-            if (own + j < present) ptx::store_shared_of(place + j * bytes, total[4 * (own + j)], total[4 * (own + j) + 1], total[4 * (own + j) + 2], total[4 * (own + j) + 3], bell);
-          } else if (j < present) {
-            ptx::store_shared_of(place + 2 * j * bytes, total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3], bell);
-            ptx::store_shared_of(place + (2 * j + 1) * bytes, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], bell);
+          if (T::lag == 0) release(s);
+          else if (before >= 0) release(before);
+          before = s;
+          if (++s == num_stages) {
+            s = 0;
+            parity ^= 1;
           }
         }
+        ptx::wgmma_wait<0>();
+      }
+      if (T::lag && before >= 0) release(before);
+      if constexpr (T::pair) {
+        // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
+        const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
+        const int lower = min(present, T::own), upper = present - lower, awaited = rank == 0 ? lower : upper, sent = present - awaited;
+        if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
+        if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
+        ptx::cluster_wait();
+        float mine[4 * T::own], theirs[4 * T::own];
+#pragma unroll
+        for (int i = 0; i < 4 * T::own; ++i) {
+          mine[i] = rank == 0 ? sum[i] : sum[4 * T::own + i];
+          theirs[i] = rank == 0 ? sum[4 * T::own + i] : sum[i];
+        }
+        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
+        for_each_fragment(theirs, [&](int j, float (&d)[4]) {
+          if (j < sent) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
+        });
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-#pragma unroll
-        for (int j = 0; j < own; ++j) {
-          float d[4];
-          if (rank == 0) {
-            if (j >= present) break;
-            const float4 third = from[2 * j * bytes / 16], fourth = from[(2 * j + 1) * bytes / 16];
-            d[0] = total[4 * j] + third.x + fourth.x;
-            d[1] = total[4 * j + 1] + third.y + fourth.y;
-            d[2] = total[4 * j + 2] + third.z + fourth.z;
-            d[3] = total[4 * j + 3] + third.w + fourth.w;
-          } else {
-            if (own + j >= present) break;
-            const float4 first = from[j * bytes / 16];
-            const int i = 4 * (own + j);
-            d[0] = first.x + total[i] + sum[i];
-            d[1] = first.y + total[i + 1] + sum[i + 1];
-            d[2] = first.z + total[i + 2] + sum[i + 2];
-            d[3] = first.w + total[i + 3] + sum[i + 3];
-          }
-          finish(p, first_row + 8 * (rank * own + j), rows, first_output, d);
-        }
+        for_each_fragment(mine, [&](int j, float (&d)[4]) {
+          if (j >= awaited) return;
+          const float4 other = from[j * T::fragment_bytes / 16];
+          d[0] = d[0] + other.x;
+          d[1] = d[1] + other.y;
+          d[2] = d[2] + other.z;
+          d[3] = d[3] + other.w;
+          finish(p, first_row + 8 * (rank * T::own + j), rows, first_output, d);
+        });
       } else {
+        if constexpr (turn)
 #pragma unroll
-        for (int j = 0; j < T::values / 4; ++j) {
-          if (first_row + 8 * j >= rows) break;
-          float d[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) d[e] = totals ? total[totals ? 4 * j + e : 0] : sum[4 * j + e];
-          finish(p, first_row + 8 * j, rows, first_output, d);
-        }
+          for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
+        for_each_fragment(sum, [&](int j, float (&d)[4]) {
+          if (first_row + 8 * j < rows) finish(p, first_row + 8 * j, rows, first_output, d);
+        });
       }
+    }
+    if (T::share > 1) {  // the other may still arrive at this CTA's barriers
+      ptx::cluster_arrive_relaxed();
+      ptx::cluster_wait();
     }
   }
 }
 
 template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
-  const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::tokens);
-  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
-  const int ctas = T::ways == Ways::kPair ? 2 * tiles : std::min(tiles, sms);
+  const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
+  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
+  const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
   const int budget = T::many ? (ctas <= sms ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
@@ -259,17 +285,20 @@ template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cuda
 
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   require_hopper("linear", "bfloat16");
-  const int outputs = ceil_div(p.out_features, 128);
+  const int sms = num_sms();
+  auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {
     if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
-  } else if (p.rows > 256 && outputs * ceil_div(p.rows, 128) >= 128) {
-    launch_tile<Tile<2, 128, Ways::kTurn>>(p, stream);
-  } else if (2 * outputs >= kEnoughCtas) {
+  } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kEnoughCtas) {
+    launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream);
+  } else if (p.rows <= 64 ? 2 * pairs(2) < kEnoughCtas : 2 * pairs(1) <= sms) {
+    launch_few<1, Ways::kPair>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
+  } else if (p.rows <= 64 || 2 * pairs(2) <= sms) {
     launch_few<2, Ways::kPair>(p, stream);
   } else {
-    launch_few<1, Ways::kPair>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
+    launch_tile<Tile<3, 128, Ways::kPair>>(p, stream);
   }
 }
 

@@ -5,7 +5,7 @@
 //     which is what vdpbf16ps computes (found by comparing 2e6 random cases on a Zen 5); that instruction also reads denormals as zero and flushes
 //     denormal results to zero, the portable code does not.
 //   CUDA bfloat16: K padded with zeros to T steps of 64, cut in S = num_ranges(N) contiguous ranges [s T / S, (s+1) T / S); a range is one tensor-core chain
-//     from zero, k ascending in steps of 16; the range sums are added ascending, to zero; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
+//     from zero, k ascending in steps of 16; the first range's sum plus the second's; then the bias. CUDA float32: one fma chain, k ascending, then the bias.
 // The bias is added to the sum in fp32, then comes the one rounding to out's dtype.
 //
 // FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four

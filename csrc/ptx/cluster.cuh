@@ -13,6 +13,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 // A barrier of all threads of all CTAs of the cluster in two halves: what each wrote before it arrived is visible to all after they waited.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The first half without the fence that makes writes visible: for barriers initialised (mbarrier_init_fence), and shared memory only read, before.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -37,6 +39,12 @@ __device__ __forceinline__ uint32_t load_word_of(uint32_t rank, uint32_t own) {
 // Writes 64 bits to the shared address `own` of the CTA `rank`.
 __device__ __forceinline__ void store_to(uint32_t rank, uint32_t own, uint64_t bits) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(shared_address_of(rank, own)), "l"(bits) : "memory");
+}
+
+// Arrives at the barrier at the shared address `own` of the CTA `rank`. It orders nothing that this thread wrote: a release at cluster scope is a fence of the whole
+// card (0.7 us). For giving back what was only read.
+__device__ __forceinline__ void mbarrier_arrive_of(uint32_t rank, uint32_t own) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address_of(rank, own)) : "memory");
 }
 
 // Sends four floats to `to` (16-byte aligned) in another CTA; they complete as 16 bytes on that CTA's barrier `bell`. Both addresses in the cluster's window.

@@ -30,6 +30,17 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, in
                : "memory");
 }
 
+// The same into every CTA of the cluster whose bit is set in `ctas`, at this offset of its shared memory and completing on its own barrier there.
+__device__ __forceinline__ void tma_load_to_all(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, int ctas, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<uint16_t>(ctas)), "l"(policy)
+      : "memory");
+}
+
+// Brings `bytes` contiguous bytes (a multiple of 16, 16-byte aligned) to L2.
+__device__ __forceinline__ void bulk_prefetch_l2(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory"); }
+
 // `bytes` contiguous bytes (a multiple of 16, both sides 16-byte aligned).
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
