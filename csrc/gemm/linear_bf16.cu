@@ -81,7 +81,8 @@ __device__ __forceinline__ void finish(const LinearParams& p, int token, int row
 
 // f(j, fragment j) for all of a thread's fragments: a few copies of f in a loop, between whose rounds the values move down (registers have no index).
 template <int values, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[values], F&& f) {
-  constexpr int copies = values > 16 ? 4 : 2;
+  constexpr int copies = values > 16 ? 4 : values > 4 ? 2 : 1;
+  static_assert(values % (4 * copies) == 0);
 #pragma unroll 1
   for (int first = 0; first < values / 4; first += copies) {
 #pragma unroll
