@@ -12,7 +12,7 @@ from tests.kit.compare import assert_bits, assert_close, poisoned, rows
 BF16, F32 = torch.bfloat16, torch.float32
 FORMS = [(F32, F32), (BF16, BF16), (BF16, F32)]  # dtype of x and W, dtype of out
 WIDE = (16400, 264)  # (N, K): so wide that CUDA takes all of K as one range
-TURNS = [(5640, 264), (5640, 72)]  # on CUDA: clusters up to 256 rows, the ranges in turn above; the second has empty ranges
+TURNS = [(5640, 264), (5640, 56)]  # on CUDA: pairs of CTAs up to 256 rows, the ranges in turn above; of the second, one range is empty
 # Gaussian inputs: the sums' own rounding, or the one rounding to bf16.
 TOLERANCE = {F32: 2e-6, BF16: 4e-3}
 
