@@ -242,7 +242,7 @@ template <int D> struct Consumer {
         const int len[2] = {job.len_of(row), job.len_of(row + 8)};
         chunk.template softmax<true>({first_seen(p, len[0]) - tile, first_seen(p, len[1]) - tile}, {len[0] - tile, len[1] - tile}, scale, lane, a);
       };
-      auto fold_chunk = [&](int tile, const float (&m)[2]) { group.fold(m, {chunk.l[0], chunk.l[2]}, chunk.o, {sees(0, tile / kChunk * kChunk, kChunk), sees(1, tile / kChunk * kChunk, kChunk)}); };
+      auto fold_chunk = [&](int tile, const float (&m)[2]) { group.fold(m, {chunk.l[0][0], chunk.l[0][2]}, chunk.o, {sees(0, tile / kChunk * kChunk, kChunk), sees(1, tile / kChunk * kChunk, kChunk)}); };
       bool has_total = false;
       auto fold_group = [&](int tile) { fold_total(group, has_total, {sees(0, tile / kGroup * kGroup, kGroup), sees(1, tile / kGroup * kGroup, kGroup)}); };
       const uint32_t ones = ptx::shared_address(rest.ones);
@@ -274,6 +274,7 @@ template <int D> struct Consumer {
         if (fresh) chunk.m[0] = chunk.m[1] = SPECRT_MINUS_INF;
         softmax(coming);
         ptx::wgmma_wait<0>();
+        ptx::wgmma_results(chunk.l);
         ptx::wgmma_results(chunk.o);
         release(rest.empty_v, at);
         at = ahead;
@@ -294,6 +295,7 @@ template <int D> struct Consumer {
       wait_values(tile, run_first, run_last);
       chunk.start_values(shared + L::values + at.stage * L::tile_bytes, ones, fresh);
       ptx::wgmma_wait<0>();
+      ptx::wgmma_results(chunk.l);
       ptx::wgmma_results(chunk.o);
       release(rest.empty_v, at);
       at.advance();

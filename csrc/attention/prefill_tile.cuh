@@ -45,7 +45,7 @@ template <int D> struct PromptSums {
 template <int D> struct PromptChunk {
   float s[8][4];     // scores of a tile, then probabilities
   uint32_t p[4][4];  // probabilities of 16 keys as the A operand
-  float m[2], l[4], o[kTileColumns<D> / 8][4];  // l: the product with a column of ones; l[0] for i = 0, l[2] for i = 1
+  float m[2], l[1][4], o[kTileColumns<D> / 8][4];  // l: the product with a column of ones; l[0][0] for i = 0, l[0][2] for i = 1
 
   // s = Q K^T, asynchronously; one group of wgmmas.
   __device__ __forceinline__ void start_scores(uint32_t queries, uint32_t keys) {
@@ -63,7 +63,7 @@ template <int D> struct PromptChunk {
 #pragma unroll
     for (int g = 0; g < 4; ++g) ptx::wgmma_columns(o, p[g], b + 128 * g, g > 0 || !fresh);
 #pragma unroll
-    for (int g = 0; g < 4; ++g) ptx::wgmma_sums(l, p[g], one, g > 0 || !fresh);
+    for (int g = 0; g < 4; ++g) ptx::wgmma_sums(l[0], p[g], one, g > 0 || !fresh);
     ptx::wgmma_commit();
   }
 
@@ -105,7 +105,7 @@ template <int D> struct PromptChunk {
   // l and O times a: no wgmma on O may be in flight.
   __device__ __forceinline__ void rescale(const float (&a)[2]) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) l[e] = l[e] * a[e / 2];
+    for (int e = 0; e < 4; ++e) l[0][e] = l[0][e] * a[e / 2];
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
 #pragma unroll
