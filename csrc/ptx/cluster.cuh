@@ -1,4 +1,4 @@
-// Thread-block clusters (sm_90): rank, size, barrier, and another CTA's shared memory. Before the first access every CTA must have started, and none may end before the
+// Thread-block clusters (sm_90): rank, size, number, barrier, and another CTA's shared memory. Before the first access every CTA must have started, and none may end before the
 // last one: a barrier before, a barrier after.
 #pragma once
 #include <cstdint>
@@ -17,9 +17,19 @@ __device__ __forceinline__ uint32_t cluster_size() {
   return ctas;
 }
 
+// Which cluster of the grid, along x.
+__device__ __forceinline__ uint32_t cluster_id() {
+  uint32_t id;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+  return id;
+}
+
 // A barrier of all threads of all CTAs of the cluster in two halves: what each wrote before it arrived is visible to all after they waited.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Arrives without making anything visible but what a fence did (ptx/mbarrier.cuh).
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
@@ -43,6 +53,12 @@ __device__ __forceinline__ uint64_t load_from(uint32_t rank, uint32_t own) {
 // Writes 64 bits to the shared address `own` of the CTA `rank`.
 __device__ __forceinline__ void store_to(uint32_t rank, uint32_t own, uint64_t bits) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(shared_address_of(rank, own)), "l"(bits) : "memory");
+}
+
+// Sends 64 bits to the shared address `own` of the CTA `rank`; they complete as 8 bytes on that CTA's barrier at the shared address `bell`.
+__device__ __forceinline__ void send_to(uint32_t rank, uint32_t own, uint64_t bits, uint32_t bell) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(shared_address_of(rank, own)), "l"(bits), "r"(shared_address_of(rank, bell))
+               : "memory");
 }
 
 // Sends four floats to `to` (16-byte aligned) in another CTA; they complete as 16 bytes on that CTA's barrier `bell`. Both addresses in the cluster's window.

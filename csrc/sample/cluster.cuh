@@ -3,6 +3,7 @@
 // (maxima of ranks, integer sums), so they do not depend on how the row is cut.
 #pragma once
 #include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
 #include "sample/token.h"
 
 namespace specrt {
@@ -23,6 +24,7 @@ struct RowShared {
   uint2 sums[2][kBins];  // two histograms of 64-bit sums, (low, high): one is filled while other CTAs may still read the other
   Listed list[kMostCtas][kListed];
   uint64_t list_count[kMostCtas], warp_rank[kMostThreads / 32], cta_rank[2][kMostCtas];
+  uint64_t rank_bell[2];  // rings when all ranks are there
   int64_t warp_sum[kBins / 32], above;
   int bin, listed;
   uint32_t threshold;
@@ -56,24 +58,33 @@ __device__ inline float highest_of(const float (&x)[4]) { return fmaxf(fmaxf(x[0
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// The best rank. `exchange`: 0, then 1: a slot is written by every CTA once. All CTAs must have started.
+// By one thread, before the other CTAs may be written to.
+__device__ inline void init_bells(const RowSlice& row) {
+  for (uint64_t& bell : row.shared.rank_bell) ptx::mbarrier_init(shared_address(&bell), 1);
+  ptx::mbarrier_init_fence();
+  for (uint64_t& bell : row.shared.rank_bell) ptx::mbarrier_arrive_expect(shared_address(&bell), row.ctas * static_cast<int>(sizeof(uint64_t)));
+}
+
+__device__ inline uint64_t warp_best(uint64_t rank) {
+  const uint32_t high = static_cast<uint32_t>(rank >> 32), best = __reduce_max_sync(kWarp, high);
+  return static_cast<uint64_t>(best) << 32 | __reduce_max_sync(kWarp, high == best ? static_cast<uint32_t>(rank) : 0u);
+}
+
+// The best rank. `exchange`: 0, then 1: a slot is written by every CTA once. All CTAs must have started; who returns may end, since all have sent.
 __device__ inline uint64_t cluster_best(const RowSlice& row, int exchange, uint64_t rank) {
   RowShared& s = row.shared;
-  for (int d = 16; d; d >>= 1) {
-    const uint64_t other = __shfl_xor_sync(kWarp, static_cast<unsigned long long>(rank), d);
-    rank = other > rank ? other : rank;
-  }
-  if (threadIdx.x % 32 == 0) s.warp_rank[threadIdx.x / 32] = rank;
+  const int lane = threadIdx.x % 32;
+  const uint32_t bell = shared_address(&s.rank_bell[exchange]);
+  rank = warp_best(rank);
+  if (lane == 0) s.warp_rank[threadIdx.x / 32] = rank;
   __syncthreads();
-  if (threadIdx.x < row.ctas) {
-    for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) rank = s.warp_rank[w] > rank ? s.warp_rank[w] : rank;
-    ptx::store_to(threadIdx.x, shared_address(&s.cta_rank[exchange][ptx::cluster_rank()]), rank);
+  if (threadIdx.x < 32) {
+    rank = warp_best(lane < static_cast<int>(blockDim.x) / 32 ? s.warp_rank[lane] : 0);
+    if (lane < row.ctas) ptx::send_to(lane, shared_address(&s.cta_rank[exchange][ptx::cluster_rank()]), rank, bell);
   }
   __syncwarp();
-  ptx::cluster_sync();
-  uint64_t best = 0;
-  for (int c = 0; c < row.ctas; ++c) best = s.cta_rank[exchange][c] > best ? s.cta_rank[exchange][c] : best;
-  return best;
+  ptx::mbarrier_wait(bell, 0);
+  return warp_best(lane < row.ctas ? s.cta_rank[exchange][lane] : 0);
 }
 
 // ------------------------------------------------------------------------------------------------ thresholds, by histograms
@@ -109,18 +120,20 @@ template <typename Needed> __device__ Crossing find_crossing(const RowSlice& row
 #pragma unroll
     for (int c = 0; c < kMostCtas; ++c)
       if (c < row.ctas) mine += ptx::load_from(c, shared_address(&s.sums[row.turn][threadIdx.x]));
-  int64_t prefix = static_cast<int64_t>(mine), total = 0;
+  int64_t prefix = static_cast<int64_t>(mine);
   for (int d = 1; d < 32; d <<= 1) {
     const int64_t before = __shfl_up_sync(kWarp, static_cast<long long>(prefix), d);
     if (lane >= d) prefix += before;
   }
   if (lane == 31 && warp < kBins / 32) s.warp_sum[warp] = prefix;
   __syncthreads();
-  for (int w = 0; w < kBins / 32; ++w) {
-    const int64_t sum = s.warp_sum[w];
-    if (w < warp) prefix += sum;
-    total += sum;
+  int64_t sums = lane < kBins / 32 ? s.warp_sum[lane] : 0;
+  for (int d = 1; d < kBins / 32; d <<= 1) {
+    const int64_t before = __shfl_up_sync(kWarp, static_cast<long long>(sums), d);
+    if (lane >= d) sums += before;
   }
+  const int64_t total = __shfl_sync(kWarp, static_cast<long long>(sums), kBins / 32 - 1), before = __shfl_sync(kWarp, static_cast<long long>(sums), ::max(warp - 1, 0));
+  if (warp > 0) prefix += before;
   const int64_t need = needed(total), above = prefix - static_cast<int64_t>(mine);
   if (above < need && need <= prefix) s.bin = threadIdx.x, s.above = above;  // one thread's
   __syncthreads();
@@ -170,13 +183,14 @@ __device__ Crossing distance_crossing(RowSlice& row, float max, float per_unit, 
   return find_crossing(row, needed);
 }
 
-// The highest key of a bin with which the weights reach `need`, by a list of all its tokens in every CTA; 0 where they are too many. inside(z): whether z is in the bin.
-template <typename Inside, typename Weight> __device__ uint32_t listed_threshold(const RowSlice& row, Inside&& inside, Weight&& weight, int64_t need) {
+// The highest key of a bin with which the weights reach `need`, by a list of all its tokens in every CTA; 0 where they are too many. inside(z): whether z is in the bin, all of which is >= lowest.
+template <typename Inside, typename Weight> __device__ uint32_t listed_threshold(const RowSlice& row, float lowest, Inside&& inside, Weight&& weight, int64_t need) {
   RowShared& s = row.shared;
   const uint32_t me = ptx::cluster_rank();
   if (threadIdx.x == 0) s.listed = 0, s.threshold = 0;
   __syncthreads();
   row.each([&](const float (&x)[4], int) {
+    if (!(highest_of(x) >= lowest)) return;
 #pragma unroll
     for (const float z : x) {
       if (!inside(z)) continue;
@@ -226,7 +240,7 @@ __device__ float cluster_threshold(RowSlice& row, float max, float floor, Weight
   keys.lo = ::max(keys.lo, order_key(floor));
   float lowest = key_value(keys.lo), highest = key_value(keys.hi - 1);
   auto inside = [&](float x) { return x >= lowest && x <= highest && distance_bin(x, max, per_unit) == bin; };
-  const uint32_t listed = listed_threshold(row, inside, weight, c.need - c.above);
+  const uint32_t listed = listed_threshold(row, lowest, inside, weight, c.need - c.above);
   if (listed) return key_value(listed);
   while (keys.hi - keys.lo > 1) {
     const int shift = ::max(32 - __clz(keys.hi - keys.lo - 1) - 9, 0);  // the highest key in bin 0

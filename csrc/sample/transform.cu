@@ -2,6 +2,7 @@
 // choice of the token there; the row is written back once, where it changed and somebody wants it. No sort: thresholds by histograms (cluster.cuh).
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
+#include "ptx/prefetch.cuh"
 #include "sample/cluster.cuh"
 
 namespace specrt {
@@ -228,15 +229,18 @@ template <bool kVector> __device__ uint64_t finish_row(const RowSlice& row, floa
 
 template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_transform_kernel(SampleTransformParams p) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const int ctas = ptx::cluster_size(), row_index = blockIdx.x / ctas;
+  const int ctas = ptx::cluster_size(), row_index = ptx::cluster_id();
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  if (row_index >= *p.num_rows) return;  // the whole cluster
-  ptx::cluster_arrive();                 // waited for before the first access to another CTA
+  const int rows = *p.num_rows, b = p.row_request[row_index];  // both at once
+  if (row_index >= rows) return;                               // the whole cluster
   const int n = p.vocab, quads = (n + 3) / 4, part = (quads + ctas - 1) / ctas, first = min(static_cast<int>(ptx::cluster_rank()) * part, quads);
   RowSlice row{*reinterpret_cast<RowShared*>(memory), reinterpret_cast<float4*>(memory + kRowShared), first, min(part, quads - first), ctas};
   float* logits = p.logits + static_cast<int64_t>(row_index) * n;
-  const int b = p.row_request[row_index];
+  for (int v = 4 * first + 32 * threadIdx.x; v < min(4 * (first + row.quads), n); v += 32 * blockDim.x) ptx::prefetch_l2(logits + v);  // while the parameters are read
+  if (threadIdx.x == 0) init_bells(row);
+  __syncwarp();
+  ptx::cluster_arrive_relaxed();  // waited for before the first access to another CTA
   uint64_t mine;
   const bool changed = adjust_row<kVector>(p, row_index, b, logits, row, mine);
   ptx::cluster_wait();
@@ -253,20 +257,23 @@ template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_t
   const RowStatus status = !best ? kStatusAllMasked : max == infinity() ? kStatusNotFinite : kStatusOk;
   const float* f = p.sampling_f + b * kSamplingF;
   const int32_t* i = p.sampling_i + b * kSamplingI;
-  const bool random = status == kStatusOk && f[kTemperature] > 0.0f, draw = random && p.token;
-  const bool top_k = random && i[kTopK] > 0 && i[kTopK] < n, top_p = random && f[kTopP] < 1.0f;
+  const bool random = status == kStatusOk && f[kTemperature] > 0.0f;
 
-  Finish end{max, -infinity(), random ? f[kMinP] : 0.0f, p.keep && (changed || top_k || top_p || (random && f[kMinP] > 0.0f)), draw, 0, 0, -infinity()};
-  const float lowest = key_value(order_key(-infinity()) + 1);
-  if (top_k) {
+  float cut = key_value(order_key(-infinity()) + 1);
+  bool searched = false;
+  if (random && i[kTopK] > 0 && i[kTopK] < n) {
     const int64_t k = i[kTopK];
-    end.cut = cluster_threshold(row, max, lowest, [](float) -> int64_t { return 1; }, [k](int64_t possible) { return possible >= k ? k : 0; });
+    cut = cluster_threshold(row, max, cut, [](float) -> int64_t { return 1; }, [k](int64_t possible) { return possible >= k ? k : 0; });
+    searched = true;
   }
-  if (top_p) {
+  if (random && f[kTopP] < 1.0f) {
     const float p_value = f[kTopP];
-    end.cut = cluster_threshold(row, max, top_k ? end.cut : lowest, [max](float x) { return mass(x, max); },
-                                [p_value](int64_t total) { return needed_mass(p_value, total); });
+    cut = cluster_threshold(row, max, cut, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
+    searched = true;
   }
+  const bool draw = random && p.token;
+  Finish end{max, cut, random ? f[kMinP] : 0.0f, false, draw, 0, 0, -infinity()};
+  end.write = p.keep && (changed || searched || end.min_p > 0.0f);
   const int32_t greedy = ::max(rank_token(best), 0);
   if (draw) {
     end.seed = p.seeds[b];
@@ -276,7 +283,7 @@ template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_t
   uint64_t chosen = 0;
   if (end.write || draw) chosen = finish_row<kVector>(row, logits, n, end);
   if (draw) chosen = cluster_best(row, 1, chosen);
-  else if (top_k || top_p) ptx::cluster_sync();  // no CTA ends while another may still read its histogram
+  else if (searched) ptx::cluster_sync();  // no CTA ends while another may still read its histogram
   if (!writer) return;
   p.status[row_index] = status;
   if (p.token) p.token[row_index] = status != kStatusOk ? 0 : draw ? ::max(rank_token(chosen), 0) : greedy;
