@@ -259,17 +259,17 @@ template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_t
   const int32_t* i = p.sampling_i + b * kSamplingI;
   const bool random = status == kStatusOk && f[kTemperature] > 0.0f;
 
-  float cut = key_value(order_key(-infinity()) + 1);
-  bool searched = false;
-  if (random && i[kTopK] > 0 && i[kTopK] < n) {
+  float cut = key_value(kLowestKey);
+  const bool top_k = random && i[kTopK] > 0 && i[kTopK] < n;
+  if (top_k) {
     const int64_t k = i[kTopK];
-    cut = cluster_threshold(row, max, cut, [](float) -> int64_t { return 1; }, [k](int64_t possible) { return possible >= k ? k : 0; });
-    searched = true;
+    cut = cluster_threshold(row, max, [](float x) -> int64_t { return x > -infinity(); }, [k](int64_t possible) { return possible >= k ? k : 0; });
   }
+  const bool searched = top_k || (random && f[kTopP] < 1.0f);
   if (random && f[kTopP] < 1.0f) {
     const float p_value = f[kTopP];
-    cut = cluster_threshold(row, max, cut, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
-    searched = true;
+    if (top_k) row.drop_below(cut);
+    cut = cluster_threshold(row, max, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
   }
   const bool draw = random && p.token;
   Finish end{max, cut, random ? f[kMinP] : 0.0f, false, draw, 0, 0, -infinity()};
