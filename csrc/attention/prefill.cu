@@ -242,9 +242,15 @@ template <int D> struct Consumer {
         const int len[2] = {job.len_of(row), job.len_of(row + 8)};
         chunk.template softmax<true>({first_seen(p, len[0]) - tile, first_seen(p, len[1]) - tile}, {len[0] - tile, len[1] - tile}, scale, lane, a);
       };
-      auto fold_chunk = [&](int tile, const float (&m)[2]) { group.fold(m, {chunk.l[0][0], chunk.l[0][2]}, chunk.o, {sees(0, tile / kChunk * kChunk, kChunk), sees(1, tile / kChunk * kChunk, kChunk)}); };
+      auto fold_chunk = [&](int tile, const float (&m)[2]) {
+        const int from = tile / kChunk * kChunk;
+        group.fold(m, {chunk.l[0][0], chunk.l[0][2]}, chunk.o, {sees(0, from, kChunk), sees(1, from, kChunk)});
+      };
       bool has_total = false;
-      auto fold_group = [&](int tile) { fold_total(group, has_total, {sees(0, tile / kGroup * kGroup, kGroup), sees(1, tile / kGroup * kGroup, kGroup)}); };
+      auto fold_group = [&](int tile) {
+        const int from = tile / kGroup * kGroup;
+        fold_total(group, has_total, {sees(0, from, kGroup), sees(1, from, kGroup)});
+      };
       const uint32_t ones = ptx::shared_address(rest.ones);
 
       wait(rest.full_k, at);

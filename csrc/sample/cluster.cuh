@@ -28,6 +28,7 @@ struct RowShared {
   int64_t warp_sum[kBins / 32], above;
   int bin, listed;
   uint32_t threshold;
+  float floor;  // the score of the likeliest token
   int32_t path_token[64];
 };
 constexpr size_t kRowShared = (sizeof(RowShared) + 15) / 16 * 16;
@@ -190,7 +191,8 @@ __device__ Crossing distance_crossing(RowSlice& row, float max, float per_unit, 
   return find_crossing(row, needed);
 }
 
-// The highest key of a bin with which the weights reach `need`, by a list of all its tokens in every CTA; 0 where they are too many. inside(z): whether z is in the bin, all of which is >= lowest.
+// The highest key of a bin with which the weights reach `need`, by a list of all its tokens in every CTA; 0 where they are too many. inside(z): whether z is in the bin,
+// all of which is >= lowest.
 template <typename Inside, typename Weight> __device__ uint32_t listed_threshold(const RowSlice& row, float lowest, Inside&& inside, Weight&& weight, int64_t need) {
   RowShared& s = row.shared;
   const uint32_t me = ptx::cluster_rank();

@@ -257,7 +257,9 @@ template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_t
   const RowStatus status = !best ? kStatusAllMasked : max == infinity() ? kStatusNotFinite : kStatusOk;
   const float* f = p.sampling_f + b * kSamplingF;
   const int32_t* i = p.sampling_i + b * kSamplingI;
-  const bool random = status == kStatusOk && f[kTemperature] > 0.0f;
+  const bool random = status == kStatusOk && f[kTemperature] > 0.0f, draw = random && p.token;
+  const int32_t greedy = ::max(rank_token(best), 0);
+  if (draw && threadIdx.x < 32) row.shared.floor = max + gumbel_noise(p.seeds[b], p.row_position[row_index] + 1, greedy, kNoiseShared);
 
   float cut = key_value(kLowestKey);
   const bool top_k = random && i[kTopK] > 0 && i[kTopK] < n;
@@ -271,14 +273,13 @@ template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_t
     if (top_k) row.drop_below(cut);
     cut = cluster_threshold(row, max, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
   }
-  const bool draw = random && p.token;
   Finish end{max, cut, random ? f[kMinP] : 0.0f, false, draw, 0, 0, -infinity()};
   end.write = p.keep && (changed || searched || end.min_p > 0.0f);
-  const int32_t greedy = ::max(rank_token(best), 0);
   if (draw) {
+    __syncthreads();
+    end.floor = row.shared.floor;
     end.seed = p.seeds[b];
     end.position = p.row_position[row_index] + 1;
-    end.floor = max + gumbel_noise(end.seed, end.position, greedy, kNoiseShared);
   }
   uint64_t chosen = 0;
   if (end.write || draw) chosen = finish_row<kVector>(row, logits, n, end);
