@@ -28,7 +28,6 @@ struct RowShared {
   int64_t warp_sum[kBins / 32], above;
   int bin, listed;
   uint32_t threshold;
-  float floor;  // the score of the likeliest token
   int32_t path_token[64];
 };
 constexpr size_t kRowShared = (sizeof(RowShared) + 15) / 16 * 16;
@@ -51,14 +50,6 @@ struct RowSlice {
       const float4 z4 = z[q];
       float x[4] = {z4.x, z4.y, z4.z, z4.w};
       visit(x, 4 * (first + q));
-    }
-  }
-
-  // Tokens below `cut` become impossible; each thread in its own quads.
-  __device__ void drop_below(float cut) const {
-    for (int q = threadIdx.x; q < quads; q += blockDim.x) {
-      const float4 x = z[q];
-      z[q] = make_float4(x.x >= cut ? x.x : -infinity(), x.y >= cut ? x.y : -infinity(), x.z >= cut ? x.z : -infinity(), x.w >= cut ? x.w : -infinity());
     }
   }
 };
@@ -158,24 +149,25 @@ __device__ inline int distance_bin(float z, float max, float per_unit) { return 
 struct KeyRange {
   uint32_t lo, hi;
 };
-constexpr uint32_t kLowestKey = 0x00800000u;  // of the lowest finite number
 __device__ inline KeyRange bin_keys(int bin, float max, float per_unit) {
   const float near = max - static_cast<float>(bin) / per_unit, far = max - static_cast<float>(bin + 1) / per_unit;
   const float room = 9.5367431640625e-7f;  // 2^-20
   KeyRange r{order_key(far - (fabsf(far) + 32.0f) * room), order_key(near + (fabsf(near) + 32.0f) * room)};
   if (bin == kBins - 1) r.lo = 0;
-  return {::max(r.lo, kLowestKey), ::min(r.hi, order_key(max)) + 1};
+  return {::max(r.lo, order_key(-infinity()) + 1), ::min(r.hi, order_key(max)) + 1};
 }
 
 // By distance from the maximum. The open bin's tokens may be most of the row, and would stand in line for one word: they are summed by thread first.
 template <typename Weight, typename Needed>
-__device__ Crossing distance_crossing(RowSlice& row, float max, float per_unit, Weight&& weight, Needed&& needed) {
+__device__ Crossing distance_crossing(RowSlice& row, float max, float per_unit, float floor, Weight&& weight, Needed&& needed) {
   next_histogram(row);
   int64_t last = 0;
   row.each([&](const float (&x)[4], int) {
     int64_t w[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) w[e] = weight(x[e]);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) w[e] = x[e] >= floor ? w[e] : 0;
     if ((max - highest_of(x)) * per_unit >= static_cast<float>(kBins - 1)) {
       last += (w[0] + w[1]) + (w[2] + w[3]);
       return;
@@ -231,20 +223,22 @@ template <typename Inside, typename Weight> __device__ uint32_t listed_threshold
   return s.threshold;
 }
 
-// The lowest value t > -inf for which the weights of the tokens >= t reach needed(their sum over all tokens), or the lowest of all where needed says 0; what is
-// -inf has no weight. A bin of the distances usually holds few tokens; where it holds many, each further histogram narrows the keys that are still possible by 512.
-template <typename Weight, typename Needed> __device__ float cluster_threshold(RowSlice& row, float max, Weight&& weight, Needed&& needed) {
+// The lowest value t for which the weights of the tokens >= t reach needed(their sum over all tokens), among the tokens >= floor (> -inf). Returns floor where
+// needed says 0. A bin of the distances usually holds few tokens; where it holds many, each further histogram narrows the keys that are still possible by 512.
+template <typename Weight, typename Needed>
+__device__ float cluster_threshold(RowSlice& row, float max, float floor, Weight&& weight, Needed&& needed) {
   Crossing c;
   float per_unit = kNearBins;
 #pragma unroll 1
   while (true) {
-    c = distance_crossing(row, max, per_unit, weight, needed);
-    if (c.need == 0) return key_value(kLowestKey);
+    c = distance_crossing(row, max, per_unit, floor, weight, needed);
+    if (c.need == 0) return floor;
     if (c.bin < kBins - 1 || per_unit == kFarBins) break;
     per_unit = kFarBins;
   }
   const int bin = c.bin;
   KeyRange keys = bin_keys(bin, max, per_unit);
+  keys.lo = ::max(keys.lo, order_key(floor));
   float lowest = key_value(keys.lo), highest = key_value(keys.hi - 1);
   auto inside = [&](float x) { return x >= lowest && x <= highest && distance_bin(x, max, per_unit) == bin; };
   const uint32_t listed = listed_threshold(row, lowest, inside, weight, c.need - c.above);

@@ -257,29 +257,28 @@ template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_t
   const RowStatus status = !best ? kStatusAllMasked : max == infinity() ? kStatusNotFinite : kStatusOk;
   const float* f = p.sampling_f + b * kSamplingF;
   const int32_t* i = p.sampling_i + b * kSamplingI;
-  const bool random = status == kStatusOk && f[kTemperature] > 0.0f, draw = random && p.token;
-  const int32_t greedy = ::max(rank_token(best), 0);
-  if (draw && threadIdx.x < 32) row.shared.floor = max + gumbel_noise(p.seeds[b], p.row_position[row_index] + 1, greedy, kNoiseShared);
+  const bool random = status == kStatusOk && f[kTemperature] > 0.0f;
 
-  float cut = key_value(kLowestKey);
-  const bool top_k = random && i[kTopK] > 0 && i[kTopK] < n;
-  if (top_k) {
+  float cut = key_value(order_key(-infinity()) + 1);
+  bool searched = false;
+  if (random && i[kTopK] > 0 && i[kTopK] < n) {
     const int64_t k = i[kTopK];
-    cut = cluster_threshold(row, max, [](float x) -> int64_t { return x > -infinity(); }, [k](int64_t possible) { return possible >= k ? k : 0; });
+    cut = cluster_threshold(row, max, cut, [](float) -> int64_t { return 1; }, [k](int64_t possible) { return possible >= k ? k : 0; });
+    searched = true;
   }
-  const bool searched = top_k || (random && f[kTopP] < 1.0f);
   if (random && f[kTopP] < 1.0f) {
     const float p_value = f[kTopP];
-    if (top_k) row.drop_below(cut);
-    cut = cluster_threshold(row, max, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
+    cut = cluster_threshold(row, max, cut, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
+    searched = true;
   }
+  const bool draw = random && p.token;
   Finish end{max, cut, random ? f[kMinP] : 0.0f, false, draw, 0, 0, -infinity()};
   end.write = p.keep && (changed || searched || end.min_p > 0.0f);
+  const int32_t greedy = ::max(rank_token(best), 0);
   if (draw) {
-    __syncthreads();
-    end.floor = row.shared.floor;
     end.seed = p.seeds[b];
     end.position = p.row_position[row_index] + 1;
+    end.floor = max + gumbel_noise(end.seed, end.position, greedy, kNoiseShared);
   }
   uint64_t chosen = 0;
   if (end.write || draw) chosen = finish_row<kVector>(row, logits, n, end);
