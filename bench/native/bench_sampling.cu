@@ -1,7 +1,7 @@
 // Choosing tokens from logits: sample_transform with the choice in it, on rows of a vocabulary of 128256, cold.
 //
 // floor: a graph-timed pure read of the logits. The transform works in place, so every replay gets fresh logits (a copy that is not timed). Checked on the host: which tokens
-// the filter keeps and with which values, the choice itself, and that a row alone has the same result.
+// the filter keeps and with which values, the choice itself, and that a row alone, and the choice where nothing is kept (a round without logprobs), have the same result.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,8 +21,10 @@ struct Case {
   std::string name;
   int rows;
   float temperature, top_p;
+  bool keep;  // the filtered logits are written back, as for logprobs
 };
-const Case kCases[] = {{"sampling_b32_v128k", 32, 0.7f, 0.9f}, {"sampling_b1_v128k", 1, 0.7f, 0.9f}, {"greedy_b32_v128k", 32, 0.0f, 1.0f}};
+const Case kCases[] = {{"sampling_b32_v128k", 32, 0.7f, 0.9f, true}, {"sampling_b1_v128k", 1, 0.7f, 0.9f, true}, {"greedy_b32_v128k", 32, 0.0f, 1.0f, true},
+                       {"sampling_token_b32_v128k", 32, 0.7f, 0.9f, false}, {"sampling_token_b1_v128k", 1, 0.7f, 0.9f, false}, {"greedy_b1_v128k", 1, 0.0f, 1.0f, false}};
 
 class Bench {
  public:
@@ -58,11 +60,11 @@ class Bench {
     char shape[80];
     if (case_.temperature > 0) std::snprintf(shape, sizeof shape, "%d x %d, T %.1f, top-p %.1f", case_.rows, kVocab, case_.temperature, case_.top_p);
     else std::snprintf(shape, sizeof shape, "%d x %d, T 0", case_.rows, kVocab);
-    out.shape = shape;
+    out.shape = shape + std::string(case_.keep ? "" : ", nothing kept");
     out.correct = check(out.checks);
     const Timing ours = time_graph(
         [&](cudaStream_t stream) {
-          for (int copy = 0; copy < copies_; ++copy) enqueue(logits_.at(bytes_ * copy), case_.rows, counts_.as<int32_t>(), stream);
+          for (int copy = 0; copy < copies_; ++copy) enqueue(logits_.at(bytes_ * copy), case_.rows, counts_.as<int32_t>(), case_.keep, stream);
         },
         [&](cudaStream_t stream) { SPECRT_CUDA_CHECK(cudaMemcpyAsync(logits_.as(), fresh_.as(), fresh_.bytes(), cudaMemcpyDeviceToDevice, stream)); });
     out.seconds = ours.seconds / copies_;
@@ -75,7 +77,7 @@ class Bench {
   }
 
  private:
-  void enqueue(void* logits, int rows, const int32_t* num_rows, cudaStream_t stream) const {
+  void enqueue(void* logits, int rows, const int32_t* num_rows, bool keep, cudaStream_t stream) const {
     SampleTransformParams t{};
     t.logits = static_cast<float*>(logits);
     t.row_request = request_.as<int32_t>();
@@ -93,7 +95,7 @@ class Bench {
     t.stops = 1;
     t.seeds = seeds_.as<int64_t>();
     t.token = token_.as<int32_t>();
-    t.keep = true;  // the check looks at what was kept
+    t.keep = keep;
     launch_sample_transform_cuda(t, stream);
   }
 
@@ -101,7 +103,7 @@ class Bench {
     SPECRT_CUDA_CHECK(cudaMemcpy(logits_.as(), fresh_.as(), bytes_, cudaMemcpyDeviceToDevice));
     poison(token_.as(), token_.bytes());
     poison(status_.as(), status_.bytes());
-    enqueue(logits_.as(), case_.rows, counts_.as<int32_t>(), nullptr);
+    enqueue(logits_.as(), case_.rows, counts_.as<int32_t>(), true, nullptr);
     const std::vector<int32_t> tokens = download<int32_t>(token_.as(), case_.rows), status = download<int32_t>(status_.as(), case_.rows);
     const std::vector<float> z = download<float>(logits_.as(), bytes_ / 4), before = download<float>(fresh_.as(), bytes_ / 4);
     bool right = true;
@@ -110,8 +112,13 @@ class Bench {
 
     SPECRT_CUDA_CHECK(cudaMemcpy(logits_.as(), fresh_.as(), bytes_, cudaMemcpyDeviceToDevice));
     poison(token_.as(), token_.bytes());
-    enqueue(logits_.as(), 1, counts_.as<int32_t>() + 1, nullptr);
-    const bool same = download<int32_t>(token_.as(), 1)[0] == tokens[0] && download<float>(logits_.as(), kVocab) == std::vector<float>(z.begin(), z.begin() + kVocab);
+    enqueue(logits_.as(), 1, counts_.as<int32_t>() + 1, true, nullptr);
+    bool same = download<int32_t>(token_.as(), 1)[0] == tokens[0] && download<float>(logits_.as(), kVocab) == std::vector<float>(z.begin(), z.begin() + kVocab);
+
+    SPECRT_CUDA_CHECK(cudaMemcpy(logits_.as(), fresh_.as(), bytes_, cudaMemcpyDeviceToDevice));
+    poison(token_.as(), token_.bytes());
+    enqueue(logits_.as(), case_.rows, counts_.as<int32_t>(), false, nullptr);
+    same = same && download<int32_t>(token_.as(), case_.rows) == tokens;
     said = std::string(right ? "filter and tokens right" : "WRONG") + ", " + std::to_string(kept / case_.rows) + " kept a row, bits: " + (same ? "same" : "DIFFER from row 0 alone");
     return right && same;
   }

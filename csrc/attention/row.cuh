@@ -1,6 +1,7 @@
 // What a row sees, where its keys lie, and the fold of partial results: shared by all attention kernels.
 #pragma once
 #include "attention/params.h"
+#include "base/check.h"
 #include "base/math.h"
 #include "ptx/convert.cuh"
 
@@ -71,6 +72,15 @@ template <int N> struct WarpState {
     for (int i = 0; i < N; ++i) o[i] = fold_value(o[i], s.o[i], f);
   }
 };
+
+// bf16 on CUDA: throws where there is no Hopper GPU.
+inline void require_hopper(const char* op) {
+  int card = 0, major = 0;
+  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
+  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
+  if (major != 9)
+    fail(std::string(op) + ": bfloat16 on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\" or dtype=\"float32\"");
+}
 
 // float32 tensors: both ops (rows_f32.cu).
 void launch_attention_f32(const AttentionParams& p, void* stream);

@@ -478,10 +478,7 @@ template <int D> void launch_dim(const AttentionParams& p, cudaStream_t stream) 
 
 void launch_tree_attention_cuda(const AttentionParams& p, void* stream) {
   if (p.dtype == DType::kF32) return launch_attention_f32(p, stream);
-  int card = 0, major = 0;
-  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
-  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
-  if (major != 9) fail("tree_attention: bfloat16 on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\" or dtype=\"float32\"");
+  require_hopper("tree_attention");
   auto s = static_cast<cudaStream_t>(stream);
   switch (p.head_dim) {
     case 64: return launch_dim<64>(p, s);

@@ -33,13 +33,8 @@ SPECRT_HD float select(bool c, float a, float b) {
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// 2^x, about 1 ulp on [-126, 127]; below -126 exactly 0 (so exp2_rn(-inf) == 0), above 127.999 the value at 127.999; NaN stays NaN.
 // 2^f on [-1/2, 1/2] by the Taylor series of e^(f ln 2) to degree 7 (truncation 2e-9).
-SPECRT_HD float exp2_rn(float x) {
-  float c = x < -126.0f ? -126.0f : x;
-  c = c > 127.999f ? 127.999f : c;
-  float n = (c + 12582912.0f) - 12582912.0f;  // round to nearest integer: 1.5 * 2^23
-  float f = c - n;
+SPECRT_HD float exp2_fraction(float f) {
   float p = 1.5252734e-5f;
   p = fma_rn(p, f, 1.5403530e-4f);
   p = fma_rn(p, f, 1.3333558e-3f);
@@ -47,7 +42,17 @@ SPECRT_HD float exp2_rn(float x) {
   p = fma_rn(p, f, 5.5504109e-2f);
   p = fma_rn(p, f, 2.4022651e-1f);
   p = fma_rn(p, f, 6.9314718e-1f);
-  p = fma_rn(p, f, 1.0f);
+  return fma_rn(p, f, 1.0f);
+}
+
+constexpr float kRoundsToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the sum's lowest bits are
+
+// 2^x, about 1 ulp on [-126, 127]; below -126 exactly 0 (so exp2_rn(-inf) == 0), above 127.999 the value at 127.999; NaN stays NaN.
+SPECRT_HD float exp2_rn(float x) {
+  float c = x < -126.0f ? -126.0f : x;
+  c = c > 127.999f ? 127.999f : c;
+  float n = (c + kRoundsToInteger) - kRoundsToInteger;
+  float p = exp2_fraction(c - n);
   int32_t e = static_cast<int32_t>(n);
   // n = 128 cannot occur (127.999 - 128 < 0 keeps p < 1 but needs 2^128): split the scale in two.
   float lo = bits_to_float(static_cast<uint32_t>((e >> 1) + 127) << 23);

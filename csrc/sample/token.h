@@ -6,7 +6,6 @@
 namespace specrt {
 
 constexpr int kLseBlock = 128;
-constexpr float kMass = 1099511627776.0f;  // 2^40
 
 SPECRT_HD float infinity() { return bits_to_float(0x7f800000u); }
 SPECRT_HD bool finite_bits(uint32_t u) { return (u & 0x7f800000u) != 0x7f800000u; }
@@ -42,8 +41,14 @@ SPECRT_HD float penalize(float z, int32_t count, bool in_prompt, const float* f)
   return z - select(count > 0, f[kPresence], 0.0f);
 }
 
-// The probability of z relative to the row's maximum, as an integer: sums of it have no order.
-SPECRT_HD int64_t mass(float z, float max) { return static_cast<int64_t>(exp_rn(z - max) * kMass); }
+// The probability of z relative to the row's maximum, as an integer: sums of it have no order. exp_rn(z - max) * 2^40 truncated: between 2^-86 and 1 its powers of
+// two only move the exponent, so that they are added to it at once, and below there is nothing left.
+SPECRT_HD int64_t mass(float z, float max) {
+  float x = (z - max) * kLog2e;
+  x = x > -86.0f ? x : -86.0f;
+  const float shifted = x + kRoundsToInteger, p = exp2_fraction(x - (shifted - kRoundsToInteger));
+  return static_cast<int64_t>(bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23) + (40u << 23)));
+}
 
 // The mass a top-p set must reach, of `total`.
 SPECRT_HD int64_t needed_mass(float top_p, int64_t total) {

@@ -1,14 +1,40 @@
-// sample_transform: a cluster of 8 CTAs a row. The logits are read from memory once, into shared memory; penalties to filters and the choice of the token run
-// there; the row is written back once, where it changed and somebody wants it. No sort: thresholds by histograms (cluster.cuh).
+// sample_transform: a cluster of 7 or 8 CTAs a row. The logits are read from memory once: penalties, bias, mask and temperature on their way to shared memory, filters and the
+// choice of the token there; the row is written back once, where it changed and somebody wants it. No sort: thresholds by histograms (cluster.cuh).
 #include "base/launch.h"
-#include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
+#include "ptx/prefetch.cuh"
 #include "sample/cluster.cuh"
 
 namespace specrt {
 namespace {
 
-// What is done to one logit before the filters: penalties, bias, mask, temperature.
+// Division by one number, IEEE: by its reciprocal and two corrections where neither operand is extreme, as the compiler does it, but for what is the same for all.
+struct Divide {
+  float by, reciprocal;
+  bool plain;
+
+  __device__ explicit Divide(float by) : by(by), reciprocal(1.0f / by), plain(by > 0x1p-30f && by < 0x1p30f) {}
+
+  __device__ void operator()(float (&x)[4]) const {
+    const float low = fminf(fminf(fabsf(x[0]), fabsf(x[1])), fminf(fabsf(x[2]), fabsf(x[3]))), high = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    if (plain && low > 0x1p-60f && high < 0x1p60f) {
+#pragma unroll
+      for (float& value : x) {
+        float q = value * reciprocal;
+        q = fma_rn(fma_rn(-q, by, value), reciprocal, q);
+        value = fma_rn(fma_rn(-q, by, value), reciprocal, q);
+      }
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {  // no index that is not a constant: x stays in registers
+        const float y = (e < 2 ? (e == 0 ? x[0] : x[1]) : (e == 2 ? x[2] : x[3])) / by;
+        e < 2 ? (e == 0 ? x[0] = y : x[1] = y) : (e == 2 ? x[2] = y : x[3] = y);
+      }
+    }
+  }
+};
+
+// What is done to a logit before the filters: penalties, bias, mask, temperature.
 struct Adjust {
   const int32_t* count;   // [V] or null: no penalty
   const uint8_t* prompt;  // [V]
@@ -17,16 +43,19 @@ struct Adjust {
   const float* f;         // the slot's row of sampling_f
   float temperature;
   bool scaled;
+  Divide divide;
 
-  __device__ Adjust(const SampleTransformParams& p, int row, int64_t b) : f(p.sampling_f + b * kSamplingF), temperature(f[kTemperature]) {
+  __device__ Adjust(const SampleTransformParams& p, int row, int b) : f(p.sampling_f + b * kSamplingF), temperature(f[kTemperature]), divide(f[kTemperature]) {
     const int32_t* i = p.sampling_i + b * kSamplingI;
-    count = i[kHasPenalty] ? p.output_count + b * p.vocab : nullptr;
-    prompt = p.prompt_mask + b * p.vocab;
-    bias = i[kHasBias] ? p.bias + b * p.vocab : nullptr;
+    const int64_t first = static_cast<int64_t>(b) * p.vocab;
+    count = i[kHasPenalty] ? p.output_count + first : nullptr;
+    prompt = p.prompt_mask + first;
+    bias = i[kHasBias] ? p.bias + first : nullptr;
     mask = p.mask_bits && p.row_mask[row] >= 0 ? p.mask_bits + static_cast<int64_t>(p.row_mask[row]) * ((p.vocab + 31) / 32) : nullptr;
     scaled = temperature > 0.0f && temperature != 1.0f;
   }
-  __device__ bool any() const { return count || bias || mask || scaled; }
+  __device__ bool before_temperature() const { return count || bias || mask; }
+  __device__ bool any() const { return before_temperature() || scaled; }
 
   // `more`: occurrences of the token that output_count does not have.
   __device__ float operator()(float x, int v, int more) const {
@@ -37,21 +66,14 @@ struct Adjust {
   }
 };
 
-// Copies this CTA's part of the row to shared memory; each thread its own quads, which it may read at once.
-template <bool kVector> __device__ void load_slice(const RowSlice& row, const float* logits, int n) {
-  for (int q = threadIdx.x; q < row.quads; q += kRowThreads) {
-    const int v = 4 * (row.first + q);
-    if constexpr (kVector) {
-      ptx::cp_async_16(shared_address(row.z + q), logits + v, true);
-    } else {
-      float x[4];
+template <bool kVector> __device__ void load_quad(const float* logits, int v, int n, float (&x)[4]) {
+  if constexpr (kVector) {
+    const float4 quad = *reinterpret_cast<const float4*>(logits + v);
+    x[0] = quad.x, x[1] = quad.y, x[2] = quad.z, x[3] = quad.w;
+  } else {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = v + e < n ? logits[v + e] : -infinity();
-      row.z[q] = make_float4(x[0], x[1], x[2], x[3]);
-    }
+    for (int e = 0; e < 4; ++e) x[e] = v + e < n ? logits[v + e] : -infinity();
   }
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
 }
 
 template <bool kVector> __device__ void store_quad(float* logits, int v, int n, const float (&x)[4]) {
@@ -64,78 +86,105 @@ template <bool kVector> __device__ void store_quad(float* logits, int v, int n, 
   }
 }
 
-// The tokens of the row's path, which output_count does not have (but for the root, which it has): their raw logits are kept until the pass over the row is
-// done, then done again with their own counts.
-__device__ void hold_path(const SampleTransformParams& p, int row_index, int64_t b, RowSlice& row) {
+// The tokens of the row's path, which output_count does not have (but for the root, which it has), are done again with their own counts.
+__device__ void redo_path(const SampleTransformParams& p, int row_index, int b, const Adjust& adjust, const float* logits, RowSlice& row) {
   const int j = threadIdx.x;
-  __syncthreads();  // the raw logits are there
+  int32_t token = -1;
   if (j < 64) {
-    int32_t token = -1;
     if (j >= 1 && j < p.nodes && ((static_cast<uint64_t>(p.tree_ancestors[b * p.nodes + p.row_node[row_index]]) >> j) & 1u)) token = p.tree_token[b * p.nodes + j];
     if (token >= p.vocab) token = -1;
     row.shared.path_token[j] = token;
-    if (token >= 0 && row.has(token)) row.shared.path_raw[j] = row.at(token);
   }
   __syncthreads();
-}
-
-__device__ void redo_path(const Adjust& adjust, RowSlice& row) {
-  const int j = threadIdx.x;
-  __syncthreads();
-  if (j >= 64) return;
-  const int32_t v = row.shared.path_token[j];
-  if (v < 0 || !row.has(v)) return;
+  if (token < 0 || !row.has(token)) return;
   int more = 0;
-  for (int i = 0; i < 64; ++i) more += row.shared.path_token[i] == v ? 1 : 0;
-  row.at(v) = adjust(row.shared.path_raw[j], v, more);  // the same value from every node with this token
+  for (int i = 0; i < 64; ++i) more += row.shared.path_token[i] == token ? 1 : 0;
+  row.at(token) = adjust(logits[token], token, more);  // the same value from every node with this token
 }
 
+// The best logit of a thread's quads, ascending.
 struct Best {
   float value = -infinity();
-  int32_t token = -1;
+  int quad = -1;
 
-  __device__ void see(float x, int v) {  // tokens ascending
-    if (x > value) value = x, token = v;
+  __device__ void see(const float (&x)[4], int q) {
+    const float top = highest_of(x);
+    if (top > value) value = top, quad = q;
   }
-  __device__ uint64_t rank() const { return token < 0 ? 0 : rank_of(value, token); }
+  __device__ uint64_t rank(const RowSlice& row) const {
+    if (quad < 0) return 0;
+    const float4 x = row.z[quad];
+    return rank_of(value, 4 * (row.first + quad) + (x.x == value ? 0 : x.y == value ? 1 : x.z == value ? 2 : 3));
+  }
 };
 
 constexpr uint64_t kBadRank = ~uint64_t{0};  // above every rank: some logit is not finite
 
-// Finiteness, adjustment and argmax in one pass; kBadRank if a raw logit of the row is not finite.
-template <bool kVector> __device__ uint64_t adjust_row(const SampleTransformParams& p, int row_index, int64_t b, const Adjust& adjust, RowSlice& row) {
+// One pass over the logits into shared memory: change(quad, its first token); returns 0, or NaN if a raw logit is not finite. Each thread loads `Batch` quads at once.
+template <bool kVector, int Batch, typename Change> __device__ __forceinline__ float first_pass(const RowSlice& row, const float* logits, int n, Best& best, Change&& change) {
+  float zeros = 0.0f;  // the sum of 0 * x
+  const int threads = blockDim.x;
+  for (int begin = threadIdx.x; begin < row.quads; begin += Batch * threads) {
+    float raw[Batch][4];
+#pragma unroll
+    for (int i = 0; i < Batch; ++i)
+      if (const int q = begin + i * threads; q < row.quads) load_quad<kVector>(logits, 4 * (row.first + q), n, raw[i]);
+#pragma unroll
+    for (int i = 0; i < Batch; ++i) {
+      const int q = begin + i * threads, v = 4 * (row.first + q);
+      if (q >= row.quads) break;
+      float(&x)[4] = raw[i];
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (kVector || v + e < n) zeros = fma_rn(x[e], 0.0f, zeros);
+      change(x, v);
+      best.see(x, q);
+      row.z[q] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+  }
+  return zeros;
+}
+
+// Finiteness, adjustment and argmax (kBadRank if a raw logit of this part is not finite). Returns whether anything was to be changed.
+template <bool kVector> __device__ bool adjust_row(const SampleTransformParams& p, int row_index, int b, const float* logits, RowSlice& row, uint64_t& rank) {
   const int n = p.vocab;
+  const Adjust adjust(p, row_index, b);
   const int32_t* i = p.sampling_i + b * kSamplingI;
   const bool path = adjust.count && p.row_node, stops = p.row_position[row_index] + 1 - i[kPromptLen] < i[kMinTokens];
-  if (path) hold_path(p, row_index, b, row);
-  bool bad = false;
   Best best;
-  for (int q = threadIdx.x; q < row.quads; q += kRowThreads) {
-    const float4 raw = row.z[q];
-    float x[4] = {raw.x, raw.y, raw.z, raw.w};
-    const int v = 4 * (row.first + q);
+  float zeros;
+  if (adjust.before_temperature()) {
+    zeros = first_pass<kVector, 1>(row, logits, n, best, [&](float(&x)[4], int v) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (!kVector && v + e >= n) continue;
-      bad |= !finite_bits(float_to_bits(x[e]));
-      x[e] = adjust(x[e], v + e, 0);
-      best.see(x[e], v + e);
-    }
-    if (adjust.any()) row.z[q] = make_float4(x[0], x[1], x[2], x[3]);
+      for (int e = 0; e < 4; ++e)
+        if (kVector || v + e < n) x[e] = adjust(x[e], v + e, 0);
+    });
+  } else {
+    zeros = first_pass<kVector, kVector ? 3 : 1>(row, logits, n, best, [&](float(&x)[4], int) {
+      if (adjust.scaled) adjust.divide(x);
+    });
   }
-  if (path) redo_path(adjust, row);
-  __syncthreads();
-  if (stops)  // -inf commutes with all that was done
-    for (int s = threadIdx.x; s < p.stops; s += kRowThreads) {
+  if (path) {
+    __syncthreads();
+    redo_path(p, row_index, b, adjust, logits, row);
+  }
+  if (stops) {  // -inf commutes with all that was done
+    __syncthreads();
+    for (int s = threadIdx.x; s < p.stops; s += blockDim.x) {
       const int32_t v = p.stop_ids[b * p.stops + s];
       if (v >= 0 && v < n && row.has(v)) row.at(v) = -infinity();
     }
+  }
   if (path || stops) {
     __syncthreads();
     best = Best();
-    row.each([&](float x, int v) { best.see(x, v); });
+    for (int q = threadIdx.x; q < row.quads; q += blockDim.x) {
+      const float4 quad = row.z[q];
+      best.see({quad.x, quad.y, quad.z, quad.w}, q);
+    }
   }
-  return bad ? kBadRank : best.rank();
+  rank = zeros == 0.0f ? best.rank(row) : kBadRank;
+  return adjust.any() || stops;
 }
 
 // The last pass: filters, writes the row where `write`, and returns this thread's best of z + G where `draw`. `floor`: the score of some token that is kept.
@@ -149,15 +198,16 @@ struct Finish {
 template <bool kVector> __device__ uint64_t finish_row(const RowSlice& row, float* logits, int n, const Finish& f) {
   float bound = f.floor;
   uint64_t best = 0;
-  for (int q = threadIdx.x; q < row.quads; q += kRowThreads) {
+  for (int q = threadIdx.x; q < row.quads; q += blockDim.x) {
     const float4 raw = row.z[q];
-    float x[4] = {raw.x, raw.y, raw.z, raw.w}, top = -infinity();
+    float x[4] = {raw.x, raw.y, raw.z, raw.w};
     const int v = 4 * (row.first + q);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (!(x[e] >= f.cut) || (f.min_p > 0.0f && !(exp_rn(x[e] - f.max) >= f.min_p))) x[e] = -infinity();
-      top = x[e] > top ? x[e] : top;
-    }
+    for (float& z : x) z = z >= f.cut ? z : -infinity();
+    if (f.min_p > 0.0f)
+#pragma unroll
+      for (float& z : x) z = exp_rn(z - f.max) >= f.min_p ? z : -infinity();
+    const float top = highest_of(x);
     if (f.write) store_quad<kVector>(logits, v, n, x);
     // Scores below `bound` cannot win, so most noise is never made: G < kGumbelMax; and since E = -log1p(-W) >= W, a score reaches the bound only where
     // W <= exp(z - bound), up to roundings that the slack covers many times.
@@ -177,23 +227,24 @@ template <bool kVector> __device__ uint64_t finish_row(const RowSlice& row, floa
   return best;
 }
 
-template <bool kVector> __global__ void __launch_bounds__(kRowThreads, 2) sample_transform_kernel(SampleTransformParams p) {
+template <bool kVector> __global__ void __launch_bounds__(kMostThreads) sample_transform_kernel(SampleTransformParams p) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const int row_index = blockIdx.x / kCtas;
+  const int ctas = ptx::cluster_size(), row_index = ptx::cluster_id();
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  if (row_index >= *p.num_rows) return;  // the whole cluster
-  ptx::cluster_arrive();                 // waited for before the first access to another CTA
-  const int n = p.vocab, quads = (n + 3) / 4, part = (quads + kCtas - 1) / kCtas, first = min(static_cast<int>(ptx::cluster_rank()) * part, quads);
-  RowSlice row{*reinterpret_cast<RowShared*>(memory), reinterpret_cast<float4*>(memory + kRowShared), first, min(part, quads - first)};
+  const int rows = *p.num_rows, b = p.row_request[row_index];  // both at once
+  if (row_index >= rows) return;                               // the whole cluster
+  const int n = p.vocab, quads = (n + 3) / 4, part = (quads + ctas - 1) / ctas, first = min(static_cast<int>(ptx::cluster_rank()) * part, quads);
+  RowSlice row{*reinterpret_cast<RowShared*>(memory), reinterpret_cast<float4*>(memory + kRowShared), first, min(part, quads - first), ctas};
   float* logits = p.logits + static_cast<int64_t>(row_index) * n;
-  load_slice<kVector>(row, logits, n);
-
-  const int64_t b = p.row_request[row_index];
-  const Adjust adjust(p, row_index, b);
-  const uint64_t mine = adjust_row<kVector>(p, row_index, b, adjust, row);
+  for (int v = 4 * first + 32 * threadIdx.x; v < min(4 * (first + row.quads), n); v += 32 * blockDim.x) ptx::prefetch_l2(logits + v);  // while the parameters are read
+  if (threadIdx.x == 0) init_bells(row);
+  __syncwarp();
+  ptx::cluster_arrive_relaxed();  // waited for before the first access to another CTA
+  uint64_t mine;
+  const bool changed = adjust_row<kVector>(p, row_index, b, logits, row, mine);
   ptx::cluster_wait();
-  const uint64_t best = cluster_best(row.shared, 0, mine);
+  const uint64_t best = cluster_best(row, 0, mine);
   const bool writer = ptx::cluster_rank() == 0 && threadIdx.x == 0;
   if (best == kBadRank) {
     if (writer) {
@@ -204,24 +255,25 @@ template <bool kVector> __global__ void __launch_bounds__(kRowThreads, 2) sample
   }
   const float max = best ? key_value(static_cast<uint32_t>(best >> 32)) : -infinity();
   const RowStatus status = !best ? kStatusAllMasked : max == infinity() ? kStatusNotFinite : kStatusOk;
-  const float* f = adjust.f;
+  const float* f = p.sampling_f + b * kSamplingF;
   const int32_t* i = p.sampling_i + b * kSamplingI;
-  const bool random = status == kStatusOk && adjust.temperature > 0.0f;
-  const bool top_k = random && i[kTopK] > 0 && i[kTopK] < n, top_p = random && f[kTopP] < 1.0f, draw = random && p.token;
+  const bool random = status == kStatusOk && f[kTemperature] > 0.0f;
 
-  Finish end{max, -infinity(), random ? f[kMinP] : 0.0f, false, draw, 0, 0, -infinity()};
-  const float lowest = key_value(order_key(-infinity()) + 1);
-  if (top_k) {
+  float cut = key_value(order_key(-infinity()) + 1);
+  bool searched = false;
+  if (random && i[kTopK] > 0 && i[kTopK] < n) {
     const int64_t k = i[kTopK];
-    end.cut = cluster_threshold(row, max, lowest, [](float) -> int64_t { return 1; }, [k](int64_t possible) { return possible >= k ? k : 0; });
+    cut = cluster_threshold(row, max, cut, [](float) -> int64_t { return 1; }, [k](int64_t possible) { return possible >= k ? k : 0; });
+    searched = true;
   }
-  if (top_p) {
+  if (random && f[kTopP] < 1.0f) {
     const float p_value = f[kTopP];
-    end.cut = cluster_threshold(row, max, top_k ? end.cut : lowest, [max](float x) { return mass(x, max); },
-                                [p_value](int64_t total) { return needed_mass(p_value, total); });
+    cut = cluster_threshold(row, max, cut, [max](float x) { return mass(x, max); }, [p_value](int64_t total) { return needed_mass(p_value, total); });
+    searched = true;
   }
-  const bool stops = p.row_position[row_index] + 1 - i[kPromptLen] < i[kMinTokens];
-  end.write = p.keep && (adjust.any() || stops || top_k || top_p || end.min_p > 0.0f);
+  const bool draw = random && p.token;
+  Finish end{max, cut, random ? f[kMinP] : 0.0f, false, draw, 0, 0, -infinity()};
+  end.write = p.keep && (changed || searched || end.min_p > 0.0f);
   const int32_t greedy = ::max(rank_token(best), 0);
   if (draw) {
     end.seed = p.seeds[b];
@@ -230,8 +282,8 @@ template <bool kVector> __global__ void __launch_bounds__(kRowThreads, 2) sample
   }
   uint64_t chosen = 0;
   if (end.write || draw) chosen = finish_row<kVector>(row, logits, n, end);
-  if (draw) chosen = cluster_best(row.shared, 1, chosen);
-  else if (top_k || top_p) ptx::cluster_sync();  // no CTA ends while another may still read its histogram
+  if (draw) chosen = cluster_best(row, 1, chosen);
+  else if (searched) ptx::cluster_sync();  // no CTA ends while another may still read its histogram
   if (!writer) return;
   p.status[row_index] = status;
   if (p.token) p.token[row_index] = status != kStatusOk ? 0 : draw ? ::max(rank_token(chosen), 0) : greedy;
@@ -240,9 +292,13 @@ template <bool kVector> __global__ void __launch_bounds__(kRowThreads, 2) sample
 }  // namespace
 
 void launch_sample_transform_cuda(const SampleTransformParams& p, void* stream) {
-  const int part = ((p.vocab + 3) / 4 + kCtas - 1) / kCtas, bytes = static_cast<int>(kRowShared) + part * static_cast<int>(sizeof(float4));
+  // Where the rows are few, a CTA has an SM to itself. Else two share one: an H100's GPCs have 14 to 18 SMs, where 30 clusters of 8 fit at a time, and 36 of 7.
+  const bool few = p.rows * kMostCtas <= multiprocessors();
+  const int quads = (p.vocab + 3) / 4;
+  auto shared_bytes = [&](int ctas) { return static_cast<int>(kRowShared) + (quads + ctas - 1) / ctas * static_cast<int>(sizeof(float4)); };
+  const int ctas = few || shared_bytes(7) > 110 * 1024 ? 8 : 7;
   const bool vector = p.vocab % 4 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 16 == 0;
-  launch({dim3(static_cast<unsigned>(p.rows) * kCtas), dim3(kRowThreads), bytes, static_cast<cudaStream_t>(stream), kCtas, true},
+  launch({dim3(static_cast<unsigned>(p.rows * ctas)), dim3(few ? 1024 : 512), shared_bytes(ctas), static_cast<cudaStream_t>(stream), ctas, true},
          vector ? sample_transform_kernel<true> : sample_transform_kernel<false>, p);
 }
 
