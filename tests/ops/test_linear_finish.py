@@ -109,7 +109,8 @@ def test_a_deferred_norm(device, kind, m, n, k):
         layer.linear(scaled, out, squares, 1e-5)
         assert_bits(out, (layer.sums(scaled) * inverse_rms(squares, k, 1e-5) + b.float()).to(out_dtype))
     r = torch.rsqrt(h.double().pow(2).mean(-1, keepdim=True) + 1e-5)
-    assert_close(out, layer.exact(scaled) * r + b.double(), 1e-3 if kind.fp8 and dtype == F32 else TOLERANCE[dtype])
+    carried = 1e-3 if kind.fp8 and device == "cuda" else 0  # by the tensor cores' sums of e4m3
+    assert_close(out, layer.exact(scaled) * r + b.double(), max(TOLERANCE[dtype], carried))
 
 
 @of_kinds
