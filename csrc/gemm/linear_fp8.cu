@@ -81,8 +81,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs;
         const int units = min(T::warpgroups, (p.out_features - first_output + 63) / 64), scale_bytes = min(T::tokens, pitch - first_row) * 4;
         const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
+        // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
         auto copy_weights = [&](int step, int s) {
           ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes + scale_bytes);
+#pragma unroll 1
           for (int u = 0; u < units; ++u)
             ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
         };
@@ -93,8 +95,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         int step = 0;
         if (!waited) {
           const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
+#pragma unroll 1
           for (int i = 0; i < ahead; ++i) copy_weights(i, i);
           ptx::grid_dependency_wait();
+#pragma unroll 1
           for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
           step = ahead;
           s = ahead % num_stages;
@@ -104,6 +108,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         if (first_row > 0 && first_row >= *p.num_rows) continue;
         // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
+#pragma unroll 1
         for (; step < steps; ++step) {
           if (step == start) ptx::launch_dependents();
           ptx::mbarrier_wait(empty + 8 * s, parity);
