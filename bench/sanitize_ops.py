@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python bench/sanitize_ops.py
 
 Without the caching allocator every tensor is an allocation of its own, so that an access past its end is seen. Each kernel variant is reached: the
-linears of every row count, narrow and wide; attention with ancestors, with paths and with neither, windows, empty rows; fewer rows in use than there are.
+linears of every row count, narrow and wide, and each way their sums end; attention with ancestors, with paths and with neither, windows, empty rows; fewer rows in use than there are.
 Results are checked for NaN in the rows in use, and for the poison in the others; their values are the tests' business. `--device cpu` runs the same calls there."""
 
 from __future__ import annotations
@@ -51,25 +51,54 @@ class Kit:
 
 def linears(k: Kit) -> None:
     cuda = torch.device(k.device).type == "cuda"
-    # capacity, rows in use, K, N. CUDA: 40 outputs are narrow clusters, 4000 wide ones, 16300 one range of K, 5640 the ranges in turn; 22 steps of K wrap every pipeline.
-    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 40), (1352, 4000 if cuda else 200), (72, 16300 if cuda else 200)]]
-    for rows, used, depth, outputs in [*few, (260, 257, 1352, 40), (300, 290, 1352, 5640 if cuda else 200)]:
+    # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
+    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
+    for rows, used, depth, outputs in [*few, (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
+        packed = ops.pack_linear(weight)
         for dtype, b in [(BF16, bias), (F32, None)]:
             out = k.out(rows, outputs, dtype=dtype)
-            ops.linear(x, ops.pack_linear(weight), b, k.ints(used), out)
+            ops.linear(x, packed, b, k.ints(used), out)
             k.written(out, used)
+        finishes(k, (x, packed, bias), rows, used, outputs, BF16)
     for rows, used in [(7, 5), (70, 66)]:
         x, weight, bias, out = k.random(rows, 35), k.random(67, 35), k.random(67), k.out(rows, 67)
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
-    for rows, used, depth, outputs, blocks in [(1, 1, 1360, 40, False), (51, 43, 1360, 4000 if cuda else 200, True), (130, 77, 80, 16300 if cuda else 200, False)]:
+        finishes(k, (x, ops.pack_linear(k.random(48, 35)), k.random(48)), rows, used, 48, F32)
+    for rows, used, depth, outputs, blocks in [(1, 1, 1360, 48, False), (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
         x, weight = k.random(rows, depth, dtype=BF16), k.random(outputs, depth).to(ops.FP8)
         q, scale = k.out(rows, depth).to(ops.FP8), k.out(*ops.fp8_scale_shape(rows, depth))
         ops.quantize_fp8(x, k.ints(used), q, scale)
-        weight_scale, out = k.random((depth + 127) // 128 if blocks else 1, outputs), k.out(rows, outputs, dtype=BF16)
-        ops.linear_fp8(q, scale, ops.pack_linear(weight), weight_scale, k.random(outputs), k.ints(used), out)
+        product = (q, scale, ops.pack_linear(weight), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs))
+        out = k.out(rows, outputs, dtype=BF16)
+        ops.linear_fp8(*product, k.ints(used), out)
         k.written(out, used)
+        for dtype in (BF16, F32):
+            finishes(k, product, rows, used, outputs, dtype)
+
+
+def finishes(k: Kit, product: tuple[Tensor, ...], rows: int, used: int, outputs: int, dtype: torch.dtype) -> None:
+    """What linear does to its sums besides storing them: a norm that was deferred, SiLU-mul, the residual add with and without the next norm."""
+    fp8, n, depth = product[0].dtype == ops.FP8, k.ints(used), product[0].shape[1]
+    squares = k.random(*ops.squares_shape(rows, depth)).abs() * 1e5  # far from the poison: sums of about 1
+    out = k.out(rows, outputs // 2, dtype=dtype)
+    if fp8:
+        ops.linear_fp8_silu(*product, n, out, squares, 1e-5)
+    else:
+        ops.linear_silu(*product, n, out, squares, 1e-5)
+    k.written(out, used)
+    for weight in (k.random(outputs, dtype=dtype), None):
+        new, scaled, sums = k.out(rows, outputs, dtype=dtype), k.out(rows, outputs, dtype=dtype), k.out(*ops.squares_shape(rows, outputs))
+        residual, next_norm = k.random(rows, outputs, dtype=dtype), (weight, scaled, sums) if weight is not None else ()
+        if fp8:
+            ops.linear_fp8_residual(*product, n, residual, new, *next_norm)
+        else:
+            ops.linear_residual(*product, n, residual, new, *next_norm)
+        k.written(new, used)
+        if weight is not None:
+            k.written(scaled, used)
+            k.written(sums[:, : (outputs + 63) // 64], used)
 
 
 def row_wise(k: Kit) -> None:

@@ -100,12 +100,26 @@ def quantize_fp8(x: Tensor, num_rows: Tensor, q: Tensor, scale: Tensor) -> None:
     _C.quantize_fp8(x, num_rows, q, scale)
 
 
-def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor) -> None:
+def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None,
+               eps: float = 0.0) -> None:
     """out[r] = sum over blocks b of 128 k of x_scale[b, r] weight_scale[b, :] (x[r, b] W[:, b]^T) + bias, in fp32 from block to block.
 
     x [R, K] float8_e4m3fn and x_scale as ``quantize_fp8`` writes them; weight packed from [N, K] float8_e4m3fn; weight_scale float32 [1, N] (an output) or
-    [ceil(K/128), N] (an output and 128 k); bias float32 [N] or None; out [R, N] act or float32. Any K, N (CUDA: K % 16 == 0)."""
-    _C.linear_fp8(x, x_scale, weight, weight_scale, bias, num_rows, out)
+    [ceil(K/128), N] (an output and 128 k); bias float32 [N] or None; out [R, N] act or float32. Any K, N (CUDA: K % 16 == 0). squares, eps: as in ``linear``, of the rows
+    whose scaled ones were quantised."""
+    _C.linear_fp8(x, x_scale, weight, weight_scale, bias, num_rows, out, squares, eps)
+
+
+def linear_fp8_silu(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None,
+                    eps: float = 0.0) -> None:
+    """``linear_silu`` with the product of ``linear_fp8``: out [R, I] act; the rows of weight, weight_scale's columns and the bias alternate."""
+    _C.linear_fp8_silu(x, x_scale, weight, weight_scale, bias, num_rows, out, squares, eps)
+
+
+def linear_fp8_residual(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, residual: Tensor, residual_out: Tensor,
+                        next_weight: Tensor | None = None, scaled: Tensor | None = None, next_squares: Tensor | None = None) -> None:
+    """``linear_residual`` with the product of ``linear_fp8``; residual, residual_out, next_weight and scaled are act."""
+    _C.linear_fp8_residual(x, x_scale, weight, weight_scale, bias, num_rows, residual, residual_out, next_weight, scaled, next_squares)
 
 
 # ------------------------------------------------------------------------------------------------ norm (and other row-wise ops)

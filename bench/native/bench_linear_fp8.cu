@@ -154,11 +154,18 @@ class Bench {
   void enqueue(const Linear& linear, int index, int tokens, const int32_t* num_rows, void* out, cudaStream_t stream) const {
     const Shape& shape = linear.shape;
     const Input& input = inputs_.at(shape.K);
-    const void* weight = linear.weights.at(shape.weight_bytes() * index);
-    if (shape.fp8)
-      launch_linear_fp8_cuda({shape.out_dtype(), input.q.as<e4m3>(), input.scale.as<float>(), weight, linear.scales.as<float>(), 1, nullptr, out, num_rows, tokens, shape.N, shape.K}, stream);
-    else
-      launch_linear_cuda({DType::kBF16, shape.out_dtype(), input.x.as(), weight, nullptr, out, num_rows, tokens, shape.N, shape.K}, stream);
+    LinearParams p{};
+    p.dtype = shape.fp8 ? DType::kE4M3 : DType::kBF16;
+    p.out_dtype = shape.out_dtype();
+    p.x = shape.fp8 ? input.q.as() : input.x.as();
+    p.weight = linear.weights.at(shape.weight_bytes() * index);
+    p.out = out;
+    p.num_rows = num_rows;
+    p.rows = tokens;
+    p.out_features = shape.N;
+    p.in_features = shape.K;
+    if (shape.fp8) launch_linear_fp8_cuda({p, input.scale.as<float>(), linear.scales.as<float>(), 1}, stream);
+    else launch_linear_cuda(p, stream);
   }
   void quantize(int K, int tokens, const int32_t* num_rows, cudaStream_t stream) const {
     const Input& input = inputs_.at(K);

@@ -4,8 +4,11 @@
 #include "base/math.h"
 #include "gemm/params.h"
 #include "gemm/tile.cuh"
+#include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/named_barrier.cuh"
+#include "ptx/tma.cuh"
 
 namespace specrt {
 
@@ -59,47 +62,75 @@ template <int kBatch> __device__ __forceinline__ void make_scales(const LinearPa
   }
 }
 
+// What the extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs) and finishes the tokens
+// [begin, end) of each: the rows' 1 / rms, and what the epilogue reads from memory, asked for early. T: of next_weight.
+template <typename T, typename Shared>
+__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int outputs, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
+  constexpr int tokens = sizeof(shared.scale) / sizeof(float), sector = 32 / sizeof(T);
+  const int lane = threadIdx.x % 32;
+  if (p.next_weight) {  // nobody has read it before
+    const int output = first_tile / blocks * outputs + sector * lane;
+    if (sector * lane < outputs && output < p.out_features) ptx::prefetch_l2(static_cast<const T*>(p.next_weight) + output);
+  }
+  if (!p.squares) return;
+  ptx::grid_dependency_wait();
+  const int rows = min(*p.num_rows, p.rows);
+  int parity = 1;
+  for (int tile = first_tile; tile < tiles; tile += tile_step) {
+    const int first_row = tile % blocks * tokens;
+    if (first_row > 0 && first_row >= rows) continue;
+    ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
+    make_scales(p, shared.scale, first_row, begin, end, rows);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
+    parity ^= 1;
+  }
+}
+
 // Channels of the kSilu output: a warp's 16 rows are gate and up of 8 channels, and a thread has both of one channel for two tokens. Neighbours swap tokens, so that a thread
 // stores two channels of one.
-__device__ __forceinline__ void store_silu(const LinearParams& p, int token, int rows, int output, const float (&d)[4]) {
+template <typename T> __device__ __forceinline__ void store_silu(const LinearParams& p, int token, int rows, int output, const float (&d)[4]) {
   const int lane = threadIdx.x % 32, g = lane / 4;
   const bool odd = g & 1;
   float y[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float gate = to_float(to_bf16(d[i])), up = to_float(to_bf16(d[2 + i]));
-    y[i] = to_float(to_bf16(gate / (1.0f + exp_rn(-gate)))) * up;
+    const float gate = to_float(round_to<T>(d[i])), up = to_float(round_to<T>(d[2 + i]));
+    y[i] = to_float(round_to<T>(gate / (1.0f + exp_rn(-gate)))) * up;
   }
   const float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
-  const bf16 first = to_bf16(odd ? other : y[0]), second = to_bf16(odd ? y[1] : other);
+  struct alignas(2 * sizeof(T)) Pair {
+    T first, second;
+  };
   token += 2 * (lane % 4) + odd;
   const int width = p.out_features / 2, channel = output / 2 + static_cast<int>(threadIdx.x) % 128 / 32 * 8 + (g & 6);
   if (token >= rows || channel >= width) return;
-  *reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(token) * width + channel) = first.bits | static_cast<uint32_t>(second.bits) << 16;
+  *reinterpret_cast<Pair*>(static_cast<T*>(p.out) + static_cast<int64_t>(token) * width + channel) = {round_to<T>(odd ? other : y[0]), round_to<T>(odd ? y[1] : other)};
 }
 
-// The epilogue of a thread: what it reads ahead of its use, and the finish of a fragment.
-template <typename Shared> struct Epilogue {
+// The epilogue of a thread: what it reads ahead of its use, and the finish of a fragment. T: the activations' type; Bias: the bias's.
+template <typename Shared, typename T = bf16, typename Bias = T> struct Epilogue {
+  using Four = decltype(Packed<T>::all);
   const LinearParams& p;
   Shared& shared;
   int warpgroup, first_row, rows, output;  // of the tile and of this warpgroup
-  uint2 weight;                            // next_weight at this thread's quads
+  Four weight;                             // next_weight at this thread's quads
 
   __device__ Epilogue(const LinearParams& p_, Shared& shared_, int warpgroup_, int first_row_, int rows_, int output_)
-      : p(p_), shared(shared_), warpgroup(warpgroup_), first_row(first_row_), rows(rows_), output(output_), weight(make_uint2(0, 0)) {
+      : p(p_), shared(shared_), warpgroup(warpgroup_), first_row(first_row_), rows(rows_), output(output_), weight{} {
     const Quad at = quad_place(0, output);
-    if (p.next_weight && at.output < p.out_features) weight = __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.next_weight) + at.output));
+    if (p.next_weight && at.output < p.out_features) weight = __ldg(reinterpret_cast<const Four*>(static_cast<const T*>(p.next_weight) + at.output));
   }
 
   // The residual stream at this thread's quad of the fragment at token `at` of the tile.
-  __device__ uint2 residual(int at) const {
+  __device__ Four residual(int at) const {
     const Quad quad = quad_place(first_row + at, output);
-    if (p.finish != Finish::kResidual || quad.token >= rows || quad.output >= p.out_features) return make_uint2(0, 0);
-    return *reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.residual) + static_cast<int64_t>(quad.token) * p.out_features + quad.output);
+    if (p.finish != Finish::kResidual || quad.token >= rows || quad.output >= p.out_features) return Four{};
+    return *reinterpret_cast<const Four*>(static_cast<const T*>(p.residual) + static_cast<int64_t>(quad.token) * p.out_features + quad.output);
   }
 
   // The thread's fragment d of the 8 tokens from `at` of the tile; stream: residual(at).
-  __device__ void finish(int at, float (&d)[4], uint2 stream) const {
+  __device__ void finish(int at, float (&d)[4], Four stream) const {
     const int lane = threadIdx.x % 32;
     if (p.squares) {
       const float2 r = *reinterpret_cast<const float2*>(shared.scale + at + 2 * (lane % 4));
@@ -110,28 +141,28 @@ template <typename Shared> struct Epilogue {
       const int own = output + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + lane / 4;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float bias = to_float(static_cast<const bf16*>(p.bias)[min(own + 8 * half, p.out_features - 1)]);
+        const float bias = to_float(static_cast<const Bias*>(p.bias)[min(own + 8 * half, p.out_features - 1)]);
         d[2 * half] = d[2 * half] + bias;
         d[2 * half + 1] = d[2 * half + 1] + bias;
       }
     }
-    if (p.finish == Finish::kSilu) return store_silu(p, first_row + at, rows, output, d);
+    if (p.finish == Finish::kSilu) return store_silu<T>(p, first_row + at, rows, output, d);
     const Quad quad = quad_of(first_row + at, output, d);
     if (p.finish == Finish::kStore) return store_quad(p.out, p.out_dtype, p.out_features, rows, quad);
-    const Quad16 before{.all = stream}, factor{.all = weight};
+    const Packed<T> before{.all = stream}, factor{.all = weight};
     const bool valid = quad.token < rows && quad.output < p.out_features;
     const int64_t place = static_cast<int64_t>(quad.token) * p.out_features + quad.output;
-    Quad16 h, scaled;
+    Packed<T> h, scaled;
     float x[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      h.each[e] = to_bf16(to_float(before.each[e]) + to_float(to_bf16(quad.value[e])));
+      h.each[e] = round_to<T>(to_float(before.each[e]) + to_float(round_to<T>(quad.value[e])));
       x[e] = valid ? to_float(h.each[e]) : 0.0f;
-      scaled.each[e] = to_bf16(x[e] * to_float(factor.each[e]));
+      scaled.each[e] = round_to<T>(x[e] * to_float(factor.each[e]));
     }
-    if (valid) *reinterpret_cast<uint2*>(static_cast<bf16*>(p.residual_out) + place) = h.all;
+    if (valid) *reinterpret_cast<Four*>(static_cast<T*>(p.residual_out) + place) = h.all;
     if (!p.next_weight) return;
-    if (valid) *reinterpret_cast<uint2*>(static_cast<bf16*>(p.scaled) + place) = scaled.all;
+    if (valid) *reinterpret_cast<Four*>(static_cast<T*>(p.scaled) + place) = scaled.all;
     float sum = quad_squares(x);
     sum = sum + __shfl_xor_sync(0xffffffffu, sum, 16);
     sum = sum + __shfl_xor_sync(0xffffffffu, sum, 8);

@@ -4,16 +4,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "base/math.h"
 #include "base/parallel.h"
 #include "gemm/blocks_cpu.h"
+#include "gemm/finish_cpu.h"
 #include "gemm/kernels_cpu.h"
-#include "gemm/params.h"
 
 namespace specrt {
 namespace {
-
-static_assert(kPanel == kSquareBlock, "a panel makes one block of a row's sums of squares");
 
 constexpr int kChunk = 64;  // steps of k in a chunk: 16 KB of weights
 
@@ -31,50 +28,6 @@ template <typename T> void pack(const PackLinearParams& p) {
       for (int k = 0; k < p.in_features; ++k) to[(static_cast<int64_t>(k / g) * kPanel + o) * g + k % g] = from[k];
     }
   });
-}
-
-// out = round(acc + bias) for `outputs` <= 64 of one row.
-template <typename T, typename Out> SPECRT_CLONES void store_row(const float* acc, const T* bias, Out* out, int outputs) {
-  if (bias)
-    for (int o = 0; o < outputs; ++o) out[o] = round_to<Out>(acc[o] + to_float(bias[o]));
-  else
-    for (int o = 0; o < outputs; ++o) out[o] = round_to<Out>(acc[o]);
-}
-
-// y: `outputs` / 2 rounded gates and ups, in eights by turns.
-template <typename T> SPECRT_CLONES void silu_row(const T* y, T* out, int outputs) {
-  for (int i = 0; i < outputs; i += 16)
-    for (int e = 0; e < 8; ++e) {
-      const float g = to_float(y[i + e]);
-      const float s = to_float(round_to<T>(g / (1.0f + exp_rn(-g))));
-      out[i / 2 + e] = round_to<T>(s * to_float(y[i + 8 + e]));
-    }
-}
-
-// y: what is added to the residual stream.
-template <typename T> SPECRT_CLONES void residual_row(const T* y, const T* residual, T* h, const T* weight, T* scaled, int outputs) {
-  for (int o = 0; o < outputs; ++o) h[o] = round_to<T>(to_float(residual[o]) + to_float(y[o]));
-  if (weight)
-    for (int o = 0; o < outputs; ++o) scaled[o] = round_to<T>(to_float(h[o]) * to_float(weight[o]));
-}
-
-// What follows the sums of one row and panel (params.h, Finish).
-template <typename T, typename Out> void finish_row(const LinearParams& p, int64_t row, int64_t panel, float* acc) {
-  const int64_t first = panel * kPanel, at = row * p.out_features + first;
-  const int outputs = static_cast<int>(std::min<int64_t>(kPanel, p.out_features - first));
-  const T* bias = p.bias ? static_cast<const T*>(p.bias) + first : nullptr;
-  if (p.squares) {
-    const float r = row_scale(p.squares + row * square_pitch(p.in_features), p.in_features, p.eps);
-    for (int o = 0; o < outputs; ++o) acc[o] = acc[o] * r;
-  }
-  if (p.finish == Finish::kStore) return store_row(acc, bias, static_cast<Out*>(p.out) + at, outputs);
-  T y[kPanel];
-  store_row(acc, bias, y, outputs);
-  if (p.finish == Finish::kSilu) return silu_row(y, static_cast<T*>(p.out) + at / 2, outputs);
-  T* h = static_cast<T*>(p.residual_out) + at;
-  residual_row(y, static_cast<const T*>(p.residual) + at, h, p.next_weight ? static_cast<const T*>(p.next_weight) + first : nullptr,
-               p.next_weight ? static_cast<T*>(p.scaled) + at : nullptr, outputs);
-  if (p.next_weight) p.next_squares[row * square_pitch(p.out_features) + panel] = block_squares(h, outputs);
 }
 
 // Rows [row, row + count) of one panel.
@@ -103,7 +56,7 @@ template <typename T, typename Out> void panel_block(const LinearParams& p, cons
       kernels.rows[0](last, 0, weight + whole * kStepBytes, 1, acc + r * kPanel, {weight, 0});
     }
   }
-  for (int r = 0; r < count; ++r) finish_row<T, Out>(p, row + r, panel, acc + r * kPanel);
+  for (int r = 0; r < count; ++r) finish_row<T, Out, T>(p, row + r, panel, acc + r * kPanel);
 }
 
 template <typename T, typename Out> void linear(const LinearParams& p) {

@@ -1,11 +1,11 @@
-// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (pairs of CTAs, pipelines of two sizes, early start), in steps of 128
-// e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
+// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (pairs of CTAs, pipelines of two sizes, early start) and its epilogue, in steps of
+// 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
 // Bytes: the weights once per block of tokens; x and its scales once per block of weight rows (from L2).
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
+#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
-#include "gemm/tile.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -19,11 +19,12 @@ namespace {
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 
-// pair: two CTAs with half of K each; else one with all of it, which stays and takes tile after tile.
-template <int warpgroups_, int tokens_, bool pair_> struct Tile {
+// pair: two CTAs with half of K each; else one with all of it, which stays and takes tile after tile. Activation: of the residual stream and SiLU-mul.
+template <int warpgroups_, int tokens_, bool pair_, typename Activation_ = bf16> struct Tile {
+  using Activation = Activation_;
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
   static constexpr bool pair = pair_;
-  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 32;  // the last warp is the producer
+  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64;  // the last two warps: the producer, and who makes the rows' scales
   static constexpr int cluster = pair ? 2 : 1;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
@@ -32,16 +33,22 @@ template <int warpgroups_, int tokens_, bool pair_> struct Tile {
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
 
-  static constexpr int shared_bytes(int stages) { return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + (2 * stages + 1) * 8; }
+  using Tail = EpilogueShared<warpgroups, tokens>;
+
+  static constexpr int shared_bytes(int stages) { return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
 
-template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 64 ? 2 : 1)
-linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearFp8Params p, int num_stages) {
+template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 32 ? (T::warpgroups == 1 ? 5 : 3) : T::tokens == 64 ? (T::warpgroups == 1 ? 3 : 2) : 1)
+linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearFp8Params fp8, int num_stages) {
   constexpr bool pair = T::pair;
+  const LinearParams& p = fp8.linear;
   extern __shared__ __align__(1024) char shared[];
-  // stages, x's scales of each stage, the inbox where it has a place of its own, barriers
-  const uint32_t stages = ptx::shared_address(shared), scales = stages + num_stages * T::stage_bytes, after = scales + num_stages * T::tokens * 4;
-  const uint32_t inbox = T::own_inbox ? after : stages, full = after + (T::own_inbox ? T::inbox_bytes : 0), empty = full + num_stages * 8, received = empty + num_stages * 8;
+  // stages, x's scales of each stage, the inbox where it has a place of its own, the epilogue's, barriers
+  const int after = num_stages * (T::stage_bytes + T::tokens * 4), tail_at = after + (T::own_inbox ? T::inbox_bytes : 0);
+  const uint32_t stages = ptx::shared_address(shared), scales = stages + num_stages * T::stage_bytes, inbox = T::own_inbox ? stages + after : stages;
+  typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
+  const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
+  const uint32_t scales_made = ptx::shared_address(&tail.full), scales_read = ptx::shared_address(&tail.empty);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? ptx::cluster_rank() : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = pair && rank == 1 ? middle : 0, steps = pair && rank == 0 ? middle : all_steps - begin;
@@ -54,14 +61,18 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
     }
     if (pair) ptx::mbarrier_init(received, 1);
+    ptx::mbarrier_init(scales_made, 1);
+    ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
   if (pair && T::own_inbox) ptx::cluster_arrive();
-  ptx::launch_dependents();
 
-  if (warp == 4 * T::warpgroups) {
-    if (lane == 0) {
+  if (warp >= 4 * T::warpgroups) {
+    if (warp > 4 * T::warpgroups) {
+      const int half = T::tokens / 2;
+      assist<typename T::Activation>(p, tail, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
+    } else if (lane == 0) {
       const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
       const int pitch = scale_pitch(p.rows);
       bool waited = false;
@@ -70,20 +81,24 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs;
         const int units = min(T::warpgroups, (p.out_features - first_output + 63) / 64), scale_bytes = min(T::tokens, pitch - first_row) * 4;
         const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
+        // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
         auto copy_weights = [&](int step, int s) {
           ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes + scale_bytes);
+#pragma unroll 1
           for (int u = 0; u < units; ++u)
             ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
         };
         auto copy_tokens = [&](int step, int s) {
           ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
-          ptx::bulk_load(scales + s * T::tokens * 4, p.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
+          ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
         };
         int step = 0;
         if (!waited) {
           const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
+#pragma unroll 1
           for (int i = 0; i < ahead; ++i) copy_weights(i, i);
           ptx::grid_dependency_wait();
+#pragma unroll 1
           for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
           step = ahead;
           s = ahead % num_stages;
@@ -91,7 +106,11 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           waited = true;
         }
         if (first_row > 0 && first_row >= *p.num_rows) continue;
+        // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
+        const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
+#pragma unroll 1
         for (; step < steps; ++step) {
+          if (step == start) ptx::launch_dependents();
           ptx::mbarrier_wait(empty + 8 * s, parity);
           copy_weights(step, s);
           copy_tokens(step, s);
@@ -109,21 +128,22 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     }
   } else {
     const int warpgroup = warp / 4;
-    int s = 0, parity = 0;        // the stage in use, over all tiles
-    ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
+    int s = 0, parity = 0, scales_parity = 0;  // the stage in use, over all tiles
+    ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
     const int rows = min(*p.num_rows, p.rows);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs + warpgroup * 64;
       if (first_row > 0 && first_row >= rows) continue;
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
-      const float* weight_scale = p.weight_scale + static_cast<int64_t>(p.weight_blocks > 1 ? begin : 0) * p.out_features;
+      const float* weight_scale = fp8.weight_scale + static_cast<int64_t>(fp8.weight_blocks > 1 ? begin : 0) * p.out_features;
       auto scale_at = [&](int half) { return __ldg(weight_scale + min(output + 8 * half, p.out_features - 1)); };
       float next[2] = {scale_at(0), scale_at(1)}, part[T::values], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+#pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const float scale[2] = {next[0], next[1]};
-        if (p.weight_blocks > 1 && step + 1 < steps) {
+        if (fp8.weight_blocks > 1 && step + 1 < steps) {
           weight_scale += p.out_features;
           next[0] = scale_at(0);
           next[1] = scale_at(1);
@@ -150,16 +170,9 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           parity ^= 1;
         }
       }
-      float bias[2] = {0.0f, 0.0f};
-      if (p.bias)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) bias[half] = p.bias[min(output + 8 * half, p.out_features - 1)];
-      auto store = [&](int j, float (&d)[4]) {
-        if (p.bias)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) d[e] = d[e] + bias[e >> 1];
-        store_quad(p.out, p.out_dtype, p.out_features, rows, quad_of(first_row + 8 * j, first_output, d));
-      };
+      const Epilogue<typename T::Tail, typename T::Activation, float> epilogue(p, tail, warpgroup, first_row, rows, first_output);
+      if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
+      scales_parity ^= 1;
       if constexpr (pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
         constexpr int own = T::fragments / 2;
@@ -178,56 +191,80 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
             ptx::store_shared_of(place + j * T::fragment_bytes, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], bell);
           }
         }
+        float kept[4 * own];  // the half of the sums that stays here
+#pragma unroll
+        for (int i = 0; i < 4 * own; ++i) kept[i] = rank == 0 ? sum[i] : sum[4 * own + i];
+        const int first = 8 * rank * own, end = min(present - rank * own, own);
+        auto stream = epilogue.residual(first);
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-#pragma unroll
-        for (int j = 0; j < own; ++j) {
-          if (j >= awaited) break;
-          const float4 other = from[j * T::fragment_bytes / 16];
+#pragma unroll 1
+        for (int j = 0; j < end; ++j) {
+          const auto next = epilogue.residual(first + 8 * (j + 1));
+          const float4 other = from[j * (T::fragment_bytes / 16)];
           const float theirs[4] = {other.x, other.y, other.z, other.w};
           float d[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) d[e] = rank == 0 ? sum[4 * j + e] + theirs[e] : theirs[e] + sum[4 * (own + j) + e];
-          store(rank * own + j, d);
+          for (int e = 0; e < 4; ++e) d[e] = pick(kept, j, e) + theirs[e];  // of two ranges: either order is the same sum
+          epilogue.finish(first + 8 * j, d, stream);
+          stream = next;
         }
+        epilogue.finish_squares(first, first + 8 * own);
       } else {
+        const int end = min((rows - first_row + 7) / 8, T::fragments);
+        auto stream = epilogue.residual(0);
+#pragma unroll 1
+        for (int j = 0; j < end; ++j) {
+          const auto next = epilogue.residual(8 * (j + 1));
+          float d[4];
 #pragma unroll
-        for (int j = 0; j < T::fragments; ++j) {
-          if (first_row + 8 * j >= rows) break;
-          float d[4] = {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]};
-          store(j, d);
+          for (int e = 0; e < 4; ++e) d[e] = pick(sum, j, e);
+          epilogue.finish(8 * j, d, stream);
+          stream = next;
         }
+        epilogue.finish_squares(0, T::tokens);
       }
+      __syncwarp();
+      if (pair) break;  // one tile: nothing is kept for another
+      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
   }
 }
 
-template <typename T> void launch_tile(const LinearFp8Params& p, cudaStream_t stream) {
+template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t stream) {
+  const LinearParams& p = fp8.linear;
   const CUtensorMap x = tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
   const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
-  launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, p, stages);
+  launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
 // Blocks of 16 to 128 tokens, as the rows need.
-template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& p, cudaStream_t stream) {
-  if (p.rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(p, stream);
-  else if (p.rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(p, stream);
-  else if (p.rows <= 64) launch_tile<Tile<warpgroups, 64, pair>>(p, stream);
-  else launch_tile<Tile<warpgroups, 128, pair>>(p, stream);
+template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
+  const int rows = fp8.linear.rows;
+  if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
+  else if (rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(fp8, stream);
+  else if (rows <= 64) launch_tile<Tile<warpgroups, 64, pair>>(fp8, stream);
+  else launch_tile<Tile<warpgroups, 128, pair>>(fp8, stream);
 }
+
+// float32 activations are for parity checks: one shape of tile, whatever the rows.
+template <bool pair> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, pair, float>>(fp8, stream); }
 
 }  // namespace
 
-void launch_linear_fp8_cuda(const LinearFp8Params& p, void* stream) {
+void launch_linear_fp8_cuda(const LinearFp8Params& fp8, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   require_hopper("linear_fp8", "e4m3");
-  if (fp8_ranges(p.out_features) == 1) launch_block<2, false>(p, s);
-  else if (2 * ceil_div(p.out_features, 128) >= kFewCtas || p.rows > 256) launch_block<2, true>(p, s);
-  else launch_block<1, true>(p, s);  // narrower CTAs, so that a small weight still occupies the chip
+  const LinearParams& p = fp8.linear;
+  const bool one_range = fp8_ranges(p.out_features) == 1;
+  if (p.finish != Finish::kStore && p.out_dtype == DType::kF32) one_range ? launch_f32<false>(fp8, s) : launch_f32<true>(fp8, s);
+  else if (one_range) launch_block<2, false>(fp8, s);
+  else if (2 * ceil_div(p.out_features, 128) >= kFewCtas || p.rows > 256) launch_block<2, true>(fp8, s);
+  else launch_block<1, true>(fp8, s);  // narrower CTAs, so that a small weight still occupies the chip
 }
 
 }  // namespace specrt

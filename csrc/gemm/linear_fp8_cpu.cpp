@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "gemm/blocks_cpu.h"
+#include "gemm/finish_cpu.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -63,15 +64,9 @@ SPECRT_CLONES void promote(const float* sum, float x_scale, const float* weight_
   for (int o = 0; o < kPanel; ++o) acc[o] = fma_rn(sum[o], x_scale * weight_scale[o], acc[o]);
 }
 
-template <typename Out> SPECRT_CLONES void finish_row(const float* acc, const float* bias, Out* out, int outputs) {
-  if (bias)
-    for (int o = 0; o < outputs; ++o) out[o] = round_to<Out>(acc[o] + bias[o]);
-  else
-    for (int o = 0; o < outputs; ++o) out[o] = round_to<Out>(acc[o]);
-}
-
 // Rows [row, row + count) of one panel. x: the widened rows, [rows, 2 * steps].
-template <typename Out> void panel_block(const LinearFp8Params& p, const StepKernels& kernels, Widen widen, const bf16* x, int64_t steps, int64_t panel, int64_t row, int count) {
+template <typename T> void panel_block(const LinearFp8Params& fp8, const StepKernels& kernels, Widen widen, const bf16* x, int64_t steps, int64_t panel, int64_t row, int count) {
+  const LinearParams& p = fp8.linear;
   const int64_t first = panel * kPanel, blocks = (p.in_features + kScaleBlock - 1) / kScaleBlock;
   const int outputs = static_cast<int>(std::min<int64_t>(kPanel, p.out_features - first));
   const e4m3* weight = static_cast<const e4m3*>(p.weight) + first * steps * 2;
@@ -81,33 +76,33 @@ template <typename Out> void panel_block(const LinearFp8Params& p, const StepKer
   for (int64_t b = 0; b < blocks; ++b) {
     const int n = static_cast<int>(std::min<int64_t>(kBlockSteps, steps - b * kBlockSteps));
     widen(weight + b * kBlockBytes, wide, static_cast<int64_t>(n) * 2 * kPanel);
-    if (b == 0 || p.weight_blocks > 1) std::memcpy(weight_scale, p.weight_scale + b * p.out_features + first, sizeof(float) * outputs);
+    if (b == 0 || fp8.weight_blocks > 1) std::memcpy(weight_scale, fp8.weight_scale + b * p.out_features + first, sizeof(float) * outputs);
     for (int r = 0; r < count; r += kMaxRows) {
       const int m = std::min(kMaxRows, count - r);
       std::memset(sums, 0, sizeof(float) * kPanel * m);
       kernels.rows[m - 1](x + ((row + r) * steps + b * kBlockSteps) * 2, steps * 4, reinterpret_cast<const char*>(wide), n, sums, {nullptr, 0});
-      for (int i = 0; i < m; ++i) promote(sums + i * kPanel, p.x_scale[b * scale_pitch(p.rows) + row + r + i], weight_scale, acc + (r + i) * kPanel);
+      for (int i = 0; i < m; ++i) promote(sums + i * kPanel, fp8.x_scale[b * scale_pitch(p.rows) + row + r + i], weight_scale, acc + (r + i) * kPanel);
     }
   }
-  for (int r = 0; r < count; ++r)
-    finish_row(acc + r * kPanel, p.bias ? p.bias + first : nullptr, static_cast<Out*>(p.out) + (row + r) * p.out_features + first, outputs);
+  for (int r = 0; r < count; ++r) finish_row<T, T, float>(p, row + r, panel, acc + r * kPanel);
 }
 
-template <typename Out> void linear_fp8(const LinearFp8Params& p) {
+template <typename T> void linear_fp8(const LinearFp8Params& fp8) {
+  const LinearParams& p = fp8.linear;
   const int64_t n = std::min(*p.num_rows, p.rows), k = p.in_features, steps = (k + 1) / 2;
   if (n <= 0) return;
   std::unique_ptr<bf16[]> x(new bf16[n * steps * 2]);
   parallel_for(n, n * k * 2, [&](int64_t r) {
-    widen_portable(p.x + r * k, x.get() + r * steps * 2, k);
+    widen_portable(static_cast<const e4m3*>(p.x) + r * k, x.get() + r * steps * 2, k);
     if (k % 2) x[r * steps * 2 + k] = bf16{0};
   });
   const StepKernels& kernels = step_kernels(DType::kBF16);
   const Widen widen = weight_widener();
-  for_each_block(p.out_features, n, k, sizeof(bf16), [&](int64_t panel, int64_t row, int count) { panel_block<Out>(p, kernels, widen, x.get(), steps, panel, row, count); });
+  for_each_block(p.out_features, n, k, sizeof(bf16), [&](int64_t panel, int64_t row, int count) { panel_block<T>(fp8, kernels, widen, x.get(), steps, panel, row, count); });
 }
 
 }  // namespace
 
-void launch_linear_fp8_cpu(const LinearFp8Params& p) { p.out_dtype == DType::kF32 ? linear_fp8<float>(p) : linear_fp8<bf16>(p); }
+void launch_linear_fp8_cpu(const LinearFp8Params& p) { p.linear.out_dtype == DType::kF32 ? linear_fp8<float>(p) : linear_fp8<bf16>(p); }
 
 }  // namespace specrt

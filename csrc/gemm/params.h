@@ -16,7 +16,7 @@
 // FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
 // wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[b, r] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
 // in S = fp8_ranges(N) ranges, the second from T / 2 on, each acc from zero, the first plus the second; the CPU has one range.
-// The bias is float32; sum, bias and rounding as above.
+// The bias is float32; what then happens to a sum is as above (Finish), in out_dtype.
 #pragma once
 #include "base/fp8.h"
 #include "base/squares.h"
@@ -38,7 +38,7 @@ struct PackLinearParams {
 enum class Finish : int32_t { kStore, kSilu, kResidual };
 
 struct LinearParams {
-  DType dtype, out_dtype;  // of x, weight and bias; of out (dtype, or with kStore float32)
+  DType dtype, out_dtype;  // of x, weight and bias; of what follows the sums: out (dtype, or with kStore float32), residual, next_weight, scaled
   const void* x;           // [R, K]
   const void* weight;      // packed as above; CUDA float32: [N, K]
   const void* bias;        // [N] or null
@@ -70,16 +70,12 @@ struct QuantizeFp8Params {
 };
 
 struct LinearFp8Params {
-  DType out_dtype;            // kF32 or kBF16
-  const e4m3* x;              // [R, K], as quantize_fp8 writes it
+  // dtype kE4M3: x as quantize_fp8 writes it; weight packed (CPU: as above; CUDA: in units of 64 outputs x 128 k, pack.cu, [ceil(N/64), ceil(K/128), 64, 128]); bias float32.
+  // out_dtype kF32 or kBF16.
+  LinearParams linear;
   const float* x_scale;       // [ceil(K/128), scale_pitch(R)]
-  const void* weight;         // e4m3, packed: CPU as above; CUDA in units of 64 outputs x 128 k (pack.cu), [ceil(N/64), ceil(K/128), 64, 128]
   const float* weight_scale;  // [weight_blocks, N]
   int weight_blocks;          // 1: one scale an output; ceil(K/128): one an output and block of 128 k
-  const float* bias;          // [N] or null
-  void* out;                  // [R, N]
-  const int32_t* num_rows;
-  int rows, out_features, in_features;  // R (capacity), N, K
 };
 
 void launch_pack_linear_cpu(const PackLinearParams& p);

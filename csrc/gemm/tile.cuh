@@ -63,10 +63,15 @@ __device__ __forceinline__ Quad quad_of(int token, int output, const float (&d)[
   return quad;
 }
 
-// Four bfloat16 as one load or store.
-union Quad16 {
+// Four values as one load or store.
+template <typename T> union Packed;
+template <> union Packed<bf16> {
   bf16 each[4];
   uint2 all;
+};
+template <> union Packed<float> {
+  float each[4];
+  float4 all;
 };
 
 __device__ __forceinline__ void store_quad(void* out, DType dtype, int out_features, int rows, const Quad& quad) {
@@ -77,7 +82,7 @@ __device__ __forceinline__ void store_quad(void* out, DType dtype, int out_featu
     if (dtype == DType::kF32) {
       *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = make_float4(x[0], x[1], x[2], x[3]);
     } else {
-      const Quad16 pack{{to_bf16(x[0]), to_bf16(x[1]), to_bf16(x[2]), to_bf16(x[3])}};
+      const Packed<bf16> pack{{to_bf16(x[0]), to_bf16(x[1]), to_bf16(x[2]), to_bf16(x[3])}};
       *reinterpret_cast<uint2*>(static_cast<bf16*>(out) + at) = pack.all;
     }
   } else {

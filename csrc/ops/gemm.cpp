@@ -33,7 +33,20 @@ void pack_linear(Tensor weight, Tensor packed) {
   SPECRT_LAUNCH(pack_linear, check, p);
 }
 
-// The checks that all linear layers share; the sizes are fixed here.
+LinearParams product(int64_t R, int64_t N, int64_t K, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& num_rows) {
+  LinearParams p{};
+  p.dtype = p.out_dtype = dtype_of(x);
+  p.x = in<void>(x);
+  p.weight = in<void>(weight);
+  p.bias = in<void>(bias);
+  p.num_rows = in<int32_t>(num_rows);
+  p.rows = static_cast<int>(R);
+  p.out_features = static_cast<int>(N);
+  p.in_features = static_cast<int>(K);
+  return p;
+}
+
+// The checks that the layers of one dtype share; the sizes are fixed here.
 LinearParams linear_params(Checker& check, Sym& R, Sym& N, Sym& K, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& num_rows) {
   check("x", x, {R, K}, {kF32, kBF16});
   if (check.cuda()) {
@@ -51,16 +64,7 @@ LinearParams linear_params(Checker& check, Sym& R, Sym& N, Sym& K, const Tensor&
   }
   check("bias", bias, {N}, {x.scalar_type()});
   check("num_rows", num_rows, {1}, {kI32});
-  LinearParams p{};
-  p.dtype = p.out_dtype = dtype_of(x);
-  p.x = in<void>(x);
-  p.weight = in<void>(weight);
-  p.bias = in<void>(bias);
-  p.num_rows = in<int32_t>(num_rows);
-  p.rows = static_cast<int>(R);
-  p.out_features = static_cast<int>(N);
-  p.in_features = static_cast<int>(K);
-  return p;
+  return product(R, N, K, x, weight, bias, num_rows);
 }
 
 // Of a deferred norm of x.
@@ -85,16 +89,49 @@ void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows
   SPECRT_LAUNCH(linear, check, p);
 }
 
+// kSilu's output, which fixes N.
+void check_silu(Checker& check, Sym& R, Sym& N, const Tensor& out, std::initializer_list<ScalarType> dtypes) {
+  Sym I("I");
+  check("out", out, {R, I}, dtypes);
+  check.require(I % 8 == 0, "out", "I divisible by 8 (gate and up alternate in eights); I = " + std::to_string(I));
+  check.aligned("out", out);
+  N.value = 2 * I;
+}
+
+// Of kResidual, all of residual's dtype.
+void set_residual(Checker& check, LinearParams& p, const Tensor& residual, const Tensor& residual_out, const std::optional<Tensor>& next_weight, const std::optional<Tensor>& scaled,
+                  const std::optional<Tensor>& next_squares) {
+  const int64_t R = p.rows, N = p.out_features;
+  check("residual_out", residual_out, {R, N}, {residual.scalar_type()});
+  check("next_weight", next_weight, {N}, {residual.scalar_type()});
+  check("scaled", scaled, {R, N}, {residual.scalar_type()});
+  check("next_squares", next_squares, {R, square_pitch(p.out_features)}, {kF32});
+  check.require(next_weight.has_value() == scaled.has_value() && next_weight.has_value() == next_squares.has_value(), "next_weight", "next_weight, scaled and next_squares together, or none of them");
+  if (check.cuda()) {
+    check.require(N % 4 == 0, "residual", "N divisible by 4 (four columns a thread); N = " + std::to_string(N));
+    check.aligned("residual", residual);
+    check.aligned("residual_out", residual_out);
+    if (next_weight.has_value()) {
+      check.aligned("next_weight", *next_weight);
+      check.aligned("scaled", *scaled);
+    }
+  }
+  p.finish = Finish::kResidual;
+  p.out_dtype = dtype_of(residual);
+  p.residual = in<void>(residual);
+  p.residual_out = inout<void>(residual_out);
+  p.next_weight = in<void>(next_weight);
+  p.scaled = inout<void>(scaled);
+  p.next_squares = inout<float>(next_squares);
+}
+
 void linear_silu(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
   Checker check("linear_silu", x);
-  Sym R("R"), K("K"), I("I"), N("N");
+  Sym R("R"), K("K"), N("N");
   check("x", x, {R, K}, {kF32, kBF16});
-  check("out", out, {R, I}, {x.scalar_type()});
-  check.require(I % 8 == 0, "out", "I divisible by 8 (gate and up alternate in eights); I = " + std::to_string(I));
-  N.value = 2 * I;
+  check_silu(check, R, N, out, {x.scalar_type()});
   LinearParams p = linear_params(check, R, N, K, x, weight, bias, num_rows);
   set_squares(check, p, squares, eps);
-  if (check.cuda()) check.aligned("out", out);
   if (R == 0 || N == 0) return;
   p.finish = Finish::kSilu;
   p.out = inout<void>(out);
@@ -107,28 +144,9 @@ void linear_residual(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor
   Sym R("R"), K("K"), N("N");
   check("x", x, {R, K}, {kF32, kBF16});
   check("residual", residual, {R, N}, {x.scalar_type()});
-  check("residual_out", residual_out, {R, N}, {x.scalar_type()});
   LinearParams p = linear_params(check, R, N, K, x, weight, bias, num_rows);
-  check("next_weight", next_weight, {N}, {x.scalar_type()});
-  check("scaled", scaled, {R, N}, {x.scalar_type()});
-  check("next_squares", next_squares, {R, square_pitch(static_cast<int>(N))}, {kF32});
-  check.require(next_weight.has_value() == scaled.has_value() && next_weight.has_value() == next_squares.has_value(), "next_weight", "next_weight, scaled and next_squares together, or none of them");
-  if (check.cuda()) {
-    check.require(N % 4 == 0, "residual", "N divisible by 4 (four columns a thread); N = " + std::to_string(N));
-    check.aligned("residual", residual);
-    check.aligned("residual_out", residual_out);
-    if (next_weight.has_value()) {
-      check.aligned("next_weight", *next_weight);
-      check.aligned("scaled", *scaled);
-    }
-  }
+  set_residual(check, p, residual, residual_out, next_weight, scaled, next_squares);
   if (R == 0 || N == 0) return;
-  p.finish = Finish::kResidual;
-  p.residual = in<void>(residual);
-  p.residual_out = inout<void>(residual_out);
-  p.next_weight = in<void>(next_weight);
-  p.scaled = inout<void>(scaled);
-  p.next_squares = inout<float>(next_squares);
   SPECRT_LAUNCH(linear, check, p);
 }
 
@@ -149,11 +167,11 @@ void quantize_fp8(Tensor x, Tensor num_rows, Tensor q, Tensor scale) {
   SPECRT_LAUNCH(quantize_fp8, check, p);
 }
 
-void linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out) {
-  Checker check("linear_fp8", x);
-  Sym R("R"), K("K"), N("N"), G("G");
+// The same for FP8; out_dtype is the caller's.
+LinearFp8Params fp8_params(Checker& check, Sym& R, Sym& N, Sym& K, const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
+                           const std::optional<Tensor>& bias, const Tensor& num_rows) {
+  Sym G("G");
   check("x", x, {R, K}, {kE4M3});
-  check("out", out, {R, N}, {kF32, kBF16});
   const int64_t blocks = ceil_div(K, kScaleBlock);
   check("x_scale", x_scale, {blocks, scale_pitch(static_cast<int>(R))}, {kF32});
   check("weight_scale", weight_scale, {G, N}, {kF32});
@@ -164,15 +182,51 @@ void linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, st
     check.aligned("x", x);
     check.aligned("x_scale", x_scale);
     check.aligned("weight", weight);
-    check.aligned("out", out);
   } else {
     check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, 2), kPanel, 2}, {kE4M3});
   }
   check("bias", bias, {N}, {kF32});
   check("num_rows", num_rows, {1}, {kI32});
+  return {product(R, N, K, x, weight, bias, num_rows), in<float>(x_scale), in<float>(weight_scale), static_cast<int>(G)};
+}
+
+void linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
+  Checker check("linear_fp8", x);
+  Sym R("R"), K("K"), N("N");
+  check("x", x, {R, K}, {kE4M3});
+  check("out", out, {R, N}, {kF32, kBF16});
+  check.aligned("out", out);
+  LinearFp8Params p = fp8_params(check, R, N, K, x, x_scale, weight, weight_scale, bias, num_rows);
+  set_squares(check, p.linear, squares, eps);
   if (R == 0 || N == 0) return;
-  LinearFp8Params p{dtype_of(out), in<e4m3>(x), in<float>(x_scale), in<void>(weight), in<float>(weight_scale), static_cast<int>(G), in<float>(bias), inout<void>(out),
-                    in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(N), static_cast<int>(K)};
+  p.linear.out_dtype = dtype_of(out);
+  p.linear.out = inout<void>(out);
+  SPECRT_LAUNCH(linear_fp8, check, p);
+}
+
+void linear_fp8_silu(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
+  Checker check("linear_fp8_silu", x);
+  Sym R("R"), K("K"), N("N");
+  check("x", x, {R, K}, {kE4M3});
+  check_silu(check, R, N, out, {kF32, kBF16});
+  LinearFp8Params p = fp8_params(check, R, N, K, x, x_scale, weight, weight_scale, bias, num_rows);
+  set_squares(check, p.linear, squares, eps);
+  if (R == 0 || N == 0) return;
+  p.linear.finish = Finish::kSilu;
+  p.linear.out_dtype = dtype_of(out);
+  p.linear.out = inout<void>(out);
+  SPECRT_LAUNCH(linear_fp8, check, p);
+}
+
+void linear_fp8_residual(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor residual, Tensor residual_out,
+                         std::optional<Tensor> next_weight, std::optional<Tensor> scaled, std::optional<Tensor> next_squares) {
+  Checker check("linear_fp8_residual", x);
+  Sym R("R"), K("K"), N("N");
+  check("x", x, {R, K}, {kE4M3});
+  check("residual", residual, {R, N}, {kF32, kBF16});
+  LinearFp8Params p = fp8_params(check, R, N, K, x, x_scale, weight, weight_scale, bias, num_rows);
+  set_residual(check, p.linear, residual, residual_out, next_weight, scaled, next_squares);
+  if (R == 0 || N == 0) return;
   SPECRT_LAUNCH(linear_fp8, check, p);
 }
 
@@ -185,6 +239,8 @@ STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) {
   m.impl("linear_residual", TORCH_BOX(&linear_residual));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
+  m.impl("linear_fp8_silu", TORCH_BOX(&linear_fp8_silu));
+  m.impl("linear_fp8_residual", TORCH_BOX(&linear_fp8_residual));
 }
 STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
@@ -193,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) {
   m.impl("linear_residual", TORCH_BOX(&linear_residual));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
+  m.impl("linear_fp8_silu", TORCH_BOX(&linear_fp8_silu));
+  m.impl("linear_fp8_residual", TORCH_BOX(&linear_fp8_residual));
 }
 
 }  // namespace specrt::ops
