@@ -62,14 +62,14 @@ template <int kBatch> __device__ __forceinline__ void make_scales(const LinearPa
   }
 }
 
-// What the extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs) and finishes the tokens
-// [begin, end) of each: the rows' 1 / rms, and what the epilogue reads from memory, asked for early. T: of next_weight.
-template <typename T, typename Shared>
-__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int outputs, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
+// What the extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs), `outputs` wide and the first
+// from first_output, and finishes the tokens [begin, end) of each: the rows' 1 / rms, and what the epilogue reads from memory, asked for early. T: of next_weight.
+template <typename T, int kBatch, typename Shared>
+__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
   constexpr int tokens = sizeof(shared.scale) / sizeof(float), sector = 32 / sizeof(T);
   const int lane = threadIdx.x % 32;
   if (p.next_weight) {  // nobody has read it before
-    const int output = first_tile / blocks * outputs + sector * lane;
+    const int output = first_output + sector * lane;
     if (sector * lane < outputs && output < p.out_features) ptx::prefetch_l2(static_cast<const T*>(p.next_weight) + output);
   }
   if (!p.squares) return;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
     const int first_row = tile % blocks * tokens;
     if (first_row > 0 && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
-    make_scales(p, shared.scale, first_row, begin, end, rows);
+    make_scales<kBatch>(p, shared.scale, first_row, begin, end, rows);
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
     parity ^= 1;

@@ -122,30 +122,16 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     const int ahead = first_tile < tiles && row_of(first_tile) == 0 ? min(steps, num_stages) : 0;
     const int units = units_of(output_of(first_tile));
     const char* weight = weights_of(output_of(first_tile));
-    const bool producer = warp == 4 * T::warpgroups && lane == 0, scales = warp == 4 * T::warpgroups + 1;
+    const bool producer = warp == 4 * T::warpgroups && lane == 0;
     if (producer)
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(weight, units, i, i);
     __syncwarp();
-    if (scales && p.next_weight) {  // from memory: nobody has read it before
-      const int output = output_of(first_tile) + 16 * lane;
-      if (16 * lane < T::outputs && output < p.out_features) ptx::prefetch_l2(static_cast<const bf16*>(p.next_weight) + output);
-    }
+    if (warp == 4 * T::warpgroups + 1)
+      assist<bf16, T::takes ? 2 : 4>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, T::pair ? rank * T::tokens / 2 : 0,
+                                     T::pair ? (rank + 1) * T::tokens / 2 : T::tokens);
     ptx::grid_dependency_wait();
     if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
-    if (scales && p.squares) {
-      const int rows = min(*p.num_rows, p.rows), begin = T::pair ? rank * T::tokens / 2 : 0, end = T::pair ? begin + T::tokens / 2 : T::tokens;
-      int parity = 1;
-#pragma unroll 1
-      for (int tile = first_tile; tile < tiles; tile += tile_step) {
-        if (row_of(tile) > 0 && row_of(tile) >= rows) continue;
-        ptx::mbarrier_wait(scales_read, parity);
-        make_scales<T::takes ? 2 : 4>(p, tail.scale, row_of(tile), begin, end, rows);
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(scales_made);
-        parity ^= 1;
-      }
-    }
     if (producer) {
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_tokens(0, i, i);

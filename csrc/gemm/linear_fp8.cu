@@ -66,12 +66,12 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  if (pair && T::own_inbox) ptx::cluster_arrive();
+  if (pair && T::own_inbox) ptx::cluster_arrive_relaxed();
 
   if (warp >= 4 * T::warpgroups) {
     if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
-      assist<typename T::Activation>(p, tail, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
+      assist<typename T::Activation, 4>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
       const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
       const int pitch = scale_pitch(p.rows);
@@ -123,7 +123,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     }
     __syncwarp();
     if (pair) {
-      if (!T::own_inbox) ptx::cluster_arrive();
+      if (!T::own_inbox) ptx::cluster_arrive_relaxed();
       ptx::cluster_wait();
     }
   } else {
@@ -179,49 +179,42 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
         const int awaited = rank == 0 ? min(present, own) : max(present - own, 0);
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
-        if (!T::own_inbox) ptx::cluster_arrive();  // this CTA is done with its stages
+        if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
         ptx::cluster_wait();
-        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
+        float mine[4 * own], theirs[4 * own];
 #pragma unroll
-        for (int j = 0; j < own; ++j) {
-          const int i = 4 * (own + j);
-          if (rank == 0) {
-            if (own + j < present) ptx::store_shared_of(place + j * T::fragment_bytes, sum[i], sum[i + 1], sum[i + 2], sum[i + 3], bell);
-          } else if (j < present) {
-            ptx::store_shared_of(place + j * T::fragment_bytes, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3], bell);
-          }
+        for (int i = 0; i < 4 * own; ++i) {
+          mine[i] = rank == 0 ? sum[i] : sum[4 * own + i];
+          theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
         }
-        float kept[4 * own];  // the half of the sums that stays here
-#pragma unroll
-        for (int i = 0; i < 4 * own; ++i) kept[i] = rank == 0 ? sum[i] : sum[4 * own + i];
-        const int first = 8 * rank * own, end = min(present - rank * own, own);
+        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
+        for_each_fragment(theirs, [&](int j, float(&d)[4]) {
+          if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
+        });
+        const int first = 8 * rank * own;
         auto stream = epilogue.residual(first);
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-#pragma unroll 1
-        for (int j = 0; j < end; ++j) {
+        for_each_fragment(mine, [&](int j, float(&d)[4]) {
+          if (j >= awaited) return;
           const auto next = epilogue.residual(first + 8 * (j + 1));
           const float4 other = from[j * (T::fragment_bytes / 16)];
-          const float theirs[4] = {other.x, other.y, other.z, other.w};
-          float d[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) d[e] = pick(kept, j, e) + theirs[e];  // of two ranges: either order is the same sum
+          d[0] = d[0] + other.x;  // of two ranges: either order is the same sum
+          d[1] = d[1] + other.y;
+          d[2] = d[2] + other.z;
+          d[3] = d[3] + other.w;
           epilogue.finish(first + 8 * j, d, stream);
           stream = next;
-        }
+        });
         epilogue.finish_squares(first, first + 8 * own);
       } else {
-        const int end = min((rows - first_row + 7) / 8, T::fragments);
         auto stream = epilogue.residual(0);
-#pragma unroll 1
-        for (int j = 0; j < end; ++j) {
+        for_each_fragment(sum, [&](int j, float(&d)[4]) {
+          if (first_row + 8 * j >= rows) return;
           const auto next = epilogue.residual(8 * (j + 1));
-          float d[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) d[e] = pick(sum, j, e);
           epilogue.finish(8 * j, d, stream);
           stream = next;
-        }
+        });
         epilogue.finish_squares(0, T::tokens);
       }
       __syncwarp();
