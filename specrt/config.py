@@ -16,6 +16,7 @@ _CHAIN_LENGTH = {"ngram": 8}
 _DEFAULT_CHAIN_LENGTH = 4
 _LOOKUP = (2, 4)  # prompt_lookup_min, prompt_lookup_max
 _DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
+_NEED_MODEL = {"draft_model": "a path, a hub name or 'smollm2-135m'", "eagle": "the folder of an EAGLE head or a hub name", "eagle3": "the folder of an EAGLE-3 head or a hub name"}
 _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 
 
@@ -23,7 +24,8 @@ _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 class SpeculativeConfig:
     """One drafter and how its drafts are verified. Made by ``parse``, which fills in and checks everything.
 
-    A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included)."""
+    A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included).
+    eagle_aux_hidden_state_layer_ids (residual-stream boundaries) and norm_output override what an EAGLE-3 head's config says."""
 
     method: str
     model: str | None = None
@@ -38,6 +40,8 @@ class SpeculativeConfig:
     draft_sample_method: str = "shared_noise"
     quantization: str | None = None
     draft_tensor_parallel_size: int = 1
+    eagle_aux_hidden_state_layer_ids: tuple[int, ...] | None = None
+    norm_output: bool | None = None
 
     @property
     def is_tree(self) -> bool:
@@ -92,8 +96,9 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(given["model"], (str, Path)) or not str(given["model"]):
             raise refuse(_key("model"), given["model"], "a path, a hub name or 'smollm2-135m'")
         values["model"] = str(given["model"])
-    elif method == "draft_model":
-        raise ValueError(f"{_key('model')} is missing; method 'draft_model' needs a path, a hub name or 'smollm2-135m'")
+    elif method in _NEED_MODEL:
+        raise ValueError(f"{_key('model')} is missing; method {method!r} needs {_NEED_MODEL[method]}")
+    values |= _head(method, given)
     values |= _lookup(method, given)
     if "quantization" in given:
         if method == "ngram":
@@ -105,6 +110,22 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
         values["draft_sample_method"] = choice(_key("draft_sample_method"), given["draft_sample_method"], ["shared_noise", "greedy"])
         if method == "ngram" and values["draft_sample_method"] != "shared_noise":
             raise ValueError(f"{_key('draft_sample_method')} = {given['draft_sample_method']!r} has no meaning for method 'ngram'; leave it out")
+    return values
+
+
+def _head(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of what a head's config says."""
+    values: dict[str, Any] = {}
+    for name in ("eagle_aux_hidden_state_layer_ids", "norm_output"):
+        if name in given and method != "eagle3":
+            raise ValueError(f"{_key(name)} belongs to method 'eagle3', not to {method!r}; leave it out")
+    if "norm_output" in given:
+        values["norm_output"] = boolean(_key("norm_output"), given["norm_output"])
+    ids = given.get("eagle_aux_hidden_state_layer_ids")
+    if ids is not None:
+        if not isinstance(ids, (list, tuple)) or not ids:
+            raise refuse(_key("eagle_aux_hidden_state_layer_ids"), ids, "a list of layer boundaries, for example [2, 15, 27]")
+        values["eagle_aux_hidden_state_layer_ids"] = tuple(integer(_key("eagle_aux_hidden_state_layer_ids"), i, 0, 4096) for i in ids)
     return values
 
 

@@ -75,7 +75,7 @@ class ModelConfig:
         if not isinstance(text, dict):
             raise ValueError(f"text_config must be an object, got {type(text).__name__}")
         architecture = _architecture(text, config)
-        read = _Reader(text)
+        read = Reader(text)
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
         layers = read.integer("num_hidden_layers", most=MAX_LAYERS)
@@ -105,7 +105,7 @@ class ModelConfig:
             bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(dict.fromkeys(eos)))
 
 
-class _Reader:
+class Reader:
     """Typed reads of a config's keys; a null counts as absent."""
 
     def __init__(self, values: dict[str, Any]):
@@ -179,11 +179,11 @@ def _rope(text: dict[str, Any], max_positions: int) -> tuple[float, dict[str, An
             scaling[name] = positive(f"{key}.{name}", given.get(name))
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ValueError(f"{key}: low_freq_factor = {scaling['low_freq_factor']} must be below high_freq_factor = {scaling['high_freq_factor']}")
-        scaling["original_max_position_embeddings"] = _Reader(given).integer("original_max_position_embeddings", max_positions)
+        scaling["original_max_position_embeddings"] = Reader(given).integer("original_max_position_embeddings", max_positions)
     return theta, scaling
 
 
-def _windows(read: _Reader, architecture: str, layers: int) -> tuple[int, ...]:
+def _windows(read: Reader, architecture: str, layers: int) -> tuple[int, ...]:
     """Sliding windows. Llama has none; Mistral has one for all layers (4096 where the key is absent, none where it is null); in Qwen they are off unless
     use_sliding_window, and then hold for layer_types == "sliding_attention", or for the layers from max_window_layers on."""
     if architecture == "llama" or (architecture != "mistral" and not read.boolean("use_sliding_window", False)):

@@ -62,6 +62,16 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     raise ValueError(f"model {name!r} is no folder or file here; expected a path, a hub name like 'org/name', or '{DEFAULT_MODEL}'")
 
 
+def locate_folder(model: str | Path) -> Path:
+    """The folder of a head (a path, or a hub name, which is fetched). ValueError if there is none."""
+    name, path = str(model), Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not path.exists() and _HUB_NAME.fullmatch(name) and not isinstance(model, Path):
+        return _download(name)
+    raise ValueError(f"head {name!r} is no folder here; expected the folder of a head, or a hub name like 'org/name'")
+
+
 def _open_file(origin: str, path: Path) -> Checkpoint:
     with open(path, "rb") as file:
         magic = file.read(4)

@@ -1,0 +1,119 @@
+"""Heads on the target's features (EAGLE-1/2/3): drafters.md 0 to 4.
+
+Slot i of such a head holds the feature of token i and token i + 1, at position i: it has one key fewer than there are known tokens, exactly as many as are committed, so its
+keys lie in the target's pages, slot by slot. What the target has committed goes in with its true features (``prefill``, ``extend``); the growth of a tree feeds the head's
+own outputs back and writes scratch slots behind the committed ones, which the next ``extend`` overwrites."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specrt import ops
+from specrt.cache.pool import KVPool
+from specrt.draft.base import Drafter
+from specrt.draft.expansion import Expansion
+from specrt.layers.batch import RowBatch, row_bucket
+from specrt.models.head import HeadModel
+from specrt.round.state import RoundState, SpanRows
+
+_NEVER = -1e30  # the raw logit of a token outside the draft vocabulary: finite, for an infinite one would mark the row as broken
+
+
+class HeadDrafter(Drafter):
+    """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits: as DraftModelDrafter's.
+
+    ``root_hidden`` and ``root_feature`` [B + 1, h] are the outputs of each slot's last true row, from which the next tree grows; the last row is a bin. A request of one
+    token has no such row before its first round, which is therefore one without drafts."""
+
+    def __init__(self, model: HeadModel, boundaries: tuple[int, ...], levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
+        self.model, self.features = model, boundaries
+        self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = levels, beam_width, topk, noise, keep_logits
+        self.scratch_slots = (levels - 1) * beam_width
+
+    def bytes_per_page(self, page_size: int) -> int:
+        m = self.model
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
+
+    def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
+        super().bind(state, pages, page_size, prefill_rows)
+        m, device, batch = self.model, state.device, state.batch
+        m.size(state.history.shape[1])
+        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
+        span_rows = batch * min(1 + self.levels, state.nodes)
+        rows = max(span_rows, batch * self.beam_width)
+        workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
+        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, lag=1)
+        sp = self.span = SpanRows(batch, span_rows, device)
+        self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
+                                   block_table=state.block_table, workspace=workspace)
+        self.root_hidden = torch.zeros(batch + 1, m.hidden_size, dtype=m.dtype, device=device)
+        self.root_feature = torch.zeros_like(self.root_hidden)
+        self.own_logits = None if m.target_ids is None and m.vocab == state.vocab else torch.empty(batch * self.beam_width, m.vocab, dtype=torch.float32, device=device)
+
+    # ---------------------------------------------------------------------------------------- true features
+
+    def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
+        self._consume(batch, [features[j] for j in self.features], end)
+
+    def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
+        s, sp = self.state, self.span
+        torch.where(self.max_nodes > 0, s.seq_lens, 0, out=sp.end)
+        torch.sub(s.seq_lens, s.path_len, out=sp.start)
+        ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
+        batch = self.span_batch.head(row_bucket(slots * (1 + depth), sp.rows))
+        request = batch.request.long()
+        # A row past num_rows is stale: any row of the features will do for it.
+        nth = (batch.position - sp.start[request]).clamp(0, s.nodes - 1).long()
+        row = (s.row_offset[request] + s.path[request, nth]).clamp(0, s.rows - 1)
+        self._consume(batch, [features[j].index_select(0, row) for j in self.features], sp.end)
+
+    def _consume(self, batch: RowBatch, features: list[Tensor], end: Tensor) -> None:
+        """Committed rows with their true features, each with the token after it; the last of a slot, at position ``end`` - 1, is its next root."""
+        s, b = self.state, batch
+        request, after = b.request.long(), (b.position + 1).long()
+        b = batch.with_tokens(s.history[request, after])
+        hidden, feature = self.model.forward(b, self.model.combine(features, b.num_rows), self.pool)
+        index = torch.arange(b.rows, dtype=torch.int32, device=s.device)
+        last = (index < b.num_rows) & (after == end[request])
+        place = torch.where(last, request, s.batch)
+        self.root_hidden.index_copy_(0, place, hidden)
+        self.root_feature.index_copy_(0, place, feature)
+
+    # ---------------------------------------------------------------------------------------- drafts
+
+    def propose(self, slots: int, depth: int) -> None:
+        s, grow, m = self.state, self.expansion, self.model
+        mine = (self.max_nodes > 0).int() * s.active * (s.seq_lens > 0).int()
+        depths = self.max_depth * mine
+        beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
+        self._logits(self.root_hidden[: s.batch], grow.num_slots)
+        grow.first(depths)
+        feature = self.root_feature
+        for level in range(2, depth + 1):
+            parent = beam.request.long() if level == 2 else grow.parents(level, beam.rows, depths)
+            hidden, feature = m.forward(beam, feature.index_select(0, parent), self.pool)
+            self._logits(hidden, beam.num_rows)
+            grow.level(level, beam.rows, depths)
+        grow.select(self.max_nodes * mine, depths, depth)
+
+    def _logits(self, hidden: Tensor, num_rows: Tensor) -> None:
+        """Of the target's vocabulary, into the expansion's rows."""
+        rows = hidden.shape[0]
+        out = self.expansion.logits[:rows]
+        if self.own_logits is None:
+            self.model.logits(hidden, num_rows, out)
+            return
+        own, ids = self.own_logits[:rows], self.model.target_ids
+        self.model.logits(hidden, num_rows, own)
+        out.fill_(_NEVER)
+        if ids is None:
+            shared = min(own.shape[1], out.shape[1])
+            out[:, :shared].copy_(own[:, :shared])
+        else:
+            out.index_copy_(1, ids, own)
+
+    def draft_logits(self) -> tuple[Tensor, Tensor] | None:
+        if self.expansion.kept is None:
+            return None
+        return self.expansion.kept[: self.state.batch], self.max_depth
