@@ -58,7 +58,7 @@ class HeadDrafter(Drafter):
 
     def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
         s, sp = self.state, self.span
-        torch.where(self.max_nodes > 0, s.seq_lens, 0, out=sp.end)
+        torch.mul(s.seq_lens, self.max_nodes > 0, out=sp.end)
         torch.sub(s.seq_lens, s.path_len, out=sp.start)
         ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
         batch = self.span_batch.head(row_bucket(slots * (1 + depth), sp.rows))

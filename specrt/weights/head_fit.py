@@ -27,7 +27,7 @@ def fit(head: Head, target: ModelConfig, target_name: str, tokenizer: Tokenizer 
     _check_vocabulary(head, target, same_tokens)
     boundaries = _check_boundaries(head, target, layer_ids)
     warnings = _verifier(head, target, target_name)
-    if not head.config.final_feature and boundaries[-1] >= target.num_layers - 1:
+    if layer_ids is None and not head.config.final_feature and boundaries[-1] >= target.num_layers - 1:
         warnings.append(f"captures boundary {boundaries[-1]} of a target with {target.num_layers} layers; the last is usually {target.num_layers - 3}, so the ids may be meant "
                         "as another convention counts them (override: eagle_aux_hidden_state_layer_ids)")
     if head.config.form == "SpecForge" and head.config.norm_output:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make, register_replay
+from tests.kit.heads import Shape, random_head
 from tests.kit.tiny import CONFIGS, tiny_vocab, write_folder
 
 # SmolLM2's layer (9 query heads, 3 KV heads of 64), few of them; and one with a sliding window and page-crossing lengths.
@@ -31,6 +32,13 @@ def draft(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("draft"), {**SMOL, "num_hidden_layers": 1}, seed=1)
 
 
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """Heads of random weights: at temperature 1 the shared noise has them accepted now and then."""
+    folder = tmp_path_factory.mktemp("heads")
+    return {s.family: random_head(folder / s.family, s) for s in HEADS}
+
+
 @functools.lru_cache(maxsize=None)
 def reference(model, device, dtype):
     """Every request alone, without speculation."""
@@ -39,6 +47,9 @@ def reference(model, device, dtype):
         return batch, answers(llm, batch, together=False)
 
 
+HEADS = [Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, own_embedding=True, layers=2, fc_norm=True, norm_output=True),
+         Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True)]
+EAGLE3 = dict(method="eagle3", model="eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
 TREE = dict(num_steps=6, eagle_topk=3, num_draft_tokens=14)
 VARIANTS = {
     "batch": (dict(), {}),
@@ -63,15 +74,22 @@ VARIANTS = {
     "draft-self-tree": (dict(method="draft_model", model="target", num_steps=3, eagle_topk=3, num_draft_tokens=10), {}),
     "draft-other-chain": (dict(method="draft_model", model="draft", num_speculative_tokens=3), {}),
     "draft-other-tree": (dict(method="draft_model", model="draft", num_steps=3, eagle_topk=2, num_draft_tokens=6, draft_sample_method="greedy"), dict(page_size=32)),
+    "eagle3-chain": (dict(**EAGLE3, num_speculative_tokens=4), {}),
+    "eagle3-chain-late": (dict(**EAGLE3, num_speculative_tokens=3), dict(late=True, chunk=7, page_size=16)),
+    "eagle3-tree": (dict(**EAGLE3, **TREE), {}),
+    "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64), dict(enforce_eager=True, page_size=16)),
+    "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
+    "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_nothing_changes_a_bit(monkeypatch, model, draft, device, dtype, variant):
+def test_nothing_changes_a_bit(monkeypatch, model, draft, heads, device, dtype, variant):
     batch, want = reference(model, device, dtype)
     spec, settings = VARIANTS[variant]
-    spec = {**spec, **({"model": str({"target": model, "draft": draft}[spec["model"]])} if "model" in spec else {})}
+    spec = {**spec, **({"model": str({"target": model, "draft": draft, **heads}[spec["model"]])} if "model" in spec else {})}
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree" if "num_steps" in spec else "chain")
     with make(model, device=device, dtype=dtype, max_batch_size=3, speculative_config=spec or None, **settings) as llm:
         assert_same(answers(llm, batch, together=True), want, variant)
@@ -82,7 +100,7 @@ def test_nothing_changes_a_bit(monkeypatch, model, draft, device, dtype, variant
         deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-late": 4, "replay-tree-64": 5}[variant]
         assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
         assert seen.accepted < seen.drafted
-    if variant.startswith("draft-self"):
+    if variant.startswith(("draft-self", "eagle")):
         assert seen.accepted > 0
 
 

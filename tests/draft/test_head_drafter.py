@@ -1,0 +1,163 @@
+"""The drafter of heads in whole rounds: what it proposes against the formulas, after any acceptance the state of a fresh prompt, a tree of one branch a chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specrt import LLM, SamplingParams
+from specrt.draft.eagle import HeadDrafter
+from specrt.models.config import ModelConfig
+from tests.invariance.matrix import make
+from tests.kit.compare import assert_bits, assert_close
+from tests.kit.forward import Sequence
+from tests.kit.heads import Reference, Shape, head_tensors, random_head
+from tests.kit.tiny import CONFIGS, random_tensors, write_folder
+
+TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
+BOUNDARIES = (0, 2, 4)
+pytestmark = pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+CHAIN, TREE = dict(num_speculative_tokens=4), dict(num_steps=4, eagle_topk=3, num_draft_tokens=12)
+PROMPTS = [[(7 * i + 11) % 300 for i in range(n)] for n in (19, 1, 40)]
+
+
+def speculative(head: str, s: Shape, shape: dict) -> dict:
+    ids = dict(eagle_aux_hidden_state_layer_ids=list(BOUNDARIES)) if s.family == "eagle3" else {}
+    return dict(method=s.family, model=head, **ids, **shape)
+
+
+def engine(folders, s: Shape, shape: dict, **settings) -> tuple[LLM, HeadDrafter]:
+    target, head = folders
+    llm = make(target, dtype=settings.pop("dtype", "float32"), page_size=16, max_model_len=256, speculative_config=speculative(head, s, shape), **settings)
+    return llm, llm._engine.round.drafters[s.family]
+
+
+SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True)}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folders(request, tmp_path_factory):
+    folder, s = tmp_path_factory.mktemp("heads"), SHAPES[request.param]
+    return s, (str(write_folder(folder / "target", TARGET)), str(random_head(folder / "head", s)))
+
+
+def start(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list:
+    requests = llm._prepare(prompts, params, False)
+    for (request,) in requests:
+        llm._engine.add(request)
+    return [request for (request,) in requests]
+
+
+def slot_state(llm: LLM, drafter: HeadDrafter, slot: int) -> list[torch.Tensor]:
+    """All that the drafter knows of a slot: keys and values of its committed slots, and its root."""
+    state = llm._engine.round.state
+    position = torch.arange(int(state.seq_lens[slot]), device=state.device)
+    place = state.block_table[slot, position // 16].long(), position % 16
+    pools = [pool[:, place[0], :, place[1]] for pool in (drafter.pool.k, drafter.pool.v)]
+    return [*pools, drafter.root_hidden[slot], drafter.root_feature[slot]]
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_after_any_round_the_state_is_that_of_a_fresh_prompt(device, folders, dtype, shape):
+    """Partial acceptance, branches, several requests: the keys of accepted slots are those of true features, to the bit."""
+    s, paths = folders
+    accepted = set()
+    with engine(paths, s, shape, device=device, dtype=dtype, enforce_eager=True)[0] as llm, engine(paths, s, shape, device=device, dtype=dtype, max_batch_size=1)[0] as fresh:
+        for one in (llm, fresh):
+            one._engine.round.lookahead = 0
+        requests = start(llm, PROMPTS, SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True))
+        for i in range(9):
+            before = [len(r.output) for r in requests]
+            llm._engine.step()
+            accepted |= {len(r.output) - b - 1 for r, b in zip(requests, before)}
+            if i % 3 != 2:
+                continue
+            for request in requests:
+                got = slot_state(llm, llm._engine.round.drafters[s.family], request.slot)
+                (again,) = start(fresh, [request.prompt + request.output], SamplingParams(temperature=1.0, seed=5, max_tokens=1, ignore_eos=True))
+                fresh._engine._schedule()
+                fresh._engine._prefill()
+                for a, b in zip(got, slot_state(fresh, fresh._engine.round.drafters[s.family], again.slot)):
+                    assert not torch.isnan(a).any()
+                    assert_bits(a, b)
+                fresh._engine.abort(again)
+    assert len(accepted & {1, 2, 3}) >= 2, f"rounds accepted {sorted(accepted)} drafts: nothing partial was tested"
+
+
+def test_what_is_proposed_is_what_the_formulas_say(device, folders):
+    """Every candidate of an expansion: token, parent, and cumulative log-probability; so positions, masks, parents' features and ids are right."""
+    s, paths = folders
+    with engine(paths, s, TREE, device=device, enforce_eager=True)[0] as llm:
+        round_, drafter = llm._engine.round, llm._engine.round.drafters[s.family]
+        round_.lookahead = 0
+        requests = start(llm, PROMPTS, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+        for _ in range(4):
+            llm._engine.step()
+        round_.propose(round_.shape())
+        for request in requests:
+            check_candidates(s, round_.target, drafter, request)
+
+
+def check_candidates(s: Shape, target, drafter: HeadDrafter, request) -> None:
+    known, grow, slot = request.prompt + request.output, drafter.expansion, request.slot
+    features = {j: torch.empty(len(known), 128, device=target.device) for j in drafter.features}
+    Sequence(target).prefill(known, features)
+    source = random_tensors(ModelConfig.from_hf(TARGET))
+    reference = Reference(s, head_tensors(s), source["model.embed_tokens.weight"], source["lm_head.weight"], source["model.norm.weight"])
+    past: list = []
+    for i in range(len(known) - 1):
+        z, feature, past = reference.slot(known[i + 1], reference.combine([features[j][i] for j in drafter.features]), i, past)
+    root = (reference.over_target(z, 300), feature, past, 0.0)
+    nodes: dict[int, tuple] = {}
+    tokens, parents, scores = (t[slot].tolist() for t in (grow.cand_token, grow.cand_parent, grow.cand_score))
+    for c, (token, parent) in enumerate(zip(tokens, parents)):
+        at = root if parent < 0 else nodes.get(parent) or grown(reference, nodes, parent, tokens, parents, root)
+        assert_close(torch.tensor(scores[c]), at[3] + at[0][token], 1e-4)
+        siblings = [tokens[i] for i in range(len(tokens)) if parents[i] == parent]
+        assert sorted(siblings) == sorted(at[0].topk(3).indices.tolist())
+
+
+def grown(reference: Reference, nodes: dict, c: int, tokens: list[int], parents: list[int], root: tuple) -> tuple:
+    """The candidate's slot: its own token with its parent's feature, at the position behind its parent's."""
+    logp, feature, past, score = root if parents[c] < 0 else nodes[parents[c]]
+    z, following, longer = reference.slot(tokens[c], feature, len(past), past)
+    nodes[c] = reference.over_target(z, 300), following, longer, score + float(logp[tokens[c]])
+    return nodes[c]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_tree_of_one_branch_is_a_chain(device, folders, temperature):
+    s, paths = folders
+    seen = []
+    for shape in (dict(num_speculative_tokens=4), dict(num_steps=4, eagle_topk=1, num_draft_tokens=5)):
+        with engine(paths, s, shape, device=device, enforce_eager=True)[0] as llm:
+            round_, drafter = llm._engine.round, llm._engine.round.drafters[s.family]
+            round_.lookahead = 0
+            start(llm, PROMPTS, SamplingParams(temperature=temperature, seed=9, max_tokens=30, ignore_eos=True))
+            rounds = []
+            for _ in range(8):
+                llm._engine.step()
+                state = round_.state
+                rounds += [t.clone() for t in (state.tree_token, state.tree_parent, state.tree_size, drafter.expansion.cand_score, drafter.root_hidden[:3])]
+            seen.append(rounds)
+    for a, b in zip(*seen, strict=True):
+        assert_bits(a, b)
+
+
+def test_a_prompt_of_one_token_starts_without_drafts(device, folders):
+    s, paths = folders
+    with engine(paths, s, CHAIN, device=device)[0] as llm:
+        (out,) = llm.generate([[5]], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+        assert out.stats.num_draft_tokens == 0
+        (out,) = llm.generate([[5]], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
+        assert out.stats.num_draft_tokens > 0
+
+
+def test_rejection_sampling_takes_its_chains_and_trees(device, folders):
+    s, paths = folders
+    for shape in (CHAIN, dict(num_steps=3, eagle_topk=3, num_draft_tokens=10)):
+        spec = speculative(paths[1], s, shape) | {"rejection_sample_method": "standard"}
+        with LLM(paths[0], device=device, dtype="float32", max_model_len=256, speculative_config=spec) as llm:
+            outs = llm.generate(PROMPTS, SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True))
+            assert all(o.finish_reason == "length" for o in outs) and sum(o.stats.num_accepted_tokens for o in outs) > 0
