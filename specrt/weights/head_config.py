@@ -97,7 +97,7 @@ def _family(hidden: int, shapes: dict[str, tuple[int, ...]]) -> str:
     query, fc = shapes.get("layers.0.self_attn.q_proj.weight"), shapes.get("fc.weight")
     if query is None:
         raise ValueError("tensor 'layers.0.self_attn.q_proj.weight' (or midlayer.*) is missing: no EAGLE head")
-    if query[-1] == 2 * hidden:
+    if query[-1] == 2 * hidden or "layers.0.hidden_norm.weight" in shapes:
         return "eagle3"
     if query[-1] == hidden and fc is not None:
         return "eagle"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ from specrt.models.config import ModelConfig
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
-from tests.kit.heads import Reference, Shape, head_tensors, random_head
+from tests.kit.heads import Reference, Shape, head_tensors, random_head, write_head
 from tests.kit.tiny import CONFIGS, random_tensors, write_folder
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
@@ -161,3 +164,38 @@ def test_rejection_sampling_takes_its_chains_and_trees(device, folders):
         with LLM(paths[0], device=device, dtype="float32", max_model_len=256, speculative_config=spec) as llm:
             outs = llm.generate(PROMPTS, SamplingParams(temperature=1.0, seed=3, max_tokens=30, ignore_eos=True))
             assert all(o.finish_reason == "length" for o in outs) and sum(o.stats.num_accepted_tokens for o in outs) > 0
+
+
+def test_a_broken_head_changes_nothing(device, folders, tmp_path):
+    """Not a number in the head's weights: nothing is drafted that helps, and nothing else happens."""
+    s, (target, head) = folders
+    broken = tmp_path / "head"
+    shutil.copytree(head, broken)
+    tensors = head_tensors(s)
+    name = "midlayer.mlp.down_proj.weight" if s.family == "eagle3" else "layers.0.mlp.down_proj.weight"
+    tensors[name][3, 5] = float("nan")
+    write_head(broken, json.loads((broken / "config.json").read_text()), tensors, "bin" if s.family == "eagle" else "safetensors")
+    params = SamplingParams(temperature=0.8, seed=4, max_tokens=20, ignore_eos=True)
+    found = []
+    for spec in (None, speculative(str(broken), s, TREE)):
+        with make(target, device=device, max_model_len=256, speculative_config=spec) as llm:
+            found.append([out.token_ids for out in llm.generate(PROMPTS, params)])
+    assert found[0] == found[1]
+
+
+def test_what_a_head_is_not_taken_for(folders):
+    s, (target, head) = folders
+    other = "eagle" if s.family == "eagle3" else "eagle3"
+    with pytest.raises(ValueError, match=f"'method'. = '{other}', but .* is a head of method '{s.family}'"):
+        LLM(target, device="cpu", speculative_config=dict(method=other, model=head))
+    with pytest.raises(ValueError, match="is no folder here"):
+        LLM(target, device="cpu", speculative_config=dict(method=other, model=head + "/no"))
+
+
+def test_norm_output_can_be_overridden(folders, tmp_path):
+    s, (target, head) = folders
+    if s.family == "eagle":
+        pytest.skip("an EAGLE head has no such flag")
+    for given in (None, True, False):
+        with LLM(target, device="cpu", max_model_len=64, speculative_config=speculative(head, s, CHAIN) | ({} if given is None else {"norm_output": given})) as llm:
+            assert llm._engine.round.drafters["eagle3"].model.config.norm_output is (s.norm_output if given is None else given)

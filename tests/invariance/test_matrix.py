@@ -77,7 +77,7 @@ VARIANTS = {
     "eagle3-chain": (dict(**EAGLE3, num_speculative_tokens=4), {}),
     "eagle3-chain-late": (dict(**EAGLE3, num_speculative_tokens=3), dict(late=True, chunk=7, page_size=16)),
     "eagle3-tree": (dict(**EAGLE3, **TREE), {}),
-    "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64), dict(enforce_eager=True, page_size=16)),
+    "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64, quantization="fp8"), dict(enforce_eager=True, page_size=16)),
     "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
     "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
 }
@@ -126,6 +126,20 @@ def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype, 
     mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
     with make(model, late=late, device=device, dtype=dtype, max_batch_size=5, speculative_config=dict(method="replay", **TREE)) as llm:
         assert_same(answers(llm, mixed, together=True), want, "mixed")
+
+
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+@pytest.mark.parametrize("late", [False, True])
+def test_a_head_among_others_put_back_and_recomputed(model, heads, device, late):
+    """Requests with the head's drafts, with others' and with none in one batch; pages for about two of them."""
+    batch, want = reference(model, device, "bfloat16")
+    kinds = [None, False, {"num_draft_tokens": 5}, {"method": "ngram"}]
+    mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
+    page = 2 * 2 * 16 * (2 * 3 * 64 + 2 * 2 * 64)  # k and v in bfloat16, 16 positions: the target's layers, heads, head dim, and the head's
+    spec = {**EAGLE3, **TREE, "model": str(heads["eagle3"])}
+    with make(model, late=late, device=device, dtype="bfloat16", max_batch_size=4, page_size=16, kv_cache_memory=13 * page, speculative_config=spec) as llm:
+        assert_same(answers(llm, mixed, together=True), want, "mixed")
+        assert coverage(llm).put_back > 0 and coverage(llm).accepted > 0
 
 
 def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device):
