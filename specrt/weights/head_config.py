@@ -72,7 +72,7 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
     if not isinstance(inner, dict):
         raise ValueError(f"{'transformer_layer_config' if speculators else 'model'} must be an object, got {inner!r:.100}")
     layers = _layers(inner, shapes)
-    form = "speculators" if speculators else "SpecForge" if any("Eagle3" in str(n) for n in raw.get("architectures") or []) else "EAGLE"
+    form = "speculators" if speculators else "SpecForge" if "LlamaForCausalLMEagle3" in (raw.get("architectures") or []) else "EAGLE"
     family = _family(layers.hidden_size, shapes)
     draft_vocab = next((v for key in ("draft_vocab_size", "truncated_vocab_size") if (v := Reader(raw).integer(key, optional=True)) is not None), layers.vocab_size)
     common = dict(family=family, form=form, layers=layers, draft_vocab_size=draft_vocab, own_lm_head="lm_head.weight" in shapes,
