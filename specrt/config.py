@@ -16,7 +16,8 @@ _CHAIN_LENGTH = {"ngram": 8}
 _DEFAULT_CHAIN_LENGTH = 4
 _LOOKUP = (2, 4)  # prompt_lookup_min, prompt_lookup_max
 _DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
-_NEED_MODEL = {"draft_model": "a path, a hub name or 'smollm2-135m'", "eagle": "the folder of an EAGLE head or a hub name", "eagle3": "the folder of an EAGLE-3 head or a hub name"}
+_NEED_MODEL = {"draft_model": "a path, a hub name or 'smollm2-135m'", "eagle": "the folder of an EAGLE head or a hub name", "eagle3": "the folder of an EAGLE-3 head or a hub name",
+               "medusa": "the folder of MEDUSA heads or a hub name"}
 _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 
 

@@ -48,6 +48,20 @@ def _head(family: str) -> Callable[..., Drafter]:
     return factory
 
 
+def _medusa(config: Any, *, target: Any, target_name: str = "", **_: Any) -> Drafter:
+    from specrt.draft.medusa import MedusaDrafter
+    from specrt.models.medusa import MedusaModel
+    from specrt.weights.medusa import fit_medusa, open_medusa
+
+    head = open_medusa(config.model)
+    for warning in fit_medusa(head, target.config, target_name):
+        warnings.warn(f"head {config.model!r}: {warning}", stacklevel=2)
+    if config.max_depth > head.num_heads:
+        key = "num_steps" if config.is_tree else "num_speculative_tokens"
+        raise ValueError(f"speculative_config[{key!r}] gives drafts a depth of {config.max_depth}; {config.model!r} has {head.num_heads} heads, so it must be at most that")
+    return MedusaDrafter(MedusaModel(head, target, config.quantization), target.num_layers, **_growth(config))
+
+
 def _growth(config: Any) -> dict[str, Any]:
     """How a drafter with a network grows its trees (Expansion)."""
     rejection = config.rejection_sample_method == "standard"
@@ -58,7 +72,7 @@ def _growth(config: Any) -> dict[str, Any]:
     return dict(levels=levels, beam_width=1 if rejection else topk, topk=topk, noise=noise, keep_logits=rejection and sampled)
 
 
-DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3")}
+DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "medusa": _medusa}
 
 
 def build(config: Any, *, target: Any, tokenizer: Any, device: Any, dtype: Any, target_name: str = "") -> Drafter:

@@ -9,6 +9,7 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
+from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
 from specrt.round.state import RoundState, SpanRows
@@ -79,9 +80,7 @@ class DraftModelDrafter(Drafter):
         torch.where(mine > 0, known, self.consumed, out=self.consumed)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
-        if self.expansion.kept is None:
-            return None
-        return self.expansion.kept[: self.state.batch], self.max_depth
+        return self.expansion.draft_logits(self.max_depth)
 
     def _logits(self, hidden: Tensor, num_rows: Tensor, rows: int) -> None:
         out = self.expansion.logits[:rows]
@@ -90,6 +89,4 @@ class DraftModelDrafter(Drafter):
             return
         own = self.own_logits[:rows]
         self.model.logits(hidden[:rows], num_rows, own)
-        shared = min(own.shape[1], out.shape[1])
-        out[:, :shared].copy_(own[:, :shared])
-        out[:, shared:] = -1e30  # finite: an infinite raw logit would mark the row as broken
+        over_target(own, None, out)

@@ -13,12 +13,10 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
+from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import HeadModel
 from specrt.round.state import RoundState, SpanRows
-
-_NEVER = -1e30  # the raw logit of a token outside the draft vocabulary: finite, for an infinite one would mark the row as broken
-
 
 class HeadDrafter(Drafter):
     """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits: as DraftModelDrafter's.
@@ -104,16 +102,9 @@ class HeadDrafter(Drafter):
         if self.own_logits is None:
             self.model.logits(hidden, num_rows, out)
             return
-        own, ids = self.own_logits[:rows], self.model.target_ids
+        own = self.own_logits[:rows]
         self.model.logits(hidden, num_rows, own)
-        out.fill_(_NEVER)
-        if ids is None:
-            shared = min(own.shape[1], out.shape[1])
-            out[:, :shared].copy_(own[:, :shared])
-        else:
-            out.index_copy_(1, ids, own)
+        over_target(own, self.model.target_ids, out)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
-        if self.expansion.kept is None:
-            return None
-        return self.expansion.kept[: self.state.batch], self.max_depth
+        return self.expansion.draft_logits(self.max_depth)

@@ -82,6 +82,10 @@ class Expansion:
         ops.tree_select(levels, self.beam_width, self.topk, max_nodes, max_depth, self.cand_token, self.cand_parent, self.cand_score, s.tree_token, s.tree_parent,
                         s.tree_size)
 
+    def draft_logits(self, max_depth: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Drafter.draft_logits."""
+        return None if self.kept is None else (self.kept[: self.state.batch], max_depth)
+
     def _children(self, logits: Tensor, request: Tensor, position: Tensor, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
         s = self.state
         rows = logits.shape[0]

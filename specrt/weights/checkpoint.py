@@ -104,6 +104,8 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
     form = "safetensors" if isinstance(tensors, SafetensorsSource) else "torch"
     if "text_config" in raw:
         tensors = RenamedSource(tensors, text_model_name)
+    if "medusa_num_heads" in raw:  # a whole MEDUSA-2 model: its heads are opened by themselves (weights/medusa.py)
+        tensors = RenamedSource(tensors, lambda name: None if name.startswith("medusa_head.") else name)
     if strategy is not None:
         try:
             tensors = Fp8Source(tensors, strategy)
@@ -146,7 +148,7 @@ def _download(name: str) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=skip))
         if not any(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+            huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", "medusa_lm_head.pt"])
     except Exception as error:  # the hub's client, its HTTP library and the cache each have their own exceptions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model {name!r} is no folder or file here, and it could not be fetched from the hub: {reason}") from None

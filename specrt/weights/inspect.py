@@ -11,7 +11,8 @@ from specrt.text.tokenizer import Tokenizer
 from specrt.weights.checkpoint import Checkpoint, locate_folder, open_checkpoint
 from specrt.weights.fp8 import Fp8Source
 from specrt.weights.head import is_head, open_head
-from specrt.weights.inspect_head import head_lines
+from specrt.weights.inspect_head import head_lines, medusa_lines
+from specrt.weights.medusa import is_medusa
 
 _SCALE_OVER = {"tensor": "tensor", "channel": "output channel", "block": "block of 128 x 128"}
 
@@ -20,8 +21,9 @@ def describe(path: str | Path, target: str | Path | None = None) -> str:
     """A description of a checkpoint or draft head in lines of "key  value"; with ``target`` also whether it can draft for that model.
 
     ValueError if either cannot be opened, or if the draft does not fit its target (another tokenizer, a head of another shape)."""
-    if head_method(path) is not None:
-        lines = head_lines(path, None if target is None else open_checkpoint(target))
+    method = head_method(path)
+    if method is not None:
+        lines = (medusa_lines if method == "medusa" else head_lines)(path, None if target is None else open_checkpoint(target))
     else:
         checkpoint = open_checkpoint(path)
         lines = _model(checkpoint) + _weights(checkpoint) + _text(checkpoint)
@@ -37,6 +39,8 @@ def head_method(path: str | Path) -> str | None:
         folder = locate_folder(path)
     except ValueError:
         return None  # a file, or the embedded model
+    if is_medusa(folder):
+        return "medusa"
     return open_head(str(path)).config.family if is_head(folder) else None
 
 

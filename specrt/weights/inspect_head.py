@@ -9,6 +9,7 @@ from specrt.weights.checkpoint import Checkpoint
 from specrt.weights.head import Head, open_head
 from specrt.weights.head_config import HeadConfig
 from specrt.weights.head_fit import fit
+from specrt.weights.medusa import fit_medusa, open_medusa
 
 _KINDS = {"eagle": "EAGLE-1/2 head", "eagle3": "EAGLE-3 head"}
 _FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms")
@@ -48,6 +49,21 @@ def _fit_lines(head: Head, target: Checkpoint) -> list[tuple[str, str]]:
     warnings = fit(head, target.config, target.origin, _tokenizer(target))
     boundaries = list(head.config.boundaries(target.config.num_layers))
     return [("fits as draft of", f"{target.origin}: yes"), ("captures", f"boundaries {boundaries} of {target.config.num_layers} layers"), *(("warning", w) for w in warnings)]
+
+
+def medusa_lines(path: str | Path, target: Checkpoint | None) -> list[tuple[str, str]]:
+    """``head_lines`` of MEDUSA heads."""
+    head = open_medusa(str(path))
+    lines = [
+        ("head", head.origin), ("path", str(head.path)), ("kind", "MEDUSA heads, method 'medusa'"),
+        ("layers", f"{head.num_heads} heads of {head.num_layers} residual blocks{' with bias' * head.bias}, {'one lm_head for all' if head.shared_lm_head else 'an lm_head each'}"),
+        ("target", f"hidden size {head.hidden_size}" + (f"; made for {head.base}" if head.base else "")),
+        ("draft vocabulary", f"{head.draft_vocab_size} tokens" + (" of the target's" if head.target_ids() is not None else ", the target's")),
+        ("check", "every tensor is there, of one shape")]
+    if target is not None:
+        warnings = fit_medusa(head, target.config, target.origin)
+        lines += [("fits as draft of", f"{target.origin}: yes"), *(("warning", w) for w in warnings)]
+    return lines
 
 
 def _tokenizer(target: Checkpoint) -> Tokenizer | None:

@@ -10,6 +10,7 @@ import torch
 
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make, register_replay
 from tests.kit.heads import Shape, random_head
+from tests.kit.medusa import medusa_tensors, write_medusa
 from tests.kit.tiny import CONFIGS, tiny_vocab, write_folder
 
 # SmolLM2's layer (9 query heads, 3 KV heads of 64), few of them; and one with a sliding window and page-crossing lengths.
@@ -36,7 +37,8 @@ def draft(tmp_path_factory):
 def heads(tmp_path_factory):
     """Heads of random weights: at temperature 1 the shared noise has them accepted now and then."""
     folder = tmp_path_factory.mktemp("heads")
-    return {s.family: random_head(folder / s.family, s) for s in HEADS}
+    medusa = write_medusa(folder / "target", medusa_tensors(hidden=576, vocab=VOCAB))
+    return {"medusa": medusa, **{s.family: random_head(folder / s.family, s) for s in HEADS}}
 
 
 @functools.lru_cache(maxsize=None)
@@ -80,10 +82,12 @@ VARIANTS = {
     "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64, quantization="fp8"), dict(enforce_eager=True, page_size=16)),
     "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
     "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
+    "medusa-chain-late": (dict(method="medusa", model="medusa", num_speculative_tokens=3), dict(late=True, chunk=7)),
+    "medusa-tree": (dict(method="medusa", model="medusa", num_steps=4, eagle_topk=5, num_draft_tokens=40), dict(page_size=16)),
 }
 
 
-@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary", "ignore:head .* made for")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_changes_a_bit(monkeypatch, model, draft, heads, device, dtype, variant):
@@ -100,7 +104,7 @@ def test_nothing_changes_a_bit(monkeypatch, model, draft, heads, device, dtype, 
         deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-late": 4, "replay-tree-64": 5}[variant]
         assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
         assert seen.accepted < seen.drafted
-    if variant.startswith(("draft-self", "eagle")):
+    if variant.startswith(("draft-self", "eagle", "medusa")):
         assert seen.accepted > 0
 
 
