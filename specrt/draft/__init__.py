@@ -31,17 +31,21 @@ def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: A
 
 def _head(family: str) -> Callable[..., Drafter]:
     def factory(config: Any, *, target: Any, tokenizer: Any, target_name: str = "", **_: Any) -> Drafter:
-        from specrt.draft.eagle import HeadDrafter
+        from specrt.draft.head import HeadDrafter
         from specrt.models.head import load_head
         from specrt.weights.head import open_head
         from specrt.weights.head_fit import fit
 
-        head = open_head(config.model)
+        model = config.model or target_name  # a module may lie in its target's own files
+        try:
+            head = open_head(model)
+        except ValueError as error:
+            raise (error if config.model else ValueError(f"speculative_config['model'] is missing, and the target holds no MTP module: {error}")) from None
         if head.config.family != family:
-            raise ValueError(f"speculative_config['method'] = {family!r}, but {config.model!r} is a head of method {head.config.family!r}")
+            raise ValueError(f"speculative_config['method'] = {family!r}, but {model!r} is a head of method {head.config.family!r}")
         head = head.with_norm_output(config.norm_output)
         for warning in fit(head, target.config, target_name, tokenizer, config.eagle_aux_hidden_state_layer_ids):
-            warnings.warn(f"head {config.model!r}: {warning}", stacklevel=2)
+            warnings.warn(f"head {model!r}: {warning}", stacklevel=2)
         boundaries = head.config.boundaries(target.num_layers, config.eagle_aux_hidden_state_layer_ids)
         return HeadDrafter(load_head(head, target, config.quantization), boundaries, **_growth(config))
 
@@ -72,7 +76,7 @@ def _growth(config: Any) -> dict[str, Any]:
     return dict(levels=levels, beam_width=1 if rejection else topk, topk=topk, noise=noise, keep_logits=rejection and sampled)
 
 
-DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "medusa": _medusa}
+DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "mtp": _head("mtp"), "medusa": _medusa}
 
 
 def build(config: Any, *, target: Any, tokenizer: Any, device: Any, dtype: Any, target_name: str = "") -> Drafter:

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mimo": "MiMoForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3")
 MAX_LAYERS = 4096  # a damaged file may say anything; lists as long as this are built from it
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder-only transformer (Llama 2/3, Mistral, Qwen2/2.5, Qwen3).
+    """A dense decoder-only transformer (Llama 2/3, Mistral, Qwen2/2.5, Qwen3, MiMo).
 
     architecture: a key of ``ARCHITECTURES``. windows: one a layer, the number of last positions a row sees, 0 = all. attention_bias: q, k and v have
     a bias; o_bias, mlp_bias: so have o, and gate, up and down. qk_norm: RMSNorm of each query and key head before RoPE.
@@ -100,7 +100,7 @@ class ModelConfig:
             architecture=architecture, vocab_size=read.integer("vocab_size"), hidden_size=hidden, intermediate_size=read.integer("intermediate_size"),
             num_layers=layers, num_heads=heads, num_kv_heads=read.integer("num_key_value_heads", heads), head_dim=head_dim,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling, max_position_embeddings=max_positions,
-            tie_word_embeddings=bool(tie), windows=_windows(read, architecture, layers), attention_bias=architecture == "qwen2" or bias, o_bias=bias,
+            tie_word_embeddings=bool(tie), windows=_windows(read, architecture, layers), attention_bias=architecture in ("qwen2", "mimo") or bias, o_bias=bias,
             mlp_bias=architecture == "llama" and read.boolean("mlp_bias", False), qk_norm=architecture == "qwen3",
             bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(dict.fromkeys(eos)))
 

@@ -1,4 +1,4 @@
-"""DenseModel: Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 decoders. Wiring only; the arithmetic is in the ops."""
+"""DenseModel: Llama 2/3, Mistral, Qwen2/2.5, Qwen3 and MiMo decoders. Wiring only; the arithmetic is in the ops."""
 
 from __future__ import annotations
 

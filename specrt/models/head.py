@@ -1,4 +1,4 @@
-"""HeadModel: the networks of draft heads that take a token together with a feature of the token before it (drafters.md 0.1): EAGLE and EAGLE-3. Wiring only.
+"""HeadModel: the networks of draft heads that take a token together with a feature of the token before it (drafters.md 0.1): EAGLE, EAGLE-3, MTP. Wiring only.
 
 A slot's feature comes from the target (``combine``) or, in a draft's further steps, from the head's own last output. Buffers are short-lived, from torch's pool."""
 
@@ -85,8 +85,8 @@ class HeadModel:
         return out
 
     def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
-        """A slot's feature [R, h] from the target's captured boundaries, [R, Ht] each and contiguous."""
-        raise NotImplementedError
+        """A slot's feature [R, h] from the target's captured boundaries, [R, Ht] each and contiguous; of most families the target's last, after its final norm."""
+        return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
 
     def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """(residual stream [R, h], input of the first layer's q, k and v). May keep ``feature`` as the stream."""
@@ -138,9 +138,6 @@ class EagleModel(HeadModel):
         super().__init__(head, target, quantization)
         self._norms = [self._vector(f"{name}.weight") for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else None
 
-    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
-        return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
-
     def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         if self._norms is not None:
             embedded, feature = self.normed(embedded, self._norms[0], n), self.normed(feature, self._norms[1], n)
@@ -161,7 +158,7 @@ class Eagle3Model(HeadModel):
 
     def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
         if self.fc is None:
-            return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
+            return super().combine(features, num_rows)
         if self._chunk_norms is not None:
             features = [self.normed(f, w, num_rows) for f, w in zip(features, self._chunk_norms)]
         joined = torch.cat(features, dim=1)
@@ -177,6 +174,20 @@ class Eagle3Model(HeadModel):
         return hidden if self.config.norm_before_residual else feature, joined
 
 
+class MtpModel(HeadModel):
+    """MTP as MiMo has it: a projection of the normed state and the normed embedding, in this order, one decoder layer, a final norm whose output is the lm_head's input and
+    the next slot's feature (drafters.md 7)."""
+
+    def __init__(self, head: Head, target: DenseModel, quantization: str | None = None):
+        super().__init__(head, target, quantization)
+        self._token_norm, self._hidden_norm = self._vector("token_layernorm.weight"), self._vector("hidden_layernorm.weight")
+
+    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        residual = torch.empty_like(embedded)
+        self.fc(torch.cat([self.normed(feature, self._hidden_norm, n), self.normed(embedded, self._token_norm, n)], dim=1), n, residual)
+        return residual, self.normed(residual, self.layers[0].input_norm, n)
+
+
 def load_head(head: Head, target: DenseModel, quantization: str | None = None) -> HeadModel:
     """ValueError if there are no kernels for the head's shape."""
-    return {"eagle": EagleModel, "eagle3": Eagle3Model}[head.config.family](head, target, quantization)
+    return {"eagle": EagleModel, "eagle3": Eagle3Model, "mtp": MtpModel}[head.config.family](head, target, quantization)

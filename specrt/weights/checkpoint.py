@@ -104,8 +104,8 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
     form = "safetensors" if isinstance(tensors, SafetensorsSource) else "torch"
     if "text_config" in raw:
         tensors = RenamedSource(tensors, text_model_name)
-    if "medusa_num_heads" in raw:  # a whole MEDUSA-2 model: its heads are opened by themselves (weights/medusa.py)
-        tensors = RenamedSource(tensors, lambda name: None if name.startswith("medusa_head.") else name)
+    # Draft heads in the model's own files are opened by themselves (head.py, medusa.py).
+    tensors = RenamedSource(tensors, lambda name: None if name.startswith(("medusa_head.", "model.mtp_layers.")) else name)
     if strategy is not None:
         try:
             tensors = Fp8Source(tensors, strategy)

@@ -1,7 +1,7 @@
-"""open_head: an EAGLE head's config and tensors, from whatever form it was published in, under one set of names.
+"""open_head: the config and tensors of an EAGLE head or MTP module, from whatever form it was published in, under one set of names.
 
 Canonical names: fc, layers.{i}.* (layer 0 with hidden_norm and, in EAGLE-3, a 2h-wide input), norm, lm_head, embed_tokens, d2t, t2d, and the norms on the inputs: fc_norm.{j},
-input_norm (EAGLE-3.1), embedding_layernorm, hidden_states_layernorm (HASS)."""
+input_norm (EAGLE-3.1), embedding_layernorm, hidden_states_layernorm (HASS), token_layernorm, hidden_layernorm (MTP, whose input_proj is fc and final_layernorm is norm)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from specrt.weights.names import BUFFERS, DTYPES, layer_tensors, some
 from specrt.weights.source import TensorSource
 
 _AUX_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
+_KINDS = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "mtp": "MTP module"}
+_MTP = re.compile(r"(?:model\.)?mtp_layers\.(\d+)\.(.*)")
+_MTP_NAMES = {"input_proj": "fc", "final_layernorm": "norm", "token_layernorm": "token_layernorm", "hidden_layernorm": "hidden_layernorm"}
 _PREFIXES = {"midlayer.": "layers.0.", "transformer.": "layers.0.", "fusion_fc.": "fc."}
 
 
@@ -57,26 +60,33 @@ class Head:
 
 
 def is_head(folder: Path) -> bool:
-    """Whether a folder holds an EAGLE head rather than a language model."""
+    """Whether a folder holds an EAGLE head or MTP module rather than a language model."""
     try:
         raw = read_json(folder / "config.json")
         if isinstance(raw, dict) and ("speculators_model_type" in raw or "speculators_config" in raw):
             return True
-        names = {canonical_name(name) for name in open_folder_tensors(folder).names()}
+        stored = open_folder_tensors(folder).names()
     except ValueError:
         return False
-    return "fc.weight" in names or "layers.0.hidden_norm.weight" in names
+    names = {canonical_name(name) for name in stored}
+    return "fc.weight" in names or "layers.0.hidden_norm.weight" in names or all(_MTP.fullmatch(name) for name in stored)
 
 
 def open_head(model: str) -> Head:
-    """Opens and checks a head: a folder, or a hub name. ValueError says what is wrong, naming the tensor or key."""
+    """Opens and checks a head: a folder (of a module: also that of its model), or a hub name. ValueError says what is wrong, naming the tensor or key."""
     folder = locate_folder(model)
-    tensors = _Unfused(RenamedSource(open_folder_tensors(folder), canonical_name))
+    source = open_folder_tensors(folder)
+    modules = {int(match[1]) for name in source.names() if (match := _MTP.fullmatch(name))}
+    if modules - {0}:
+        raise ValueError(f"{folder} holds {len(modules)} MTP modules, which is not supported; it must be one (mtp_layers.0), which is applied again for every further token")
+    tensors = _Unfused(RenamedSource(source, mtp_name if modules else canonical_name))
     shapes = {name: tensors.shape(name) for name in tensors.names()}
     try:
         config = head_config(read_json(folder / "config.json"), shapes)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    if not modules and "model.embed_tokens.weight" in source.names():
+        raise ValueError(f"{folder} holds a language model, and no draft head or MTP module")
     _check_tensors(config, tensors, str(folder))
     head = Head(str(model), folder, config, tensors)
     _check_vocabulary(head)
@@ -92,6 +102,15 @@ def canonical_name(name: str) -> str | None:
             name = new + name.removeprefix(old)
     stem, _, kind = name.rpartition(".")
     return f"{_AUX_NORMS[stem]}.{kind}" if stem in _AUX_NORMS else name
+
+
+def mtp_name(name: str) -> str | None:
+    """None for what is not the module's."""
+    match = _MTP.fullmatch(name)
+    if match is None:
+        return None
+    stem, _, kind = match[2].rpartition(".")
+    return f"{_MTP_NAMES[stem]}.{kind}" if stem in _MTP_NAMES else f"layers.0.{match[2]}"
 
 
 class _Unfused:
@@ -120,6 +139,10 @@ class _Unfused:
     def names(self) -> list[str]:
         fused = {name for name, _, _ in self._rows.values()}
         return [name for name in self._source.names() if name not in fused] + list(self._rows)
+
+    def stored(self, name: str) -> str:
+        """The name in the file."""
+        return self._source.stored(self._rows[name][0] if name in self._rows else name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self._rows:
@@ -151,8 +174,10 @@ def expected_tensors(config: HeadConfig) -> tuple[dict[str, tuple[int, ...]], di
     for i in range(c.num_layers):
         first = i == 0
         must |= layer_tensors(c, f"layers.{i}.", 2 * h if first and config.family == "eagle3" else h)
-        if not first or config.family == "eagle3":
+        if not first or config.family != "eagle":
             must[f"layers.{i}.input_layernorm.weight"] = (h,)
+    if config.family == "mtp":
+        return must | {"token_layernorm.weight": (h,), "hidden_layernorm.weight": (wide,), "norm.weight": (h,)}, {}
     if config.family == "eagle":
         if config.input_norms:
             must |= {"embedding_layernorm.weight": (h,), "hidden_states_layernorm.weight": (wide,)}
@@ -174,21 +199,21 @@ def expected_tensors(config: HeadConfig) -> tuple[dict[str, tuple[int, ...]], di
 def _check_tensors(config: HeadConfig, tensors: _Unfused, origin: str) -> None:
     must, may = expected_tensors(config)
     names = set(tensors.names())
-    kind = {"eagle": "EAGLE", "eagle3": "EAGLE-3"}[config.family]
+    kind = _KINDS[config.family]
     missing, unexpected = sorted(must.keys() - names), sorted(names - must.keys() - may.keys())
     if missing:
-        raise ValueError(f"{origin}: {len(missing)} tensors of this {kind} head are missing: {some(missing)}" + (f" (and unexpected: {some(unexpected)})" if unexpected else ""))
+        raise ValueError(f"{origin}: {len(missing)} tensors of this {kind} are missing: {some(missing)}" + (f" (and unexpected: {some(map(tensors.stored, unexpected))})" if unexpected else ""))
     if unexpected:
-        raise ValueError(f"{origin}: {len(unexpected)} tensors do not belong to this {kind} head: {some(unexpected)}")
+        raise ValueError(f"{origin}: {len(unexpected)} tensors do not belong to this {kind}: {some(map(tensors.stored, unexpected))}")
     for name, shape in (must | may).items():
         if name not in names:
             continue
         if tensors.shape(name) != shape:
-            raise ValueError(f"{origin}: tensor '{name}' has shape {list(tensors.shape(name))}, but the config says {list(shape)} (vocab_size {config.layers.vocab_size}, "
+            raise ValueError(f"{origin}: tensor '{tensors.stored(name)}' has shape {list(tensors.shape(name))}, but the config says {list(shape)} (vocab_size {config.layers.vocab_size}, "
                              f"draft_vocab_size {config.draft_vocab_size}, hidden_size {config.layers.hidden_size}, target_hidden_size {config.target_hidden_size})")
         accepted = {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool,)}.get(name, DTYPES)
         if tensors.dtype(name) not in accepted:
-            raise ValueError(f"{origin}: tensor '{name}' is {tensors.storage(name)}, which is not supported; it must be {' or '.join(str(t).removeprefix('torch.') for t in accepted)}")
+            raise ValueError(f"{origin}: tensor '{tensors.stored(name)}' is {tensors.storage(name)}, which is not supported; it must be {' or '.join(str(t).removeprefix('torch.') for t in accepted)}")
 
 
 def _check_vocabulary(head: Head) -> None:

@@ -1,4 +1,4 @@
-"""HeadConfig: what an EAGLE head is, read from the config.json of any of its formats (EAGLE, SpecForge, speculators)."""
+"""HeadConfig: what an EAGLE head or MTP module is, read from the config.json of any of its formats (EAGLE, SpecForge, speculators; MiMo)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OTHER_ALGORITHMS = {"peagle": "P-EAGLE", "dflash": "DFlash", "dspark": "DSpark"
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """family: "eagle" (EAGLE-1, whose weights EAGLE-2 uses too) or "eagle3" (3.1 included). layers: the head's decoder layers; its vocab_size is the *target's*, its
+    """family: "eagle" (EAGLE-1, whose weights EAGLE-2 uses too), "eagle3" (3.1 included) or "mtp" (a multi-token-prediction module as MiMo's). layers: the head's decoder layers; its vocab_size is the *target's*, its
     hidden size the head's. layer_ids: residual-stream boundaries to capture, None = the default for the target (``boundaries``); ids_read: how they were read.
 
     eagle3: use_aux (False: the only feature is the target's final-normed state, and there is no fc), num_aux boundaries of target_hidden_size each. Flags as in drafters.md 3
@@ -44,14 +44,14 @@ class HeadConfig:
     @property
     def fc_inputs(self) -> int:
         """Input columns of fc, 0 without one."""
-        if self.family == "eagle":
+        if self.family in ("eagle", "mtp"):
             return self.layers.hidden_size + self.target_hidden_size
         return self.num_aux * self.target_hidden_size if self.use_aux else 0
 
     @property
     def final_feature(self) -> bool:
         """The feature is the target's final-normed state instead of boundaries as they are."""
-        return self.family == "eagle" or not self.use_aux
+        return self.family in ("eagle", "mtp") or not self.use_aux
 
     def boundaries(self, target_layers: int, override: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """The residual-stream boundaries (j: what enters layer j, L: what leaves the last) that the head wants of a target with L layers."""
@@ -67,6 +67,8 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
     if not isinstance(raw, dict):
         raise ValueError(f"config.json must hold an object, got {type(raw).__name__}")
     _refuse_others(raw, shapes)
+    if "token_layernorm.weight" in shapes:
+        return _mtp(raw, shapes)
     speculators = "speculators_model_type" in raw or "speculators_config" in raw
     inner = raw.get("transformer_layer_config") if speculators else raw.get("model") if raw.get("model_type") == "eagle" else raw
     if not isinstance(inner, dict):
@@ -121,6 +123,12 @@ def _layers(inner: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelC
         raise ValueError(f"layer_types must list 'full_attention' or 'sliding_attention' for each of the {config.num_layers} layers, got {kinds!r:.200}")
     window = Reader(inner).integer("sliding_window") if "sliding_attention" in kinds else 0
     return replace(config, **has, windows=tuple(window if k == "sliding_attention" else 0 for k in kinds))
+
+
+def _mtp(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
+    """One decoder layer of the kind that config.json says, in the target's own folder or in one of its own."""
+    layers = _layers({key: value for key, value in raw.items() if key not in ("num_hidden_layers", "layer_types")}, shapes)
+    return HeadConfig("mtp", "MiMo", layers, layers.hidden_size, layers.vocab_size, own_lm_head=False, norm_output=True)
 
 
 def _eagle(common: dict[str, Any], raw: dict[str, Any]) -> HeadConfig:

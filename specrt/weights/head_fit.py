@@ -52,8 +52,9 @@ def _own_tokenizer(head: Head) -> Tokenizer | None:
 
 def _check_widths(head: Head, target: ModelConfig) -> None:
     c, h, wide = head.config, head.config.layers.hidden_size, target.hidden_size
-    if c.family == "eagle" and c.fc_inputs != h + wide:
-        raise ValueError(f"head {head.origin!r}: tensor 'fc.weight' has {c.fc_inputs} input columns; it must have hidden_size {h} + the target's hidden size {wide} = {h + wide}")
+    if c.final_feature and c.fc_inputs and c.fc_inputs != h + wide:
+        name = "input_proj.weight" if c.family == "mtp" else "fc.weight"
+        raise ValueError(f"head {head.origin!r}: tensor '{name}' has {c.fc_inputs} input columns; it must have hidden_size {h} + the target's hidden size {wide} = {h + wide}")
     if c.family == "eagle3" and c.fc_inputs and c.fc_inputs != c.num_aux * wide:
         raise ValueError(f"head {head.origin!r}: tensor 'fc.weight' has {c.fc_inputs} input columns; it must have {c.num_aux} captured layers x the target's hidden size {wide} "
                          f"= {c.num_aux * wide}")

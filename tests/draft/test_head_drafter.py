@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from specrt import LLM, SamplingParams
-from specrt.draft.eagle import HeadDrafter
+from specrt.draft.head import HeadDrafter
 from specrt.models.config import ModelConfig
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
-from tests.kit.heads import Reference, Shape, head_tensors, random_head, write_head
+from tests.kit.heads import Reference, Shape, head_tensors, layer_prefix, random_head, write_head
 from tests.kit.tiny import CONFIGS, random_tensors, write_folder
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
@@ -35,7 +35,7 @@ def engine(folders, s: Shape, shape: dict, **settings) -> tuple[LLM, HeadDrafter
     return llm, llm._engine.round.drafters[s.family]
 
 
-SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True)}
+SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True), "mtp": Shape("mtp")}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -172,7 +172,7 @@ def test_a_broken_head_changes_nothing(device, folders, tmp_path):
     broken = tmp_path / "head"
     shutil.copytree(head, broken)
     tensors = head_tensors(s)
-    name = "midlayer.mlp.down_proj.weight" if s.family == "eagle3" else "layers.0.mlp.down_proj.weight"
+    name = layer_prefix(s.family, 0) + "mlp.down_proj.weight"
     tensors[name][3, 5] = float("nan")
     write_head(broken, json.loads((broken / "config.json").read_text()), tensors, "bin" if s.family == "eagle" else "safetensors")
     params = SamplingParams(temperature=0.8, seed=4, max_tokens=20, ignore_eos=True)
@@ -194,8 +194,8 @@ def test_what_a_head_is_not_taken_for(folders):
 
 def test_norm_output_can_be_overridden(folders, tmp_path):
     s, (target, head) = folders
-    if s.family == "eagle":
-        pytest.skip("an EAGLE head has no such flag")
+    if s.family != "eagle3":
+        pytest.skip("no such flag")
     for given in (None, True, False):
         with LLM(target, device="cpu", max_model_len=64, speculative_config=speculative(head, s, CHAIN) | ({} if given is None else {"norm_output": given})) as llm:
             assert llm._engine.round.drafters["eagle3"].model.config.norm_output is (s.norm_output if given is None else given)

@@ -89,13 +89,15 @@ EAGLE3 = [Shape(**flags) for flags in FLAGS] + [
     Shape(hidden=192, own_embedding=True), Shape(theta=500000.0)]
 EAGLE = [Shape("eagle"), Shape("eagle", fc_bias=True), Shape("eagle", input_norms=True), Shape("eagle", own_embedding=True, fc_bias=True), Shape("eagle", layers=2)]
 
+MTP = [Shape("mtp"), Shape("mtp", bias=True), Shape("mtp", qk_norm=True, heads=2, kv_heads=1)]
+
 
 def name_of(s: Shape) -> str:
     default = Shape(s.family)
     return "-".join([s.family, *(f"{k}={v}" for k, v in vars(s).items() if v != getattr(default, k))])
 
 
-@pytest.mark.parametrize("s", EAGLE3 + EAGLE, ids=name_of)
+@pytest.mark.parametrize("s", EAGLE3 + EAGLE + MTP, ids=name_of)
 def test_logits_are_those_of_the_formulas(device, tmp_path, s):
     model = load_head(open_head(str(random_head(tmp_path, s, list(range(2, 2 + s.num_aux)) if s.num_aux != 3 else None))), target_of(device))
     assert_close(HeadRun(model).chain(), reference_chain(reference_of(s, head_tensors(s))), 1e-4)
@@ -120,7 +122,7 @@ def test_a_sliding_window_is_the_heads_own(device, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("s", [Shape(layers=2, fc_norm=True, norm_output=True), Shape("eagle", fc_bias=True)], ids=name_of)
+@pytest.mark.parametrize("s", [Shape(layers=2, fc_norm=True, norm_output=True), Shape("eagle", fc_bias=True), Shape("mtp", bias=True)], ids=name_of)
 def test_slots_one_by_one_have_the_bits_of_one_pass(device, tmp_path, s, dtype):
     model = load_head(open_head(str(random_head(tmp_path, s))), target_of(device, dtype))
     features = FEATURES if s.family == "eagle3" else FEATURES[:1]

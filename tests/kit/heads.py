@@ -47,17 +47,26 @@ class Shape:
     norm_output: bool = False
 
 
+MTP = "model.mtp_layers.0."
+
+
+def layer_prefix(family: str, j: int) -> str:
+    return {"eagle3": "midlayer.", "mtp": MTP}.get(family, "layers.0.") if j == 0 else f"layers.{j}."
+
+
 def head_tensors(s: Shape, seed: int = 0) -> Tensors:
-    """Under the original names of the family: midlayer.* (EAGLE-3), layers.0.* (EAGLE)."""
+    """Under the original names of the family: midlayer.* (EAGLE-3), layers.0.* (EAGLE), model.mtp_layers.0.* (MiMo's MTP)."""
     h, q, kv, i = s.hidden, s.heads * s.head_dim, s.kv_heads * s.head_dim, s.intermediate
-    three = s.family == "eagle3"
+    three, mtp = s.family == "eagle3", s.family == "mtp"
     shapes: dict[str, tuple[int, ...]] = {}
-    if s.use_aux:
+    if mtp:
+        shapes = {f"{MTP}{n}.weight": shape for n, shape in (("token_layernorm", (h,)), ("hidden_layernorm", (h,)), ("input_proj", (h, 2 * h)), ("final_layernorm", (h,)))}
+    elif s.use_aux:
         shapes["fc.weight"] = (h, s.num_aux * s.target_hidden if three else h + s.target_hidden)
         if s.fc_bias:
             shapes["fc.bias"] = (h,)
     for j in range(s.layers):
-        at, width = ("midlayer." if three and j == 0 else f"layers.{j}."), 2 * h if three and j == 0 else h
+        at, width = layer_prefix(s.family, j), 2 * h if three and j == 0 else h
         shapes |= {f"{at}self_attn.{n}_proj.weight": (rows, width) for n, rows in (("q", q), ("k", kv), ("v", kv))}
         if s.bias:
             shapes |= {f"{at}self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
@@ -65,7 +74,7 @@ def head_tensors(s: Shape, seed: int = 0) -> Tensors:
             shapes |= {f"{at}self_attn.{n}_norm.weight": (s.head_dim,) for n in "qk"}
         shapes |= {f"{at}self_attn.o_proj.weight": (h, q), f"{at}mlp.gate_proj.weight": (i, h), f"{at}mlp.up_proj.weight": (i, h), f"{at}mlp.down_proj.weight": (h, i),
                    f"{at}post_attention_layernorm.weight": (h,)}
-        if three or j:
+        if three or mtp or j:
             shapes[f"{at}input_layernorm.weight"] = (h,)
         if three and j == 0:
             shapes[f"{at}hidden_norm.weight"] = (h,)
@@ -98,7 +107,9 @@ def plain_config(s: Shape, **more: Any) -> dict[str, Any]:
 
 
 def original_config(s: Shape, ids: list[int] | None = None, **more: Any) -> dict[str, Any]:
-    """yuhuili's (EAGLE, EAGLE-3) and SpecForge's keys."""
+    """yuhuili's (EAGLE, EAGLE-3), SpecForge's and MiMo's keys."""
+    if s.family == "mtp":
+        return plain_config(s, rope_theta=s.theta, num_nextn_predict_layers=1) | ({"model_type": "mimo", "architectures": ["MiMoForCausalLM"]} if s.bias else {}) | more
     if s.family == "eagle":
         return plain_config(s) | ({} if s.fc_bias else {"bias": False}) | ({"add_para_norm": True} if s.input_norms else {}) | more
     config = plain_config(s) | {"rope_theta": s.theta}
@@ -137,7 +148,7 @@ def random_head(folder: Path, s: Shape, ids: list[int] | None = None, seed: int 
 
 @dataclass
 class Reference:
-    """The network in float64, a slot at a time, straight from the formulas of drafters.md 1, 3 and 4. Tensors under their original names; embedding, lm_head and target_norm:
+    """The network in float64, a slot at a time, straight from the formulas of drafters.md 1, 3, 4 and 7. Tensors under their original names; embedding, lm_head and target_norm:
     the target's, used where the head has none."""
 
     shape: Shape
@@ -167,7 +178,7 @@ class Reference:
         """The feature of one slot from the target's boundaries [Ht] (EAGLE: one, the last)."""
         s, t = self.shape, self.tensors
         features = [f.double().cpu() for f in features]
-        if s.family == "eagle" or not s.use_aux:
+        if s.family != "eagle3" or not s.use_aux:
             return self._norm(features[0], self.target_norm, self.target_eps)
         if s.fc_norm:
             features = [self._norm(f, t[f"fc_norm.{j}.weight"]) for j, f in enumerate(features)]
@@ -179,17 +190,21 @@ class Reference:
     def slot(self, token: int, feature: Tensor, position: int, past: list) -> tuple[Tensor, Tensor, list]:
         """(logits over the head's vocabulary, the next slot's feature, past with this slot). past: a list of (k, v) by layer, one a slot of the path."""
         s, t = self.shape, self.tensors
-        e, three = self.embedding[token], s.family == "eagle3"
+        e, three, mtp = self.embedding[token], s.family == "eagle3", s.family == "mtp"
         if three:
             hidden = self._norm(feature, t["midlayer.hidden_norm.weight"])
             x, residual = torch.cat([self._norm(e, t["midlayer.input_layernorm.weight"]), hidden]), hidden if s.norm_before_residual else feature
+        elif mtp:
+            pair = self._norm(feature, t[MTP + "hidden_layernorm.weight"]), self._norm(e, t[MTP + "token_layernorm.weight"])
+            residual = t[MTP + "input_proj.weight"] @ torch.cat(pair)
+            x = self._norm(residual, t[MTP + "input_layernorm.weight"])
         else:
             if s.input_norms:
                 e, feature = self._norm(e, t["embedding_layernorm.weight"]), self._norm(feature, t["hidden_states_layernorm.weight"])
             x = residual = t["fc.weight"] @ torch.cat([e, feature]) + t.get("fc.bias", 0.0)
         keys = []
         for j in range(s.layers):
-            at = "midlayer." if three and j == 0 else f"layers.{j}."
+            at = layer_prefix(s.family, j)
             if j:
                 x = self._norm(residual, t[at + "input_layernorm.weight"])
             q, k, v = ((t[f"{at}self_attn.{n}_proj.weight"] @ x + t.get(f"{at}self_attn.{n}_proj.bias", 0.0)).view(-1, s.head_dim) for n in "qkv")
@@ -208,8 +223,8 @@ class Reference:
             y = self._norm(residual, t[at + "post_attention_layernorm.weight"])
             gate = t[at + "mlp.gate_proj.weight"] @ y
             residual = residual + t[at + "mlp.down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * (t[at + "mlp.up_proj.weight"] @ y))
-        out = self._norm(residual, t["norm.weight"]) if three else residual
-        return self.lm_head @ out, out if three and s.norm_output else residual, past + [keys]
+        out = self._norm(residual, t[MTP + "final_layernorm.weight" if mtp else "norm.weight"]) if three or mtp else residual
+        return self.lm_head @ out, out if mtp or (three and s.norm_output) else residual, past + [keys]
 
     def over_target(self, logits: Tensor, vocab: int) -> Tensor:
         """Log-probabilities over the target's ids, -inf outside the draft vocabulary."""

@@ -1,4 +1,4 @@
-"""Heads on the target's features (EAGLE-1/2/3): drafters.md 0 to 4.
+"""Heads on the target's features (EAGLE-1/2/3, MTP): drafters.md 0 to 4 and 7.
 
 Slot i of such a head holds the feature of token i and token i + 1, at position i: it has one key fewer than there are known tokens, exactly as many as are committed, so its
 keys lie in the target's pages, slot by slot. What the target has committed goes in with its true features (``prefill``, ``extend``); the growth of a tree feeds the head's
