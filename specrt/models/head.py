@@ -17,59 +17,65 @@ from specrt.weights.fp8 import quantized
 from specrt.weights.head import Head
 
 
-class HeadModel:
-    """What the families share: loading, the decoder layers, the output. A family says how features are combined and how the first layer is entered."""
+class HeadWeights:
+    """Reads a head's weights: each rounded to the target's dtype once, as the last step, or with quantization "fp8" its matrices quantised."""
 
     def __init__(self, head: Head, target: DenseModel, quantization: str | None = None):
-        """Reads the weights; each is rounded to the target's dtype once, as the last step, or with quantization "fp8" its matrices are quantised (a target's shared
-        ones apart). The embedding is the target's where the head has none, or the same."""
-        self.config, c = head.config, head.config.layers
-        self.dtype, self.device, self._source, self._quantization = target.dtype, target.device, head.tensors, quantization
-        check_kernels(c, target.device, quantization == "fp8")
-        self._names = set(head.tensors.names())
+        self.head, self.target, self.config = head, target, head.config
+        self._source, self._names, self._fp8 = head.tensors, set(head.tensors.names()), quantization == "fp8"
+        check_kernels(head.config.layers, target.device, self._fp8)
+
+    def vector(self, name: str) -> Tensor:
+        return self._source.get(f"{name}.weight").to(device=self.target.device, dtype=self.target.dtype).contiguous()
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.vector(name) if f"{name}.weight" in self._names else None
+
+    def linear(self, names: list[str]) -> Linear | Fp8Linear:
+        weights, biases = [self._source.get(f"{n}.weight") for n in names], [self._source.get(f"{n}.bias") for n in names if f"{n}.bias" in self._names]
+        if self._fp8:
+            return Fp8Linear([quantized(w.to(self.target.device)) for w in weights], biases, self.target.device)
+        return Linear(weights, biases, self.target.dtype, self.target.device)
+
+    def layer(self, i: int) -> Layer:
+        at = f"layers.{i}."
+        norms = {name: self.optional(at + key) for name, key in [("input_norm", "input_layernorm"), ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")]}
+        return Layer(**norms, window=self.config.layers.windows[i], qkv=self.linear([f"{at}self_attn.{x}_proj" for x in "qkv"]), o=self.linear([f"{at}self_attn.o_proj"]),
+                     post_norm=self.vector(at + "post_attention_layernorm"), gate_up=self.linear([f"{at}mlp.{x}_proj" for x in ("gate", "up")]),
+                     down=self.linear([f"{at}mlp.down_proj"]))
+
+    def embedding(self) -> Tensor:
+        """The target's own tensor where the head has none, or the same."""
+        own, theirs = self.optional("embed_tokens"), self.target.embedding
+        if own is None or (own.shape == theirs.shape and torch.equal(own, theirs)):
+            return theirs
+        missing = theirs.shape[0] - own.shape[0]  # rows that pad the target's vocabulary
+        return torch.nn.functional.pad(own, (0, 0, 0, missing)) if missing > 0 else own
+
+    def lm_head(self) -> Linear | Fp8Linear:
+        if self.config.own_lm_head:
+            return self.linear(["lm_head"])
+        tied = self.config.family == "eagle3" and self.config.tie_word_embeddings and self.head.own_embedding
+        return self.linear(["embed_tokens"]) if tied else self.target.lm_head
+
+
+class HeadModel:
+    """What the families share: the decoder layers and the output. A family says how features are combined and how the first layer is entered."""
+
+    def __init__(self, weights: HeadWeights):
+        self.config, target, c = weights.config, weights.target, weights.config.layers
+        self.dtype, self.device = target.dtype, target.device
         self.num_layers, self.kv_heads, self.head_dim, self.hidden_size, self.eps = c.num_layers, c.num_kv_heads, c.head_dim, c.hidden_size, c.rms_norm_eps
-        self.embedding = self._embedding(target)
-        self.layers = [self._layer(i) for i in range(c.num_layers)]
-        self.fc = self._linear(["fc"]) if self.config.fc_inputs else None
-        self.norm = self._vector("norm.weight") if "norm.weight" in self._names else None
-        self.lm_head = self._lm_head(target)
-        ids = head.target_ids()
+        self.embedding = weights.embedding()
+        self.layers = [weights.layer(i) for i in range(c.num_layers)]
+        self.fc = weights.linear(["fc"]) if self.config.fc_inputs else None
+        self.norm = weights.optional("norm")
+        self.lm_head = weights.lm_head()
+        ids = weights.head.target_ids()
         #: int64 [D]: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
         self.vocab = self.config.draft_vocab_size
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
-
-    def _vector(self, name: str) -> Tensor:
-        return self._source.get(name).to(device=self.device, dtype=self.dtype).contiguous()
-
-    def _linear(self, names: list[str]) -> Linear | Fp8Linear:
-        return self._stacked([self._source.get(f"{n}.weight") for n in names], [self._source.get(f"{n}.bias") for n in names if f"{n}.bias" in self._names])
-
-    def _stacked(self, weights: list[Tensor], biases: list[Tensor]) -> Linear | Fp8Linear:
-        if self._quantization == "fp8":
-            return Fp8Linear([quantized(w.to(self.device)) for w in weights], biases, self.device)
-        return Linear(weights, biases, self.dtype, self.device)
-
-    def _embedding(self, target: DenseModel) -> Tensor:
-        if "embed_tokens.weight" not in self._names:
-            return target.embedding
-        own = self._vector("embed_tokens.weight")
-        if own.shape == target.embedding.shape and torch.equal(own, target.embedding):
-            return target.embedding
-        missing = target.embedding.shape[0] - own.shape[0]  # rows that pad the target's vocabulary
-        return torch.nn.functional.pad(own, (0, 0, 0, missing)) if missing > 0 else own
-
-    def _lm_head(self, target: DenseModel) -> Linear | Fp8Linear:
-        if self.config.tie_word_embeddings and not self.config.own_lm_head and "embed_tokens.weight" in self._names:
-            return self._stacked([self._source.get("embed_tokens.weight")], [])
-        return self._linear(["lm_head"]) if self.config.own_lm_head else target.lm_head
-
-    def _layer(self, i: int) -> Layer:
-        at = f"layers.{i}."
-        norms = {name: self._vector(f"{at}{key}.weight") if f"{at}{key}.weight" in self._names else None
-                 for name, key in [("input_norm", "input_layernorm"), ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm"), ("post_norm", "post_attention_layernorm")]}
-        return Layer(**norms, window=self.config.layers.windows[i], qkv=self._linear([f"{at}self_attn.{x}_proj" for x in "qkv"]), o=self._linear([f"{at}self_attn.o_proj"]),
-                     gate_up=self._linear([f"{at}mlp.{x}_proj" for x in ("gate", "up")]), down=self._linear([f"{at}mlp.down_proj"]))
 
     def size(self, positions: int) -> None:
         """RoPE for this many positions: what is served, not what the head's config says; its angles are the head's own."""
@@ -134,9 +140,9 @@ class HeadModel:
 class EagleModel(HeadModel):
     """EAGLE-1 and 2: fc over embedding and the target's final-normed state; no input norm in the first layer, no final norm, the target's lm_head (drafters.md 1)."""
 
-    def __init__(self, head: Head, target: DenseModel, quantization: str | None = None):
-        super().__init__(head, target, quantization)
-        self._norms = [self._vector(f"{name}.weight") for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else None
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        self._norms = [weights.vector(name) for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else None
 
     def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         if self._norms is not None:
@@ -149,12 +155,12 @@ class EagleModel(HeadModel):
 class Eagle3Model(HeadModel):
     """EAGLE-3 and 3.1: fc over captured boundaries, once a feature of the target; q, k and v of embedding and feature side by side (drafters.md 3, 4)."""
 
-    def __init__(self, head: Head, target: DenseModel, quantization: str | None = None):
-        super().__init__(head, target, quantization)
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
         c = self.config
-        self._hidden_norm = self._vector("layers.0.hidden_norm.weight")
-        self._chunk_norms = [self._vector(f"fc_norm.{j}.weight") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else None
-        self._input_norm = self._vector("input_norm.weight") if c.norm_before_fc and c.use_aux else None
+        self._hidden_norm = weights.vector("layers.0.hidden_norm")
+        self._chunk_norms = [weights.vector(f"fc_norm.{j}") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else None
+        self._input_norm = weights.vector("input_norm") if c.norm_before_fc and c.use_aux else None
 
     def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
         if self.fc is None:
@@ -178,9 +184,9 @@ class MtpModel(HeadModel):
     """MTP as MiMo has it: a projection of the normed state and the normed embedding, in this order, one decoder layer, a final norm whose output is the lm_head's input and
     the next slot's feature (drafters.md 7)."""
 
-    def __init__(self, head: Head, target: DenseModel, quantization: str | None = None):
-        super().__init__(head, target, quantization)
-        self._token_norm, self._hidden_norm = self._vector("token_layernorm.weight"), self._vector("hidden_layernorm.weight")
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        self._token_norm, self._hidden_norm = weights.vector("token_layernorm"), weights.vector("hidden_layernorm")
 
     def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         residual = torch.empty_like(embedded)
@@ -190,4 +196,4 @@ class MtpModel(HeadModel):
 
 def load_head(head: Head, target: DenseModel, quantization: str | None = None) -> HeadModel:
     """ValueError if there are no kernels for the head's shape."""
-    return {"eagle": EagleModel, "eagle3": Eagle3Model, "mtp": MtpModel}[head.config.family](head, target, quantization)
+    return {"eagle": EagleModel, "eagle3": Eagle3Model, "mtp": MtpModel}[head.config.family](HeadWeights(head, target, quantization))

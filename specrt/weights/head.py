@@ -190,9 +190,7 @@ def expected_tensors(config: HeadConfig) -> tuple[dict[str, tuple[int, ...]], di
     d = config.draft_vocab_size
     may |= {"lm_head.weight": (d, h), "d2t": (d,), "t2d": (c.vocab_size,)}
     if d != c.vocab_size:
-        must["d2t"] = (d,)
-        if not config.tie_word_embeddings:
-            must["lm_head.weight"] = (d, h)
+        must |= {"d2t": (d,), "lm_head.weight": (d, h)}
     return must, may
 
 
