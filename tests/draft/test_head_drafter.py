@@ -15,7 +15,7 @@ from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
 from tests.kit.heads import Reference, Shape, head_tensors, layer_prefix, random_head, write_head
-from tests.kit.tiny import CONFIGS, random_tensors, write_folder
+from tests.kit.tiny import CONFIGS, random_tensors, write_folder, write_weights
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
 BOUNDARIES = (0, 2, 4)
@@ -199,3 +199,22 @@ def test_norm_output_can_be_overridden(folders, tmp_path):
     for given in (None, True, False):
         with LLM(target, device="cpu", max_model_len=64, speculative_config=speculative(head, s, CHAIN) | ({} if given is None else {"norm_output": given})) as llm:
             assert llm._engine.round.drafters["eagle3"].model.config.norm_output is (s.norm_output if given is None else given)
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("family", ["eagle", "mtp"])
+def test_a_head_that_knows_the_rule_is_always_right(device, tmp_path, family, shape):
+    """A target whose layers add nothing says, surely, a function of the last token; a head that passes its token's embedding on says the same one token later. So every draft of a
+    chain is accepted, and of a tree a whole branch: feature, token and position of a slot stand together as they should, round after round."""
+    config = ModelConfig.from_hf(TARGET)
+    silent = {name: torch.zeros_like(t) if name.endswith(("o_proj.weight", "down_proj.weight")) else t for name, t in random_tensors(config).items()}
+    write_weights(write_folder(tmp_path / "target", TARGET), silent | {"model.norm.weight": torch.ones(128), "lm_head.weight": 20 * silent["lm_head.weight"]})
+    s = Shape(family)
+    tensors = {name: torch.zeros_like(t) if name.endswith(("o_proj.weight", "down_proj.weight")) else torch.ones_like(t) if t.ndim == 1 else t for name, t in head_tensors(s).items()}
+    own, other = torch.eye(128), torch.zeros(128, 128)
+    tensors["fc.weight" if family == "eagle" else "model.mtp_layers.0.input_proj.weight"] = torch.cat([own, other] if family == "eagle" else [other, own], dim=1)
+    random_head(tmp_path / "head", s)
+    write_weights(tmp_path / "head", tensors, form="bin" if family == "eagle" else "safetensors")
+    with make(str(tmp_path / "target"), device=device, dtype="float32", max_model_len=256, speculative_config=speculative(str(tmp_path / "head"), s, shape)) as llm:
+        for out in llm.generate([PROMPTS[0], PROMPTS[2]], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)):
+            assert out.stats.num_rounds == 8 and out.stats.num_accepted_tokens == 32, out.stats
