@@ -14,7 +14,7 @@ from specrt.models.config import ModelConfig
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
-from tests.kit.heads import Reference, Shape, head_tensors, layer_prefix, random_head, write_head
+from tests.kit.heads import MTP, Reference, Shape, head_tensors, layer_prefix, original_config, random_head, speculators_config, write_head
 from tests.kit.tiny import CONFIGS, random_tensors, write_folder, write_weights
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
@@ -201,20 +201,32 @@ def test_norm_output_can_be_overridden(folders, tmp_path):
             assert llm._engine.round.drafters["eagle3"].model.config.norm_output is (s.norm_output if given is None else given)
 
 
-@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
-@pytest.mark.parametrize("family", ["eagle", "mtp"])
-def test_a_head_that_knows_the_rule_is_always_right(device, tmp_path, family, shape):
-    """A target whose layers add nothing says, surely, a function of the last token; a head that passes its token's embedding on says the same one token later. So every draft of a
-    chain is accepted, and of a tree a whole branch: feature, token and position of a slot stand together as they should, round after round."""
-    config = ModelConfig.from_hf(TARGET)
-    silent = {name: torch.zeros_like(t) if name.endswith(("o_proj.weight", "down_proj.weight")) else t for name, t in random_tensors(config).items()}
-    write_weights(write_folder(tmp_path / "target", TARGET), silent | {"model.norm.weight": torch.ones(128), "lm_head.weight": 20 * silent["lm_head.weight"]})
-    s = Shape(family)
-    tensors = {name: torch.zeros_like(t) if name.endswith(("o_proj.weight", "down_proj.weight")) else torch.ones_like(t) if t.ndim == 1 else t for name, t in head_tensors(s).items()}
+def knowing_head(folder, family: str) -> Shape:
+    """A head that passes its token's embedding on and nothing else: EAGLE and MTP by fc, EAGLE-3 by an attention that sees its own slot alone."""
+    three = family == "eagle3"
+    s = Shape(family, norm_before_residual=three, window=int(three), draft=None, own_lm_head=False)
+    silent = ("down_proj.weight", "fc.weight") if three else ("o_proj.weight", "down_proj.weight")
+    tensors = {n: torch.zeros_like(t) if n.endswith(silent) else torch.ones_like(t) if t.ndim == 1 else t for n, t in head_tensors(s).items()}
     own, other = torch.eye(128), torch.zeros(128, 128)
-    tensors["fc.weight" if family == "eagle" else "model.mtp_layers.0.input_proj.weight"] = torch.cat([own, other] if family == "eagle" else [other, own], dim=1)
-    random_head(tmp_path / "head", s)
-    write_weights(tmp_path / "head", tensors, form="bin" if family == "eagle" else "safetensors")
+    if three:
+        tensors["midlayer.self_attn.v_proj.weight"] = torch.cat([own, other], dim=1)
+        first, _, second, _ = torch.eye(256).split(64)  # two query heads see each of the two value heads
+        tensors["midlayer.self_attn.o_proj.weight"] = torch.cat([first, second])
+        tensors["midlayer.hidden_norm.weight"] = torch.zeros(128)
+    else:
+        tensors["fc.weight" if family == "eagle" else MTP + "input_proj.weight"] = torch.cat([own, other] if family == "eagle" else [other, own], dim=1)
+    write_head(folder, speculators_config(s) if three else original_config(s), tensors)
+    return s
+
+
+@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("family", ["eagle3", "eagle", "mtp"])
+def test_a_head_that_knows_the_rule_is_always_right(device, tmp_path, family, shape):
+    """A target whose layers add nothing says, surely, a function of the last token; a head that passes its token's embedding on says the same one token later. So every draft of
+    a chain is accepted, and of a tree a whole branch: feature, token and position of a slot stand together as they should, round after round."""
+    silent = {n: torch.zeros_like(t) if n.endswith(("o_proj.weight", "down_proj.weight")) else t for n, t in random_tensors(ModelConfig.from_hf(TARGET)).items()}
+    write_weights(write_folder(tmp_path / "target", TARGET), silent | {"model.norm.weight": torch.ones(128), "lm_head.weight": 20 * silent["lm_head.weight"]})
+    s = knowing_head(tmp_path / "head", family)
     with make(str(tmp_path / "target"), device=device, dtype="float32", max_model_len=256, speculative_config=speculative(str(tmp_path / "head"), s, shape)) as llm:
         for out in llm.generate([PROMPTS[0], PROMPTS[2]], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)):
             assert out.stats.num_rounds == 8 and out.stats.num_accepted_tokens == 32, out.stats
