@@ -17,7 +17,7 @@ _DEFAULT_CHAIN_LENGTH = 4
 _LOOKUP = (2, 4)  # prompt_lookup_min, prompt_lookup_max
 _DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
 _NEED_MODEL = {"draft_model": "a path, a hub name or 'smollm2-135m'", "eagle": "the folder of an EAGLE head or a hub name", "eagle3": "the folder of an EAGLE-3 head or a hub name",
-               "medusa": "the folder of MEDUSA heads or a hub name"}
+               "peagle": "the folder of a P-EAGLE head or a hub name", "medusa": "the folder of MEDUSA heads or a hub name"}
 _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 
 
@@ -26,7 +26,8 @@ class SpeculativeConfig:
     """One drafter and how its drafts are verified. Made by ``parse``, which fills in and checks everything.
 
     A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included).
-    eagle_aux_hidden_state_layer_ids (residual-stream boundaries) and norm_output override what an EAGLE-3 head's config says."""
+    eagle_aux_hidden_state_layer_ids (residual-stream boundaries) and norm_output override what an EAGLE-3 (P-EAGLE) head's config says,
+    mask_token_id what a P-EAGLE head's does."""
 
     method: str
     model: str | None = None
@@ -43,6 +44,7 @@ class SpeculativeConfig:
     draft_tensor_parallel_size: int = 1
     eagle_aux_hidden_state_layer_ids: tuple[int, ...] | None = None
     norm_output: bool | None = None
+    mask_token_id: int | None = None
 
     @property
     def is_tree(self) -> bool:
@@ -117,9 +119,11 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
 def _head(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """Overrides of what a head's config says."""
     values: dict[str, Any] = {}
-    for name in ("eagle_aux_hidden_state_layer_ids", "norm_output"):
-        if name in given and method != "eagle3":
-            raise ValueError(f"{_key(name)} belongs to method 'eagle3', not to {method!r}; leave it out")
+    for name, methods in (("eagle_aux_hidden_state_layer_ids", ("eagle3", "peagle")), ("norm_output", ("eagle3", "peagle")), ("mask_token_id", ("peagle",))):
+        if name in given and method not in methods:
+            raise ValueError(f"{_key(name)} belongs to method {' or '.join(map(repr, methods))}, not to {method!r}; leave it out")
+    if "mask_token_id" in given:
+        values["mask_token_id"] = integer(_key("mask_token_id"), given["mask_token_id"], 0)
     if "norm_output" in given:
         values["norm_output"] = boolean(_key("norm_output"), given["norm_output"])
     ids = given.get("eagle_aux_hidden_state_layer_ids")

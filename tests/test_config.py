@@ -87,7 +87,8 @@ def test_draft_sizes(key, value):
     (DRAFT, {"draft_tensor_parallel_size": True}, "draft_tensor_parallel_size"), ({}, {"method": "eagle3"}, "'model'.*EAGLE-3 head"), ({}, {"method": "eagle"}, "'model'.*EAGLE head"),
     (EAGLE3, {"norm_output": 1}, "norm_output"), (EAGLE3, {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids"),
     (EAGLE3, {"eagle_aux_hidden_state_layer_ids": [1, -2]}, "eagle_aux_hidden_state_layer_ids"), (EAGLE3, {"eagle_aux_hidden_state_layer_ids": "2"}, "eagle_aux_hidden_state_layer_ids"),
-    (DRAFT, {"norm_output": True}, "norm_output.*belongs to method 'eagle3'"), (DRAFT, {"eagle_aux_hidden_state_layer_ids": [1]}, "belongs to method 'eagle3'")])
+    (DRAFT, {"norm_output": True}, "norm_output.*belongs to method 'eagle3'"), (EAGLE3, {"mask_token_id": 5}, "mask_token_id.*belongs to method 'peagle'"),
+    ({}, {"method": "peagle", "model": "x", "mask_token_id": -1}, "mask_token_id"), ({}, {"method": "peagle"}, "'model'.*P-EAGLE head"), (DRAFT, {"eagle_aux_hidden_state_layer_ids": [1]}, "belongs to method 'eagle3'")])
 def test_refused(base, given, words):
     with pytest.raises(ValueError, match=words):
         parse(**base, **given)

@@ -32,6 +32,7 @@ def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: A
 def _head(family: str) -> Callable[..., Drafter]:
     def factory(config: Any, *, target: Any, tokenizer: Any, target_name: str = "", **_: Any) -> Drafter:
         from specrt.draft.head import HeadDrafter
+        from specrt.draft.peagle import PEagleDrafter
         from specrt.models.head import load_head
         from specrt.weights.head import open_head
         from specrt.weights.head_fit import fit
@@ -47,7 +48,14 @@ def _head(family: str) -> Callable[..., Drafter]:
         for warning in fit(head, target.config, target_name, tokenizer, config.eagle_aux_hidden_state_layer_ids):
             warnings.warn(f"head {model!r}: {warning}", stacklevel=2)
         boundaries = head.config.boundaries(target.num_layers, config.eagle_aux_hidden_state_layer_ids)
-        return HeadDrafter(load_head(head, target, config.quantization), boundaries, **_growth(config))
+        if family != "peagle":
+            return HeadDrafter(load_head(head, target, config.quantization), boundaries, **_growth(config))
+        mask = head.config.mask_token_id if config.mask_token_id is None else config.mask_token_id
+        if mask is None:
+            raise ValueError(f"head {model!r}: its config.json has no mask_token_id; give speculative_config['mask_token_id'], the id it was trained with")
+        if mask >= target.config.vocab_size:
+            raise ValueError(f"head {model!r}: mask_token_id = {mask}, the target has {target.config.vocab_size} tokens")
+        return PEagleDrafter(load_head(head, target, config.quantization), boundaries, mask, **_growth(config))
 
     return factory
 
@@ -76,7 +84,8 @@ def _growth(config: Any) -> dict[str, Any]:
     return dict(levels=levels, beam_width=1 if rejection else topk, topk=topk, noise=noise, keep_logits=rejection and sampled)
 
 
-DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "mtp": _head("mtp"), "medusa": _medusa}
+DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "peagle": _head("peagle"),
+                                            "mtp": _head("mtp"), "medusa": _medusa}
 
 
 def build(config: Any, *, target: Any, tokenizer: Any, device: Any, dtype: Any, target_name: str = "") -> Drafter:

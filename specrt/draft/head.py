@@ -82,7 +82,7 @@ class HeadDrafter(Drafter):
 
     def propose(self, slots: int, depth: int) -> None:
         s, grow, m = self.state, self.expansion, self.model
-        mine = (self.max_nodes > 0).int() * s.active * (s.seq_lens > 0).int()
+        mine = self._mine()
         depths = self.max_depth * mine
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         self._logits(self.root_hidden[: s.batch], grow.num_slots)
@@ -94,6 +94,10 @@ class HeadDrafter(Drafter):
             self._logits(hidden, beam.num_rows)
             grow.level(level, beam.rows, depths)
         grow.select(self.max_nodes * mine, depths, depth)
+
+    def _mine(self) -> Tensor:
+        """int32 [B]: 1 for the slots whose trees are to be grown."""
+        return (self.max_nodes > 0).int() * self.state.active * (self.state.seq_lens > 0).int()
 
     def _logits(self, hidden: Tensor, num_rows: Tensor) -> None:
         """Of the target's vocabulary, into the expansion's rows."""

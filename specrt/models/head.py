@@ -25,8 +25,11 @@ class HeadWeights:
         self._source, self._names, self._fp8 = head.tensors, set(head.tensors.names()), quantization == "fp8"
         check_kernels(head.config.layers, target.device, self._fp8)
 
+    def raw(self, name: str) -> Tensor:
+        return self._source.get(name).to(device=self.target.device, dtype=self.target.dtype).contiguous()
+
     def vector(self, name: str) -> Tensor:
-        return self._source.get(f"{name}.weight").to(device=self.target.device, dtype=self.target.dtype).contiguous()
+        return self.raw(f"{name}.weight")
 
     def optional(self, name: str) -> Tensor | None:
         return self.vector(name) if f"{name}.weight" in self._names else None
@@ -55,7 +58,7 @@ class HeadWeights:
     def lm_head(self) -> Linear | Fp8Linear:
         if self.config.own_lm_head:
             return self.linear(["lm_head"])
-        tied = self.config.family == "eagle3" and self.config.tie_word_embeddings and self.head.own_embedding
+        tied = self.config.like_eagle3 and self.config.tie_word_embeddings and self.head.own_embedding
         return self.linear(["embed_tokens"]) if tied else self.target.lm_head
 
 
@@ -180,6 +183,16 @@ class Eagle3Model(HeadModel):
         return hidden if self.config.norm_before_residual else feature, joined
 
 
+class PEagleModel(Eagle3Model):
+    """P-EAGLE: EAGLE-3 with a learned feature for slots whose true one is not known (drafters.md 5), so that all drafts come out of one pass."""
+
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        mask = weights.raw("mask_hidden").reshape(self.config.num_aux, 1, -1)
+        #: [1, h]: the feature of such a slot, through norms and fc like any other.
+        self.mask_feature = self.combine(list(mask), torch.ones(1, dtype=torch.int32, device=self.device))
+
+
 class MtpModel(HeadModel):
     """MTP as MiMo has it: a projection of the normed state and the normed embedding, in this order, one decoder layer, a final norm whose output is the lm_head's input and
     the next slot's feature (drafters.md 7)."""
@@ -196,4 +209,4 @@ class MtpModel(HeadModel):
 
 def load_head(head: Head, target: DenseModel, quantization: str | None = None) -> HeadModel:
     """ValueError if there are no kernels for the head's shape."""
-    return {"eagle": EagleModel, "eagle3": Eagle3Model, "mtp": MtpModel}[head.config.family](HeadWeights(head, target, quantization))
+    return {"eagle": EagleModel, "eagle3": Eagle3Model, "peagle": PEagleModel, "mtp": MtpModel}[head.config.family](HeadWeights(head, target, quantization))

@@ -1,7 +1,7 @@
 """open_head: the config and tensors of an EAGLE head or MTP module, from whatever form it was published in, under one set of names.
 
 Canonical names: fc, layers.{i}.* (layer 0 with hidden_norm and, in EAGLE-3, a 2h-wide input), norm, lm_head, embed_tokens, d2t, t2d, and the norms on the inputs: fc_norm.{j},
-input_norm (EAGLE-3.1), embedding_layernorm, hidden_states_layernorm (HASS), token_layernorm, hidden_layernorm (MTP, whose input_proj is fc and final_layernorm is norm)."""
+input_norm (EAGLE-3.1), embedding_layernorm, hidden_states_layernorm (HASS), token_layernorm, hidden_layernorm (MTP, whose input_proj is fc and final_layernorm is norm), mask_hidden (P-EAGLE)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specrt.weights.names import BUFFERS, DTYPES, layer_tensors, some
 from specrt.weights.source import TensorSource
 
 _AUX_NORMS = {"aux_norm_low": "fc_norm.0", "aux_norm_mid": "fc_norm.1", "aux_norm_high": "fc_norm.2"}
-_KINDS = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "mtp": "MTP module"}
+_KINDS = {"eagle": "EAGLE head", "eagle3": "EAGLE-3 head", "peagle": "P-EAGLE head", "mtp": "MTP module"}
 _MTP = re.compile(r"(?:model\.)?mtp_layers\.(\d+)\.(.*)")
 _MTP_NAMES = {"input_proj": "fc", "final_layernorm": "norm", "token_layernorm": "token_layernorm", "hidden_layernorm": "hidden_layernorm"}
 _PREFIXES = {"midlayer.": "layers.0.", "transformer.": "layers.0.", "fusion_fc.": "fc."}
@@ -43,7 +43,7 @@ class Head:
         """With the flag overridden (no tensor shows it, and some trainers wrote it wrongly). ValueError for a head that has no such flag."""
         if norm_output is None:
             return self
-        if self.config.family != "eagle3":
+        if not self.config.like_eagle3:
             raise ValueError(f"norm_output = {norm_output} has no meaning for head {self.origin!r}, which is no EAGLE-3 head; leave it out")
         return replace(self, config=replace(self.config, norm_output=norm_output))
 
@@ -173,7 +173,7 @@ def expected_tensors(config: HeadConfig) -> tuple[dict[str, tuple[int, ...]], di
         may["fc.bias"] = (h,)
     for i in range(c.num_layers):
         first = i == 0
-        must |= layer_tensors(c, f"layers.{i}.", 2 * h if first and config.family == "eagle3" else h)
+        must |= layer_tensors(c, f"layers.{i}.", 2 * h if first and config.like_eagle3 else h)
         if not first or config.family != "eagle":
             must[f"layers.{i}.input_layernorm.weight"] = (h,)
     if config.family == "mtp":
@@ -187,6 +187,8 @@ def expected_tensors(config: HeadConfig) -> tuple[dict[str, tuple[int, ...]], di
         must |= {f"fc_norm.{j}.weight": (wide,) for j in range(config.num_aux)}
     if config.use_aux and config.norm_before_fc:
         must["input_norm.weight"] = (config.fc_inputs,)
+    if config.family == "peagle":
+        must["mask_hidden"] = (config.fc_inputs,)
     d = config.draft_vocab_size
     may |= {"lm_head.weight": (d, h), "d2t": (d,), "t2d": (c.vocab_size,)}
     if d != c.vocab_size:
@@ -206,8 +208,9 @@ def _check_tensors(config: HeadConfig, tensors: _Unfused, origin: str) -> None:
     for name, shape in (must | may).items():
         if name not in names:
             continue
-        if tensors.shape(name) != shape:
-            raise ValueError(f"{origin}: tensor '{tensors.stored(name)}' has shape {list(tensors.shape(name))}, but the config says {list(shape)} (vocab_size {config.layers.vocab_size}, "
+        stored = tensors.shape(name)
+        if (stored[-1:] if name == "mask_hidden" and max(stored[:-1], default=1) == 1 else stored) != shape:
+            raise ValueError(f"{origin}: tensor '{tensors.stored(name)}' has shape {list(stored)}, but the config says {list(shape)} (vocab_size {config.layers.vocab_size}, "
                              f"draft_vocab_size {config.draft_vocab_size}, hidden_size {config.layers.hidden_size}, target_hidden_size {config.target_hidden_size})")
         accepted = {"d2t": (torch.int64, torch.int32), "t2d": (torch.bool,)}.get(name, DTYPES)
         if tensors.dtype(name) not in accepted:

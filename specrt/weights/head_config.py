@@ -7,18 +7,19 @@ from typing import Any
 
 from specrt.models.config import ModelConfig, Reader
 
-# What speculators call their other algorithms, and tensors that only those heads have.
-_OTHER_ALGORITHMS = {"peagle": "P-EAGLE", "dflash": "DFlash", "dspark": "DSpark"}
+# What speculators call their other algorithms.
+_OTHER_ALGORITHMS = {"dflash": "DFlash", "dspark": "DSpark"}
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """family: "eagle" (EAGLE-1, whose weights EAGLE-2 uses too), "eagle3" (3.1 included) or "mtp" (a multi-token-prediction module as MiMo's). layers: the head's decoder layers; its vocab_size is the *target's*, its
-    hidden size the head's. layer_ids: residual-stream boundaries to capture, None = the default for the target (``boundaries``); ids_read: how they were read.
+    """family: the method: "eagle" (EAGLE-1, whose weights EAGLE-2 uses too), "eagle3" (3.1 included), "peagle" (EAGLE-3's network, all drafts in one pass) or "mtp" (a
+    multi-token-prediction module as MiMo's). layers: the head's decoder layers; its vocab_size is the *target's*, its hidden size the head's. layer_ids: residual-stream
+    boundaries to capture, None = the default for the target (``boundaries``); ids_read: how they were read.
 
-    eagle3: use_aux (False: the only feature is the target's final-normed state, and there is no fc), num_aux boundaries of target_hidden_size each. Flags as in drafters.md 3
-    and 4: norm_before_residual, fc_norm, norm_before_fc, norm_output. eagle: input_norms (HASS: norms on embedding and feature before fc).
-    verifier, verifier_architectures, suggested_tokens: what a speculators config says of its target and draft length."""
+    eagle3, peagle: use_aux (False: the only feature is the target's final-normed state, and there is no fc), num_aux boundaries of target_hidden_size each. Flags as in
+    drafters.md 3 and 4: norm_before_residual, fc_norm, norm_before_fc, norm_output. eagle: input_norms (HASS: norms on embedding and feature before fc). peagle: mask_token_id,
+    None where the config does not say. verifier, verifier_architectures, suggested_tokens: what a speculators config says of its target and draft length."""
 
     family: str
     form: str
@@ -37,21 +38,27 @@ class HeadConfig:
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_output: bool = False
+    mask_token_id: int | None = None
     verifier: str | None = None
     verifier_architectures: tuple[str, ...] = ()
     suggested_tokens: int | None = None
 
     @property
+    def like_eagle3(self) -> bool:
+        """EAGLE-3's network."""
+        return self.family in ("eagle3", "peagle")
+
+    @property
     def fc_inputs(self) -> int:
         """Input columns of fc, 0 without one."""
-        if self.family in ("eagle", "mtp"):
+        if not self.like_eagle3:
             return self.layers.hidden_size + self.target_hidden_size
         return self.num_aux * self.target_hidden_size if self.use_aux else 0
 
     @property
     def final_feature(self) -> bool:
         """The feature is the target's final-normed state instead of boundaries as they are."""
-        return self.family in ("eagle", "mtp") or not self.use_aux
+        return not self.like_eagle3 or not self.use_aux
 
     def boundaries(self, target_layers: int, override: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """The residual-stream boundaries (j: what enters layer j, L: what leaves the last) that the head wants of a target with L layers."""
@@ -66,7 +73,7 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
     ValueError names the key or tensor that is not valid or not supported."""
     if not isinstance(raw, dict):
         raise ValueError(f"config.json must hold an object, got {type(raw).__name__}")
-    _refuse_others(raw, shapes)
+    _refuse_others(raw)
     if "token_layernorm.weight" in shapes:
         return _mtp(raw, shapes)
     speculators = "speculators_model_type" in raw or "speculators_config" in raw
@@ -76,6 +83,8 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
     layers = _layers(inner, shapes)
     form = "speculators" if speculators else "SpecForge" if "LlamaForCausalLMEagle3" in (raw.get("architectures") or []) else "EAGLE"
     family = _family(layers.hidden_size, shapes)
+    if family == "eagle3" and (raw.get("speculators_model_type") == "peagle" or "mask_hidden" in shapes):
+        family = "peagle"
     draft_vocab = next((v for key in ("draft_vocab_size", "truncated_vocab_size") if (v := Reader(raw).integer(key, optional=True)) is not None), layers.vocab_size)
     common = dict(family=family, form=form, layers=layers, draft_vocab_size=draft_vocab, own_lm_head="lm_head.weight" in shapes,
                   tie_word_embeddings=Reader(raw).boolean("tie_word_embeddings", False), fc_bias="fc.bias" in shapes)
@@ -85,13 +94,12 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
     return _with_speculators(config, raw) if speculators else config
 
 
-def _refuse_others(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def _refuse_others(raw: dict[str, Any]) -> None:
     kind = raw.get("speculators_model_type")
-    name = _OTHER_ALGORITHMS.get(kind) or ("P-EAGLE" if "mask_hidden" in shapes else None)
-    if name is not None:
-        raise ValueError(f"this is a {name} head, which is not supported yet; supported: EAGLE, EAGLE-3")
-    if kind not in (None, "eagle3"):
-        raise ValueError(f"speculators_model_type = {kind!r} is not supported; supported: 'eagle3'")
+    if kind in _OTHER_ALGORITHMS:
+        raise ValueError(f"this is a {_OTHER_ALGORITHMS[kind]} head, which is not supported yet; supported: EAGLE, EAGLE-3, P-EAGLE")
+    if kind not in (None, "eagle3", "peagle"):
+        raise ValueError(f"speculators_model_type = {kind!r} is not supported; supported: 'eagle3', 'peagle'")
 
 
 def _family(hidden: int, shapes: dict[str, tuple[int, ...]]) -> str:
@@ -158,11 +166,24 @@ def _eagle3(common: dict[str, Any], raw: dict[str, Any], shapes: dict[str, tuple
     if ids and len(ids) != num_aux:
         raise ValueError(f"num_aux_hidden_states = {num_aux}, but eagle_aux_hidden_state_layer_ids lists {len(ids)}")
     config = HeadConfig(**common, target_hidden_size=hidden, use_aux=use_aux, num_aux=num_aux, layer_ids=ids, ids_read=how, fc_norm=fc_norm, norm_before_fc=norm_before_fc,
-                        norm_before_residual=read.boolean("norm_before_residual", speculators), norm_output=read.boolean("norm_output", False))
+                        norm_before_residual=read.boolean("norm_before_residual", speculators and common["family"] == "eagle3"), norm_output=read.boolean("norm_output", False),
+                        mask_token_id=_mask_token(raw) if common["family"] == "peagle" else None)
+    if config.family == "peagle" and not use_aux:
+        raise ValueError("use_aux_hidden_state = false does not go with a P-EAGLE head, whose mask_hidden stands for captured layers")
     width = read.integer("target_hidden_size", optional=True)
     if width is None and use_aux and "fc.weight" in shapes and shapes["fc.weight"][-1] % num_aux == 0:
         width = shapes["fc.weight"][-1] // num_aux  # the tensor knows
     return replace(config, target_hidden_size=width or hidden)
+
+
+def _mask_token(raw: dict[str, Any]) -> int | None:
+    block = raw.get("dflash_config")
+    found = [block.get("mask_token_id")] if isinstance(block, dict) else []
+    found += [raw.get(key) for key in ("mask_token_id", "dspark_noise_token_id", "pard_token", "ptd_token_id")]
+    mask = next((value for value in found if value is not None), None)
+    if mask is not None and (isinstance(mask, bool) or not isinstance(mask, int) or mask < 0):
+        raise ValueError(f"mask_token_id must be a token id, got {mask!r:.100}")
+    return mask
 
 
 def _layer_ids(raw: dict[str, Any], nested: dict[str, Any], speculators: bool) -> tuple[tuple[int, ...] | None, str]:

@@ -55,10 +55,10 @@ def _check_widths(head: Head, target: ModelConfig) -> None:
     if c.final_feature and c.fc_inputs and c.fc_inputs != h + wide:
         name = "input_proj.weight" if c.family == "mtp" else "fc.weight"
         raise ValueError(f"head {head.origin!r}: tensor '{name}' has {c.fc_inputs} input columns; it must have hidden_size {h} + the target's hidden size {wide} = {h + wide}")
-    if c.family == "eagle3" and c.fc_inputs and c.fc_inputs != c.num_aux * wide:
+    if c.like_eagle3 and c.fc_inputs and c.fc_inputs != c.num_aux * wide:
         raise ValueError(f"head {head.origin!r}: tensor 'fc.weight' has {c.fc_inputs} input columns; it must have {c.num_aux} captured layers x the target's hidden size {wide} "
                          f"= {c.num_aux * wide}")
-    if c.family == "eagle3" and not c.use_aux and h != wide:
+    if c.like_eagle3 and not c.use_aux and h != wide:
         raise ValueError(f"head {head.origin!r}: use_aux_hidden_state is false, so hidden_size = {h} must be the target's, {wide}")
     shared = [name for name, own in (("embed_tokens.weight", head.own_embedding), ("lm_head.weight", c.own_lm_head or c.tie_word_embeddings)) if not own]
     if shared and h != wide:

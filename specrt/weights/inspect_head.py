@@ -11,7 +11,7 @@ from specrt.weights.head_config import HeadConfig
 from specrt.weights.head_fit import fit
 from specrt.weights.medusa import fit_medusa, open_medusa
 
-_KINDS = {"eagle": "EAGLE-1/2 head", "eagle3": "EAGLE-3 head", "mtp": "MTP module"}
+_KINDS = {"eagle": "EAGLE-1/2 head", "eagle3": "EAGLE-3 head", "peagle": "P-EAGLE head", "mtp": "MTP module"}
 _FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms")
 
 
@@ -28,6 +28,8 @@ def head_lines(path: str | Path, target: Checkpoint | None) -> list[tuple[str, s
         ("features", _features(c)), ("target", f"hidden size {c.target_hidden_size}, {layers.vocab_size} tokens" + (f"; made for {c.verifier}" if c.verifier else "")),
         ("draft vocabulary", f"{c.draft_vocab_size} tokens" + (" of the target's" if head.target_ids() is not None else ", the target's")),
         ("flags", ", ".join(name for name in _FLAGS if getattr(c, name)) or "none"), ("own", _owned(head)), ("check", "every tensor is there, of the shape the config says")]
+    if c.family == "peagle":
+        lines.insert(-1, ("mask token", "not in the config: say speculative_config['mask_token_id']" if c.mask_token_id is None else str(c.mask_token_id)))
     if c.suggested_tokens is not None:
         lines.insert(-1, ("suggests", f"num_speculative_tokens {c.suggested_tokens}"))
     return lines if target is None else lines + _fit_lines(head, target)

@@ -14,7 +14,7 @@ from specrt.models.config import ModelConfig
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
-from tests.kit.heads import MTP, Reference, Shape, head_tensors, layer_prefix, original_config, random_head, speculators_config, write_head
+from tests.kit.heads import MASK, MTP, Reference, Shape, head_tensors, layer_prefix, original_config, random_head, speculators_config, write_head
 from tests.kit.tiny import CONFIGS, random_tensors, write_folder, write_weights
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
@@ -25,7 +25,7 @@ PROMPTS = [[(7 * i + 11) % 300 for i in range(n)] for n in (19, 1, 40)]
 
 
 def speculative(head: str, s: Shape, shape: dict) -> dict:
-    ids = dict(eagle_aux_hidden_state_layer_ids=list(BOUNDARIES)) if s.family == "eagle3" else {}
+    ids = dict(eagle_aux_hidden_state_layer_ids=list(BOUNDARIES)) if s.family in ("eagle3", "peagle") else {}
     return dict(method=s.family, model=head, **ids, **shape)
 
 
@@ -35,7 +35,8 @@ def engine(folders, s: Shape, shape: dict, **settings) -> tuple[LLM, HeadDrafter
     return llm, llm._engine.round.drafters[s.family]
 
 
-SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True), "mtp": Shape("mtp")}
+SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True), "mtp": Shape("mtp"),
+          "peagle": Shape("peagle", layers=2, norm_before_fc=True)}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -112,6 +113,10 @@ def check_candidates(s: Shape, target, drafter: HeadDrafter, request) -> None:
     for i in range(len(known) - 1):
         z, feature, past = reference.slot(known[i + 1], reference.combine([features[j][i] for j in drafter.features]), i, past)
     root = (reference.over_target(z, 300), feature, past, 0.0)
+    if s.family == "peagle":
+        levels = [root[0], *(reference.over_target(z, 300) for z in reference.masked(TREE["num_steps"] - 1, MASK, past))]
+        check_levels(levels, *(t[slot].tolist() for t in (grow.cand_token, grow.cand_parent, grow.cand_score)))
+        return
     nodes: dict[int, tuple] = {}
     tokens, parents, scores = (t[slot].tolist() for t in (grow.cand_token, grow.cand_parent, grow.cand_score))
     for c, (token, parent) in enumerate(zip(tokens, parents)):
@@ -119,6 +124,16 @@ def check_candidates(s: Shape, target, drafter: HeadDrafter, request) -> None:
         assert_close(torch.tensor(scores[c]), at[3] + at[0][token], 1e-4)
         siblings = [tokens[i] for i in range(len(tokens)) if parents[i] == parent]
         assert sorted(siblings) == sorted(at[0].topk(3).indices.tolist())
+
+
+def check_levels(levels: list[torch.Tensor], tokens: list[int], parents: list[int], scores: list[float]) -> None:
+    """Candidates of a level whose logits are the same under every parent."""
+    path: dict[int, tuple[float, int]] = {-1: (0.0, 0)}
+    for c, (token, parent) in enumerate(zip(tokens, parents)):
+        score, depth = path[parent]
+        path[c] = score + float(levels[depth][token]), depth + 1
+        assert token in levels[depth].topk(3).indices.tolist()
+    assert_close(torch.tensor(scores), torch.tensor([path[c][0] for c in range(len(tokens))]), 1e-4)
 
 
 def grown(reference: Reference, nodes: dict, c: int, tokens: list[int], parents: list[int], root: tuple) -> tuple:
@@ -194,11 +209,11 @@ def test_what_a_head_is_not_taken_for(folders):
 
 def test_norm_output_can_be_overridden(folders, tmp_path):
     s, (target, head) = folders
-    if s.family != "eagle3":
+    if s.family not in ("eagle3", "peagle"):
         pytest.skip("no such flag")
     for given in (None, True, False):
         with LLM(target, device="cpu", max_model_len=64, speculative_config=speculative(head, s, CHAIN) | ({} if given is None else {"norm_output": given})) as llm:
-            assert llm._engine.round.drafters["eagle3"].model.config.norm_output is (s.norm_output if given is None else given)
+            assert llm._engine.round.drafters[s.family].model.config.norm_output is (s.norm_output if given is None else given)
 
 
 def knowing_head(folder, family: str) -> Shape:
@@ -230,3 +245,17 @@ def test_a_head_that_knows_the_rule_is_always_right(device, tmp_path, family, sh
     with make(str(tmp_path / "target"), device=device, dtype="float32", max_model_len=256, speculative_config=speculative(str(tmp_path / "head"), s, shape)) as llm:
         for out in llm.generate([PROMPTS[0], PROMPTS[2]], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)):
             assert out.stats.num_rounds == 8 and out.stats.num_accepted_tokens == 32, out.stats
+
+
+def test_the_mask_token_of_a_head_whose_config_does_not_say(folders, tmp_path):
+    s, (target, _) = folders
+    if s.family != "peagle":
+        pytest.skip("no mask token")
+    head = str(write_head(tmp_path / "head", {k: v for k, v in original_config(s).items() if k != "mask_token_id"}, head_tensors(s)))
+    spec = speculative(head, s, CHAIN)
+    with pytest.raises(ValueError, match=r"no mask_token_id; give speculative_config\['mask_token_id'\]"):
+        LLM(target, device="cpu", speculative_config=spec)
+    with pytest.raises(ValueError, match="mask_token_id = 300, the target has 300 tokens"):
+        LLM(target, device="cpu", speculative_config=spec | {"mask_token_id": 300})
+    with LLM(target, device="cpu", max_model_len=64, speculative_config=spec | {"mask_token_id": 9}) as llm:
+        assert llm._engine.round.drafters["peagle"].mask_token == 9

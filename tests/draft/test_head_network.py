@@ -17,7 +17,7 @@ from specrt.models.dense import DenseModel
 from specrt.models.head import HeadModel, load_head
 from specrt.weights.head import open_head
 from tests.kit.compare import assert_bits, assert_close, poisoned, relative_error, rows
-from tests.kit.heads import Reference, Shape, head_tensors, original_config, random_head, speculators_config, write_head
+from tests.kit.heads import MASK, Reference, Shape, head_tensors, original_config, random_head, speculators_config, write_head
 from tests.kit.tiny import CONFIGS, random_checkpoint
 
 TRUE, DRAFTED, PAGE = 21, 5, 16
@@ -142,6 +142,18 @@ def test_an_fp8_head_stays_near(device, tmp_path, dtype):
     head = open_head(str(random_head(tmp_path, s)))
     wide, narrow = (HeadRun(load_head(head, target_of(device, dtype), q)).chain() for q in (None, "fp8"))
     assert 1e-3 < relative_error(narrow, wide) < 0.15
+
+
+@pytest.mark.parametrize("s", [Shape("peagle", layers=3, norm_output=True), Shape("peagle", fc_norm=True, draft=None), Shape("peagle", norm_before_fc=True, own_embedding=True)], ids=name_of)
+def test_mask_slots_of_one_pass_are_those_of_the_formulas(device, tmp_path, s):
+    model, tensors = load_head(open_head(str(random_head(tmp_path, s))), target_of(device)), head_tensors(s)
+    run, reference, past = HeadRun(model), reference_of(s, tensors), []
+    true, _ = run.slots(TOKENS[:TRUE], 0, FEATURES, prefill=True)
+    for i in range(TRUE):
+        want, _, past = reference.slot(TOKENS[i], reference.combine([f[i] for f in FEATURES]), i, past)
+        assert_close(true[i], want, 1e-4)
+    masked, _ = run.slots([MASK] * 4, TRUE, model.mask_feature.expand(4, -1))
+    assert_close(masked, torch.stack(reference.masked(4, MASK, past)), 1e-4)
 
 
 def test_an_embedding_like_the_targets_is_shared(tmp_path):

@@ -50,7 +50,8 @@ def reference(model, device, dtype):
 
 
 HEADS = [Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, own_embedding=True, layers=2, fc_norm=True, norm_output=True),
-         Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True), Shape("mtp", vocab=VOCAB, hidden=576, target_hidden=576, bias=True)]
+         Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True), Shape("mtp", vocab=VOCAB, hidden=576, target_hidden=576, bias=True),
+         Shape("peagle", vocab=VOCAB, hidden=576, target_hidden=576, draft=200)]
 EAGLE3 = dict(method="eagle3", model="eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
 TREE = dict(num_steps=6, eagle_topk=3, num_draft_tokens=14)
 VARIANTS = {
@@ -82,6 +83,8 @@ VARIANTS = {
     "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64, quantization="fp8"), dict(enforce_eager=True, page_size=16)),
     "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
     "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
+    "peagle-chain": (dict(EAGLE3, method="peagle", model="peagle", num_speculative_tokens=4), dict(page_size=16)),
+    "peagle-tree-late": (dict(EAGLE3, method="peagle", model="peagle", **TREE), dict(late=True, chunk=7)),
     "mtp-chain": (dict(method="mtp", model="mtp", num_speculative_tokens=1), {}),
     "mtp-tree-late": (dict(method="mtp", model="mtp", **TREE), dict(late=True, chunk=7, page_size=16)),
     "medusa-chain-late": (dict(method="medusa", model="medusa", num_speculative_tokens=3), dict(late=True, chunk=7)),
@@ -106,7 +109,7 @@ def test_nothing_changes_a_bit(monkeypatch, model, draft, heads, device, dtype, 
         deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-late": 4, "replay-tree-64": 5}[variant]
         assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
         assert seen.accepted < seen.drafted
-    if variant.startswith(("draft-self", "eagle", "mtp", "medusa")):
+    if variant.startswith(("draft-self", "eagle", "peagle", "mtp", "medusa")):
         assert seen.accepted > 0
 
 

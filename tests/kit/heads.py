@@ -48,6 +48,7 @@ class Shape:
 
 
 MTP = "model.mtp_layers.0."
+MASK = 7  # the mask token of P-EAGLE heads
 
 
 def layer_prefix(family: str, j: int) -> str:
@@ -55,9 +56,9 @@ def layer_prefix(family: str, j: int) -> str:
 
 
 def head_tensors(s: Shape, seed: int = 0) -> Tensors:
-    """Under the original names of the family: midlayer.* (EAGLE-3), layers.0.* (EAGLE), model.mtp_layers.0.* (MiMo's MTP)."""
+    """Under the original names of the family: midlayer.* (EAGLE-3), layers.0.* (EAGLE, P-EAGLE), model.mtp_layers.0.* (MiMo's MTP)."""
     h, q, kv, i = s.hidden, s.heads * s.head_dim, s.kv_heads * s.head_dim, s.intermediate
-    three, mtp = s.family == "eagle3", s.family == "mtp"
+    three, mtp = s.family in ("eagle3", "peagle"), s.family == "mtp"
     shapes: dict[str, tuple[int, ...]] = {}
     if mtp:
         shapes = {f"{MTP}{n}.weight": shape for n, shape in (("token_layernorm", (h,)), ("hidden_layernorm", (h,)), ("input_proj", (h, 2 * h)), ("final_layernorm", (h,)))}
@@ -91,6 +92,8 @@ def head_tensors(s: Shape, seed: int = 0) -> Tensors:
     elif s.input_norms:
         shapes |= {"embedding_layernorm.weight": (h,), "hidden_states_layernorm.weight": (s.target_hidden,)}
     tensors = {name: random_tensor(name, shape, seed) for name, shape in shapes.items()}
+    if s.family == "peagle":
+        tensors["mask_hidden"] = random_tensor("mask_hidden", (1, 1, s.num_aux * s.target_hidden), seed)
     if three and s.draft is not None:
         ids = torch.randperm(s.vocab, generator=torch.Generator().manual_seed(seed))[: s.draft].sort().values
         tensors["d2t"] = ids - torch.arange(s.draft)
@@ -115,6 +118,8 @@ def original_config(s: Shape, ids: list[int] | None = None, **more: Any) -> dict
     config = plain_config(s) | {"rope_theta": s.theta}
     if s.draft is not None:
         config["draft_vocab_size"] = s.draft
+    if s.family == "peagle":
+        config["mask_token_id"] = MASK
     if s.target_hidden != s.hidden:
         config["target_hidden_size"] = s.target_hidden
     nested: dict[str, Any] = ({} if s.use_aux else {"use_aux_hidden_state": False}) | ({} if ids is None else {"eagle_aux_hidden_state_layer_ids": ids})
@@ -126,10 +131,10 @@ def speculators_config(s: Shape, ids: list[int] | None = None, verifier: str = "
     inner = {k: v for k, v in plain_config(s, rope_theta=s.theta).items() if k not in ("architectures", "tie_word_embeddings")}
     if s.window:
         inner |= {"sliding_window": s.window, "layer_types": ["sliding_attention"] * s.layers}
-    return {"architectures": ["Eagle3DraftModel"], "speculators_model_type": "eagle3", "speculators_version": "0.5.0", "dtype": "bfloat16", "tie_word_embeddings": False,
+    return {"architectures": ["Eagle3DraftModel"], "speculators_model_type": s.family, "speculators_version": "0.5.0", "dtype": "bfloat16", "tie_word_embeddings": False,
             "draft_vocab_size": s.draft or s.vocab, "target_hidden_size": None, "embed_requires_grad": False, "norm_before_residual": s.norm_before_residual,
             "norm_before_fc": s.norm_before_fc, "fc_norm": s.fc_norm, "norm_output": s.norm_output, "eagle_aux_hidden_state_layer_ids": ids, "transformer_layer_config": inner,
-            "speculators_config": {"algorithm": "eagle3", "default_proposal_method": "greedy",
+            "speculators_config": {"algorithm": s.family, "default_proposal_method": "greedy",
                                    "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
                                    "verifier": {"name_or_path": verifier, "architectures": []}}} | more
 
@@ -178,7 +183,7 @@ class Reference:
         """The feature of one slot from the target's boundaries [Ht] (EAGLE: one, the last)."""
         s, t = self.shape, self.tensors
         features = [f.double().cpu() for f in features]
-        if s.family != "eagle3" or not s.use_aux:
+        if s.family in ("eagle", "mtp") or not s.use_aux:
             return self._norm(features[0], self.target_norm, self.target_eps)
         if s.fc_norm:
             features = [self._norm(f, t[f"fc_norm.{j}.weight"]) for j, f in enumerate(features)]
@@ -187,13 +192,22 @@ class Reference:
             g = self._norm(g, t["input_norm.weight"])
         return t["fc.weight"] @ g + t.get("fc.bias", 0.0)
 
+    def masked(self, steps: int, token: int, past: list) -> list[Tensor]:
+        """Logits of ``steps`` mask slots behind ``past`` (P-EAGLE)."""
+        feature, found = self.combine(list(self.tensors["mask_hidden"].view(self.shape.num_aux, -1))), []
+        for _ in range(steps):
+            logits, _, past = self.slot(token, feature, len(past), past)
+            found.append(logits)
+        return found
+
     def slot(self, token: int, feature: Tensor, position: int, past: list) -> tuple[Tensor, Tensor, list]:
         """(logits over the head's vocabulary, the next slot's feature, past with this slot). past: a list of (k, v) by layer, one a slot of the path."""
         s, t = self.shape, self.tensors
-        e, three, mtp = self.embedding[token], s.family == "eagle3", s.family == "mtp"
+        e, three, mtp = self.embedding[token], s.family in ("eagle3", "peagle"), s.family == "mtp"
         if three:
-            hidden = self._norm(feature, t["midlayer.hidden_norm.weight"])
-            x, residual = torch.cat([self._norm(e, t["midlayer.input_layernorm.weight"]), hidden]), hidden if s.norm_before_residual else feature
+            at = layer_prefix(s.family, 0)
+            hidden = self._norm(feature, t[at + "hidden_norm.weight"])
+            x, residual = torch.cat([self._norm(e, t[at + "input_layernorm.weight"]), hidden]), hidden if s.norm_before_residual else feature
         elif mtp:
             pair = self._norm(feature, t[MTP + "hidden_layernorm.weight"]), self._norm(e, t[MTP + "token_layernorm.weight"])
             residual = t[MTP + "input_proj.weight"] @ torch.cat(pair)

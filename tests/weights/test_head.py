@@ -20,6 +20,7 @@ from tests.kit.tiny import CONFIGS, tiny_tokenizer, write_folder
 
 S = Shape(norm_before_residual=True)
 EAGLE = Shape("eagle", fc_bias=True)
+PEAGLE = Shape("peagle", layers=2)
 # A target with enough layers for the default boundaries.
 TARGET = ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12})
 
@@ -119,6 +120,20 @@ def test_flags_that_tensors_or_old_names_show(tmp_path):
         flags("f", head_tensors(Shape()), fc_norm=True)
 
 
+@pytest.mark.parametrize("more, want", [({}, 7), ({"mask_token_id": None, "ptd_token_id": 8}, 8), ({"mask_token_id": None, "pard_token": 9}, 9), ({"dflash_config": {"mask_token_id": 5}}, 5),
+                                        ({"mask_token_id": None}, None)])
+def test_peagle(tmp_path, more, want):
+    head = opened(tmp_path, config=original_config(PEAGLE, **more), tensors=head_tensors(PEAGLE))
+    assert (head.config.family, head.config.mask_token_id, head.config.layers.num_layers) == ("peagle", want, 2) and fit(head, TARGET, "t") == []
+    assert "P-EAGLE head" in describe(head.path) and ("not in the config" in describe(head.path)) == (want is None)
+    flat = head_tensors(PEAGLE) | {"mask_hidden": head_tensors(PEAGLE)["mask_hidden"][0]}
+    config = {k: v for k, v in speculators_config(PEAGLE, mask_token_id=3).items() if k != "norm_before_residual"}
+    other = open_head(str(write_head(tmp_path / "flat", config, flat)))
+    assert (other.config.family, other.config.mask_token_id, other.config.norm_before_residual) == ("peagle", 3, False)
+    with pytest.raises(ValueError, match=r"'mask_hidden' has shape \[2, 384\]"):
+        open_head(str(write_head(tmp_path / "wrong", config, flat | {"mask_hidden": torch.ones(2, 384)})))
+
+
 def test_a_truncated_vocabulary_by_its_other_name(tmp_path):
     config = original_config(S)
     config["truncated_vocab_size"] = config.pop("draft_vocab_size")
@@ -189,7 +204,6 @@ def without(name):
     (lambda t: {**t, "d2t": t["d2t"] + torch.arange(100)}, "'d2t' gives token ids from .* must hold offsets .*held the ids themselves"),
     (lambda t: {**t, "d2t": t["d2t"] - 9}, "'d2t' gives token ids from -"), (lambda t: {**t, "d2t": t["d2t"].flip(0)}, "'d2t' .*(ascending|offsets)"),
     (lambda t: {**t, "t2d": ~t["t2d"]}, "'d2t' and 't2d' disagree"), (lambda t: {**t, "d2t": t["d2t"].float()}, "'d2t' is F32.*int64"),
-    (lambda t: {**t, "mask_hidden": torch.ones(1, 1, 384)}, "P-EAGLE head, which is not supported"),
     (lambda t: {**without("midlayer.hidden_norm.weight")(t), "midlayer.self_attn.q_proj.weight": torch.ones(256, 300)}, "neither an EAGLE nor an EAGLE-3 head: .* 300 input columns"),
     (lambda t: {**t, "norm.weight": t["norm.weight"].to(torch.int32)}, "'norm.weight' is I32")])
 def test_a_broken_head_is_refused_by_tensor(tmp_path, change, match):
@@ -199,7 +213,7 @@ def test_a_broken_head_is_refused_by_tensor(tmp_path, change, match):
 
 @pytest.mark.parametrize("s, config, match", [
     (EAGLE, original_config(EAGLE) | {"bias": False}, "bias = false, but tensor 'fc.bias' is there"), (replace(EAGLE, fc_bias=False), plain_config(EAGLE, bias=True), "bias = true.*missing"),
-    (S, speculators_config(S, speculators_model_type="peagle"), "P-EAGLE head"), (S, speculators_config(S, speculators_model_type="dflash"), "DFlash"),
+    (S, speculators_config(S, speculators_model_type="peagle"), "P-EAGLE head are missing: 'mask_hidden'"), (S, speculators_config(S, speculators_model_type="dflash"), "DFlash"),
     (S, speculators_config(S, speculators_model_type="mtp"), "speculators_model_type = 'mtp' is not supported"),
     (S, speculators_config(S, transformer_layer_config=None), "transformer_layer_config must be an object"),
     (S, original_config(S) | {"hidden_size": 256}, "has shape .* hidden_size 256"), (S, original_config(S) | {"num_hidden_layers": 2}, "'layers.1"), (S, [], "must hold an object"),
