@@ -18,6 +18,7 @@ from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import HeadModel
 from specrt.round.state import RoundState, SpanRows
 
+
 class HeadDrafter(Drafter):
     """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits: as DraftModelDrafter's.
 
