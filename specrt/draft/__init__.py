@@ -26,7 +26,7 @@ def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: A
     if checkpoint.tokenizer().fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"speculative_config['model']: the draft model {config.model!r} has another tokenizer than the target (the token -> id tables differ); "
                          "a draft model must share the target's vocabulary")
-    return DraftModelDrafter(DenseModel.load(checkpoint, dtype, device, config.quantization), **_growth(config))
+    return DraftModelDrafter(DenseModel.load(checkpoint, dtype, device, config.quantization), **growth(config))
 
 
 def _head(family: str) -> Callable[..., Drafter]:
@@ -49,13 +49,13 @@ def _head(family: str) -> Callable[..., Drafter]:
             warnings.warn(f"head {model!r}: {warning}", stacklevel=2)
         boundaries = head.config.boundaries(target.num_layers, config.eagle_aux_hidden_state_layer_ids)
         if family != "peagle":
-            return HeadDrafter(load_head(head, target, config.quantization), boundaries, **_growth(config))
+            return HeadDrafter(load_head(head, target, config.quantization), boundaries, **growth(config))
         mask = head.config.mask_token_id if config.mask_token_id is None else config.mask_token_id
         if mask is None:
             raise ValueError(f"head {model!r}: its config.json has no mask_token_id; give speculative_config['mask_token_id'], the id it was trained with")
         if mask >= target.config.vocab_size:
             raise ValueError(f"head {model!r}: mask_token_id = {mask}, the target has {target.config.vocab_size} tokens")
-        return PEagleDrafter(load_head(head, target, config.quantization), boundaries, mask, **_growth(config))
+        return PEagleDrafter(load_head(head, target, config.quantization), boundaries, mask, **growth(config))
 
     return factory
 
@@ -71,10 +71,10 @@ def _medusa(config: Any, *, target: Any, target_name: str = "", **_: Any) -> Dra
     if config.max_depth > head.num_heads:
         key = "num_steps" if config.is_tree else "num_speculative_tokens"
         raise ValueError(f"speculative_config[{key!r}] gives drafts a depth of {config.max_depth}; {config.model!r} has {head.num_heads} heads, so it must be at most that")
-    return MedusaDrafter(MedusaModel(head, target, config.quantization), target.num_layers, **_growth(config))
+    return MedusaDrafter(MedusaModel(head, target, config.quantization), target.num_layers, **growth(config))
 
 
-def _growth(config: Any) -> dict[str, Any]:
+def growth(config: Any) -> dict[str, Any]:
     """How a drafter with a network grows its trees (Expansion)."""
     rejection = config.rejection_sample_method == "standard"
     sampled = config.draft_sample_method != "greedy"
