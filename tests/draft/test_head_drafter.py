@@ -259,3 +259,17 @@ def test_the_mask_token_of_a_head_whose_config_does_not_say(folders, tmp_path):
         LLM(target, device="cpu", speculative_config=spec | {"mask_token_id": 300})
     with LLM(target, device="cpu", max_model_len=64, speculative_config=spec | {"mask_token_id": 9}) as llm:
         assert llm._engine.round.drafters["peagle"].mask_token == 9
+
+
+def test_drafts_do_not_depend_on_who_else_is_in_the_batch(device, folders):
+    """Requests of differing depths side by side: rows of a level find their parents' features among fewer and fewer slots. Rounds and acceptance are those of each alone."""
+    s, paths = folders
+    wishes = [{"num_steps": 2}, None, {"num_steps": 3, "num_draft_tokens": 8}, {"num_steps": 1}, {"method": "ngram"}]
+    params = [SamplingParams(temperature=1.0, seed=3 + i, max_tokens=30, ignore_eos=True, speculative=wish) for i, wish in enumerate(wishes)]
+    prompts = [[(5 * i + j) % 300 for j in range(12 + 7 * i)] for i in range(len(wishes))]
+    facts = lambda out: (out.token_ids, out.stats.num_rounds, out.stats.num_draft_tokens_per_pos, out.stats.num_accepted_tokens_per_pos)  # noqa: E731
+    with engine(paths, s, TREE, device=device, max_batch_size=5)[0] as llm:
+        together = [facts(out) for out in llm.generate(prompts, params)]
+        alone = [facts(llm.generate(p, q)[0]) for p, q in zip(prompts, params)]
+    assert together == alone
+    assert sum(sum(accepted) for *_, accepted in together) > 0
