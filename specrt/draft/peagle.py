@@ -44,7 +44,7 @@ class PEagleDrafter(HeadDrafter):
             sp.start.copy_(s.seq_lens)
             torch.add(s.seq_lens, (depths - 1).clamp_min(0), out=sp.end)
             ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
-            hidden, _ = m.forward(masks, m.mask_feature.expand(masks.rows, -1).contiguous(), self.pool)
+            hidden, _ = m.forward(masks, m.mask_feature.repeat(masks.rows, 1), self.pool)
             m.logits(hidden, masks.num_rows, logits)
         for level in range(2, depth + 1):
             row = (sp.row_offset[beam.request.long()] + level - 2).clamp(0, masks.rows - 1)

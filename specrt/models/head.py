@@ -189,7 +189,7 @@ class PEagleModel(Eagle3Model):
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
         mask = weights.raw("mask_hidden").reshape(self.config.num_aux, 1, -1)
-        #: [1, h]: the feature of such a slot, through norms and fc like any other.
+        #: [1, h]: the feature of such a slot, through norms and fc like any other (``forward`` wants a copy).
         self.mask_feature = self.combine(list(mask), torch.ones(1, dtype=torch.int32, device=self.device))
 
 
