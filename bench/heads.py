@@ -52,8 +52,8 @@ def random_head(method: str, target: ModelConfig, device: torch.device) -> Head:
 
 
 def head_bytes(model: Any, depth: int, tensor_bytes: Any) -> int:
-    """Of the weights that drafts of ``depth`` and the extension over the accepted rows must read: fc and layers once for the true rows; then the layers for every further
-    level and lm_head for every level, or with P-EAGLE both once for all further levels."""
+    """Of the weights that drafts of ``depth`` and the extension over the accepted rows must read: fc and layers once for the true rows, lm_head once; then both
+    again for every further level, which P-EAGLE has in the same pass."""
     layers = sum(tensor_bytes(m) for layer in model.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down))
-    passes = min(depth - 1, 1) if model.config.family == "peagle" else depth - 1
-    return tensor_bytes(model.fc) + (1 + passes) * layers + (1 + passes) * tensor_bytes(model.lm_head)
+    passes = 1 if model.config.family == "peagle" else depth
+    return tensor_bytes(model.fc) + passes * (layers + tensor_bytes(model.lm_head))

@@ -39,7 +39,7 @@ class HeadDrafter(Drafter):
         m, device, batch = self.model, state.device, state.batch
         m.size(state.history.shape[1])
         self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
-        span_rows = batch * min(1 + self.levels, state.nodes)
+        span_rows = batch * self._rows_a_slot(min(self.levels, state.nodes - 1))
         rows = max(span_rows, batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
         self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, lag=1)
@@ -57,27 +57,43 @@ class HeadDrafter(Drafter):
 
     def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
         s, sp = self.state, self.span
-        torch.mul(s.seq_lens, self.max_nodes > 0, out=sp.end)
         torch.sub(s.seq_lens, s.path_len, out=sp.start)
+        torch.mul(s.seq_lens, self.max_nodes > 0, out=sp.end)
+        batch = self._place(row_bucket(slots * self._rows_a_slot(depth), sp.rows))
+        self._consume(batch, self._rows_of(features, batch), sp.end)
+
+    def _rows_a_slot(self, depth: int) -> int:
+        """Most rows of ``extend`` for a slot whose drafts are ``depth`` deep."""
+        return 1 + depth
+
+    def _place(self, rows: int) -> RowBatch:
+        """The rows of the span from ``span.start`` to ``span.end``, at most ``rows`` of them."""
+        s, sp = self.state, self.span
         ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
-        batch = self.span_batch.head(row_bucket(slots * (1 + depth), sp.rows))
-        request = batch.request.long()
-        # A row past num_rows is stale: any row of the features will do for it.
-        nth = (batch.position - sp.start[request]).clamp(0, s.nodes - 1).long()
+        return self.span_batch.head(rows)
+
+    def _rows_of(self, features: dict[int, Tensor], batch: RowBatch) -> list[Tensor]:
+        """The features of the round's accepted path at the batch's positions; of any row at all where a position is not on the path, or a row not in use."""
+        s, request = self.state, batch.request.long()
+        nth = (batch.position - self.span.start[request]).clamp(0, s.nodes - 1).long()
         row = (s.row_offset[request] + s.path[request, nth]).clamp(0, s.rows - 1)
-        self._consume(batch, [features[j].index_select(0, row) for j in self.features], sp.end)
+        return [features[j].index_select(0, row) for j in self.features]
 
     def _consume(self, batch: RowBatch, features: list[Tensor], end: Tensor) -> None:
         """Committed rows with their true features, each with the token after it; the last of a slot, at position ``end`` - 1, is its next root."""
-        s, b = self.state, batch
-        request, after = b.request.long(), (b.position + 1).long()
-        b = batch.with_tokens(s.history[request, after])
-        hidden, feature = self.model.forward(b, self.model.combine(features, b.num_rows), self.pool)
-        index = torch.arange(b.rows, dtype=torch.int32, device=s.device)
-        last = (index < b.num_rows) & (after == end[request])
-        place = torch.where(last, request, s.batch)
+        token = self.state.history[batch.request.long(), (batch.position + 1).long()]
+        hidden, feature = self.model.forward(batch.with_tokens(token), self.model.combine(features, batch.num_rows), self.pool)
+        self._keep(batch, hidden, feature, end)
+
+    def _keep(self, batch: RowBatch, hidden: Tensor, feature: Tensor, end: Tensor) -> None:
+        request = batch.request.long()
+        last = self._in_use(batch) & (batch.position + 1 == end[request])
+        place = torch.where(last, request, self.state.batch)
         self.root_hidden.index_copy_(0, place, hidden)
         self.root_feature.index_copy_(0, place, feature)
+
+    def _in_use(self, batch: RowBatch) -> Tensor:
+        return torch.arange(batch.rows, dtype=torch.int32, device=self.state.device) < batch.num_rows
 
     # ---------------------------------------------------------------------------------------- drafts
 

@@ -10,6 +10,7 @@ import torch
 
 from specrt import LLM, SamplingParams
 from specrt.draft.head import HeadDrafter
+from specrt.draft.peagle import PEagleDrafter
 from specrt.models.config import ModelConfig
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
@@ -58,6 +59,8 @@ def slot_state(llm: LLM, drafter: HeadDrafter, slot: int) -> list[torch.Tensor]:
     position = torch.arange(int(state.seq_lens[slot]), device=state.device)
     place = state.block_table[slot, position // 16].long(), position % 16
     pools = [pool[:, place[0], :, place[1]] for pool in (drafter.pool.k, drafter.pool.v)]
+    if isinstance(drafter, PEagleDrafter):  # the outputs of mask slots too
+        return [*pools, drafter.hidden[slot * drafter.levels : (slot + 1) * drafter.levels]]
     return [*pools, drafter.root_hidden[slot], drafter.root_feature[slot]]
 
 
