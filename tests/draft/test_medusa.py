@@ -99,7 +99,7 @@ def test_what_is_proposed_is_what_the_formulas_say(tmp_path, device, target, for
             assert max(depth for _, depth in path.values()) == 4
 
 
-@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("shape", [CHAIN, TREE, dict(choices=[[0], [1], [0, 0], [2], [1, 0], [0, 0, 5], [0, 0, 0]])], ids=["chain", "tree", "static"])
 def test_after_any_round_the_state_is_that_of_a_fresh_prompt(tmp_path, device, target, shape):
     spec = dict(method="medusa", model=str(write_medusa(tmp_path / "h", medusa_tensors())), **shape)
     accepted = set()
