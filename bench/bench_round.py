@@ -2,11 +2,13 @@
 
     bench_round.py [--rows A,B] [--json FILE]                                          the rows of the evidence; --list names them
     bench_round.py --shape llama-8b --batch 8 --context 1024 --nodes 5 --acceptance 3.2   one round of one's own: a chain, or with --tree a tree
+    bench_round.py --shape llama-8b --head eagle3 --nodes 60 --tree --topk 10             its drafts made by a head of random weights
 
 Times of the device are medians of CUDA graph replays, by events, with the host's part hidden: the whole round as one graph, and its phases propose, verify, accept and
 commit as a graph each. The committed length is set back before each replay. Then the engine runs for real: host time is what a step takes less what it waits for the
 device; idle is the time on the stream between the end of a round's graph and the start of the next one's. Drafts are a tree of random tokens (free of
-cost), accepted to the length asked for (rejection_sample_method "synthetic"). The floor of a round is its weights and its committed KV over the read bandwidth that
+cost) or a head's (bench/heads.py), accepted to the length asked for (rejection_sample_method "synthetic"). The floor of a round is its weights (a head's as often
+as they are read) and its committed KV over the read bandwidth that
 bench_launch (make bench) measures first."""
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ VLLM = "vLLM 0.24, context 256, as recorded"
 
 @dataclass(frozen=True)
 class Case:
-    """nodes: rows verified a request, root included; 1: plain decoding. acceptance: mean tokens a round."""
+    """nodes: rows verified a request, root included; 1: plain decoding. acceptance: mean tokens a round. head: the method of a head of random weights that drafts, None: random
+    tokens; topk: children of a node of its trees."""
 
     shape: str
     batch: int = 1
@@ -46,17 +49,27 @@ class Case:
     tree: bool = False
     acceptance: float = 1.0
     quantization: str | None = None
+    head: str | None = None
+    head_quantization: str | None = None
+    topk: int = DEPTH
+
+    @property
+    def depth(self) -> int:
+        """Most draft nodes on one path."""
+        return 0 if self.nodes == 1 else min(DEPTH, self.nodes - 1) if self.tree else self.nodes - 1
 
     def __str__(self) -> str:
         weights = "bf16" if self.quantization is None else f"{self.quantization} weights (lm_head bf16)"
         drafts = "greedy" if self.nodes == 1 else f"{'tree' if self.tree else 'chain'} of {self.nodes} nodes, {self.acceptance:g} tokens a round"
-        return f"{TITLES[self.shape]} {weights}, batch {self.batch}, context {self.context}, {drafts}"
+        if self.head is not None:
+            drafts += f", of an {self.head_quantization or 'bf16'} {self.head} head" + (f", depth {self.depth}, {self.topk} children a node" if self.tree else "")
+        return f"{TITLES.get(self.shape, self.shape)} {weights}, batch {self.batch}, context {self.context}, {drafts}"
 
 
 @dataclass(frozen=True)
 class Judged:
     case: Case
-    figure: str  # "round" (ms), "host" or "idle" (us)
+    figure: str  # "round" or its phase "propose" (ms), "host" or "idle" (us)
     peer_value: float | None = None  # ms
 
 
@@ -69,6 +82,15 @@ ROWS = {
     "round_host_time_b1": Judged(Case("llama-8b"), "host"),
     "round_gpu_idle_b1": Judged(Case("llama-8b"), "idle"),
     "llama1b_decode_step_b1": Judged(Case("llama-1b"), "round"),
+    "eagle3_chain4_b1": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="eagle3"), "round", 9.38),
+    "eagle3_chain4_b8": Judged(Case("llama-8b", 8, 256, 5, acceptance=3.2, head="eagle3"), "round", 10.1),
+    "eagle3_chain4_b32": Judged(Case("llama-8b", 32, 256, 5, acceptance=3.2, head="eagle3"), "round", 11.1),
+    "eagle3_tree60_b1": Judged(Case("llama-8b", 1, 256, 60, True, 3.2, head="eagle3", head_quantization="fp8", topk=10), "round"),
+    "eagle3_draft_step_bf16": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="eagle3"), "propose"),
+    "eagle3_draft_step_fp8": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="eagle3", head_quantization="fp8"), "propose"),
+    "peagle_chain4_b1": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="peagle"), "round"),
+    "mimo7b_mtp_round_b1": Judged(Case("mimo-7b", 1, 256, 2, acceptance=1.8, head="mtp"), "round"),
+    "mimo7b_decode_step_b1": Judged(Case("mimo-7b", 1, 256), "round"),
 }
 
 
@@ -110,32 +132,50 @@ def random_drafter(nodes: int, tree: bool, vocab: int) -> Any:
     return RandomTree()
 
 
+def head_drafter(case: Case, target: Any, growth: dict[str, Any]) -> Any:
+    from bench.heads import random_head
+    from specrt.draft.head import HeadDrafter
+    from specrt.draft.peagle import PEagleDrafter
+    from specrt.models.head import load_head
+
+    head = random_head(case.head, target.config, target.device)
+    model, boundaries = load_head(head, target, case.head_quantization), head.config.boundaries(target.num_layers)
+    return PEagleDrafter(model, boundaries, 0, **growth) if case.head == "peagle" else HeadDrafter(model, boundaries, **growth)
+
+
 class Bench:
     """An engine for a case, around a target that is there already."""
 
     def __init__(self, case: Case, target: Any):
         from specrt.cache.pages import pages_for
         from specrt.config import EngineConfig
-        from specrt.draft import DRAFTERS
+        from specrt.draft import DRAFTERS, growth
         from specrt.engine.engine import Engine
         from specrt.round.run import Round
 
         self.case, self.vocab = case, target.config.vocab_size
-        drafters, spec = {}, None
+        drafters, spec, self.method = {}, None, None
         if case.nodes > 1:
-            drafters["random"] = random_drafter(case.nodes, case.tree, self.vocab)
-            DRAFTERS["random"] = lambda config, **_: drafters["random"]
-            size = dict(num_steps=DEPTH, eagle_topk=DEPTH, num_draft_tokens=case.nodes) if case.tree else dict(num_speculative_tokens=case.nodes - 1)
-            spec = {"method": "random", **size, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": case.acceptance}
+            self.method = case.head or "random"
+            DRAFTERS.setdefault("random", lambda **_: None)  # the config asks whether there is such a method
+            size = dict(num_steps=DEPTH, eagle_topk=case.topk, num_draft_tokens=case.nodes) if case.tree else dict(num_speculative_tokens=case.nodes - 1)
+            spec = {"method": self.method, **({"model": "random"} if case.head else {}), **size, "rejection_sample_method": "synthetic",
+                    "synthetic_acceptance_length": case.acceptance}
         self.tokens = int((STEPS + WARM_STEPS) * case.acceptance)
-        config = EngineConfig.parse(device="cuda", max_batch_size=case.batch, max_model_len=case.context + self.tokens + 64, speculative_config=spec)
+        config = EngineConfig.parse(device=target.device.type, max_batch_size=case.batch, max_model_len=case.context + self.tokens + 64, speculative_config=spec)
         config = config.for_model(target.config.max_position_embeddings)
-        config = config.with_pages(case.batch * pages_for(config.max_model_len + 2 * config.width, config.page_size))
+        if case.head is not None:
+            drafters[case.head] = head_drafter(case, target, growth(config.speculative))
+        elif spec:
+            drafters["random"] = random_drafter(case.nodes, case.tree, self.vocab)
+        config = config.with_pages(case.batch * pages_for(config.max_model_len + 2 * Round.slack_of(config.width, drafters), config.page_size))
         self.round = Round(target, drafters, config)
-        for pool in (self.round.pool.k, self.round.pool.v):
-            pool.normal_()
+        for pool in [self.round.pool, *(d.pool for d in drafters.values() if hasattr(d, "pool"))]:
+            pool.k.normal_()
+            pool.v.normal_()
         self.engine = Engine(self.round, None, config, self.vocab, ())
         self.speculation = None if spec else False
+        self.head = drafters[case.head].model if case.head is not None else None
 
     def prompt(self, i: int) -> list[int]:
         rng = random.Random(i)
@@ -148,10 +188,9 @@ class Bench:
 
         case, config = self.case, self.engine.config
         pages = config.num_pages // case.batch
-        depth = 0 if case.nodes == 1 else min(DEPTH, case.nodes - 1) if case.tree else case.nodes - 1
         for slot in range(case.batch):
             self.round.admit(slot, SlotSetup(tokens=self.prompt(slot) + [1], prompt_len=case.context, seed=slot, params=SamplingParams(), stop_ids=(),
-                                             method="random" if case.nodes > 1 else None, num_speculative_tokens=case.nodes - 1, max_depth=depth, longest=config.max_model_len))
+                                             method=self.method, num_speculative_tokens=case.nodes - 1, max_depth=case.depth, longest=config.max_model_len))
             self.round.set_pages(slot, list(range(slot * pages, (slot + 1) * pages)))
             self.round.activate(slot)
 
@@ -268,11 +307,15 @@ def replay_times(graphs: list[Any], prepare: Callable[[], None]) -> list[list[fl
 # --- floors ---
 
 
-def round_bytes(target: Any, case: Case) -> int:
-    """What a round must read: every weight once (of the embedding a few rows: nothing), and the committed keys and values."""
+def round_bytes(target: Any, case: Case, head: Any = None) -> int:
+    """What a round must read: every weight of the target once (of the embedding a few rows: nothing), its committed keys and values, and ``head``'s weights."""
     c = target.config
     matrices = [m for layer in target.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [target.lm_head]
     weights = sum(tensor_bytes(m) for m in matrices)
+    if head is not None:
+        from bench.heads import head_bytes
+
+        weights += head_bytes(head, case.depth, tensor_bytes)
     return weights + case.batch * case.context * 2 * c.num_layers * c.num_kv_heads * c.head_dim * target.dtype.itemsize
 
 
@@ -317,7 +360,8 @@ def blocks(values: list[float]) -> list[float]:
 
 def show(case: Case, target: Any, bandwidth: float) -> None:
     """Everything about one round, for people."""
-    bench, floor = Bench(case, target), round_bytes(target, case) / bandwidth * 1e3
+    bench = Bench(case, target)
+    floor = round_bytes(target, case, bench.head) / bandwidth * 1e3
     times = {name: median(values) * 1e3 for name, values in bench.device_times().items()}
     host, rate = bench.host_times()
     idle = bench.idle_times()
@@ -331,7 +375,9 @@ def measure(name: str, bench: Bench, target: Any, bandwidth: float) -> dict[str,
     floor = None
     if judged.figure == "round":
         values, scale, unit = bench.device_times()["round"], 1e3, "ms"
-        floor = round_bytes(target, judged.case) / bandwidth * scale
+        floor = round_bytes(target, judged.case, bench.head) / bandwidth * scale
+    elif judged.figure == "propose":
+        values, scale, unit = bench.device_times()["propose"], 1e3, "ms"
     else:
         values, scale, unit = blocks(bench.host_times()[0] if judged.figure == "host" else bench.idle_times()), 1e6, "us"
     import torch
@@ -352,6 +398,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1, help="rows verified a request, root included; 1 = plain decoding")
     parser.add_argument("--tree", action="store_true", help="a random tree instead of a chain")
     parser.add_argument("--quantization", choices=["fp8"], help="of the weights, at load")
+    parser.add_argument("--head", choices=["eagle", "eagle3", "peagle", "mtp"], help="drafts of a head of random weights instead of random tokens")
+    parser.add_argument("--head-quantization", choices=["fp8"], help="of the head's weights")
+    parser.add_argument("--topk", type=int, default=DEPTH, help="children of a node of the head's trees")
     parser.add_argument("--acceptance", type=float, default=1.0, help="mean tokens a round")
     a = parser.parse_args()
     if a.list:
@@ -363,7 +412,7 @@ def main() -> None:
         raise SystemExit(f"bench_round.py: no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     bandwidth = read_bandwidth(a.bin)
     if a.shape:
-        case = Case(a.shape, a.batch, a.context, a.nodes, a.tree, a.acceptance, a.quantization)
+        case = Case(a.shape, a.batch, a.context, a.nodes, a.tree, a.acceptance, a.quantization, a.head, a.head_quantization, a.topk)
         show(case, load_target(case.shape, case.quantization), bandwidth)
         return
     target, loaded, made = None, None, None

@@ -13,5 +13,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                  "rope_theta": 500000.0, "tie_word_embeddings": True},
     "smollm2": {**_LLAMA, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                 "rope_theta": 100000.0, "tie_word_embeddings": True},
+    "mimo-7b": {**_LLAMA, "model_type": "mimo", "architectures": ["MiMoForCausalLM"], "vocab_size": 151680, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 36,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 640000.0, "tie_word_embeddings": False},
 }
-TITLES = {"llama-8b": "Llama-3.1-8B", "llama-1b": "Llama-3.2-1B", "smollm2": "SmolLM2-135M"}
+TITLES = {"llama-8b": "Llama-3.1-8B", "llama-1b": "Llama-3.2-1B", "smollm2": "SmolLM2-135M", "mimo-7b": "MiMo-7B"}

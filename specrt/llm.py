@@ -196,7 +196,7 @@ def load_engine(model: str | Path, config: EngineConfig) -> Engine:
     has_tokenizer = checkpoint.folder is None or (checkpoint.folder / "tokenizer.json").is_file()
     tokenizer = checkpoint.tokenizer() if has_tokenizer else None  # without one, prompts are token ids and outputs have no text
     target = DenseModel.load(checkpoint, dtype, device, config.quantization)
-    drafters = {name: build(c, target=target, tokenizer=tokenizer, device=device, dtype=dtype) for name, c in config.drafters.items()}
+    drafters = {name: build(c, target=target, tokenizer=tokenizer, device=device, dtype=dtype, target_name=str(model)) for name, c in config.drafters.items()}
     positions = [checkpoint.config.max_position_embeddings, *(d.max_positions for d in drafters.values() if d.max_positions is not None)]
     config = config.for_model(min(positions))
     page_bytes = KVPool.bytes_per_page(target.num_layers, target.kv_heads, config.page_size, target.head_dim, dtype)

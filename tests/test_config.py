@@ -10,6 +10,7 @@ from specrt.llm import LLM
 
 DRAFT = {"method": "draft_model", "model": "some/draft"}
 NGRAM = {"method": "ngram"}
+EAGLE3 = {"method": "eagle3", "model": "some/head"}
 
 
 def parse(**given) -> SpeculativeConfig:
@@ -38,6 +39,42 @@ def test_trees(base, given, want):
     config = parse(**base, **given)
     assert config.is_tree and (config.num_steps, config.eagle_topk, config.num_draft_tokens) == want
     assert config.max_draft_tokens == want[2] - 1 and config.max_depth == min(want[0], want[2] - 1)
+
+
+def test_heads():
+    chain, tree = parse(**EAGLE3), parse(**EAGLE3, num_draft_tokens=60, num_steps=8, eagle_topk=10, quantization="fp8")
+    assert (chain.num_speculative_tokens, chain.eagle_aux_hidden_state_layer_ids, chain.norm_output) == (4, None, None)
+    assert (tree.max_draft_tokens, tree.max_depth, tree.quantization) == (59, 8, "fp8")
+    given = parse(**EAGLE3, eagle_aux_hidden_state_layer_ids=[2, 15, 27], norm_output=False)
+    assert (given.eagle_aux_hidden_state_layer_ids, given.norm_output) == ((2, 15, 27), False)
+    assert parse(method="eagle", model="some/head").max_depth == 4
+
+
+def test_static_trees():
+    config = parse(**EAGLE3, choices=[[1], (0,), [0, 3], [0, 3, 0], [1, 0]])
+    assert config.choices == ((0,), (0, 3), (0, 3, 0), (1,), (1, 0)) and config.is_tree
+    assert (config.num_steps, config.eagle_topk, config.num_draft_tokens, config.beam_width, config.max_depth) == (3, 4, 6, 2, 3)
+    wide = parse(**DRAFT, choices=[[i] for i in range(4)] + [[i, 0] for i in range(4)])
+    assert (wide.eagle_topk, wide.beam_width, wide.num_steps) == (4, 4, 2) and parse(**DRAFT, choices=[[0]]).beam_width == 1
+    assert parse(**EAGLE3, num_draft_tokens=32).beam_width == 4 and parse(**EAGLE3).beam_width == 1
+
+
+@pytest.mark.parametrize("choices, words", [
+    ([], "1 to 63 paths"), ("[[0]]", "1 to 63 paths"), ([[0], []], "1 to 63 paths"), ([[i] for i in range(64)], "1 to 63 paths"), ([0, 1], "1 to 63 paths"), ([[0], [0.5]], "choices"),
+    ([[0], [-1]], "choices"), ([[0], [1, 0]], r"\[1\] for \[1, 0\]"), ([[0], [0]], "no path twice")])
+def test_choices_that_are_no_tree(choices, words):
+    with pytest.raises(ValueError, match=words):
+        parse(**EAGLE3, choices=choices)
+
+
+def test_choices_exclude_other_shapes():
+    for given in (dict(num_speculative_tokens=3), dict(num_steps=2), dict(num_draft_tokens=8)):
+        with pytest.raises(ValueError, match="choices .*exclude each other"):
+            parse(**EAGLE3, choices=[[0]], **given)
+    with pytest.raises(ValueError, match="no meaning for method 'ngram'"):
+        parse(**NGRAM, choices=[[0]])
+    with pytest.raises(ValueError, match="choices.*'standard'"):
+        parse(**EAGLE3, choices=[[0], [1]], rejection_sample_method="standard")
 
 
 def test_synthetic():
@@ -74,7 +111,11 @@ def test_draft_sizes(key, value):
     (DRAFT, {"rejection_sample_method": True}, "rejection_sample_method"), (DRAFT, {"rejection_sample_method": "synthetic"}, "synthetic_acceptance_length"),
     (DRAFT, {"synthetic_acceptance_length": 2.0}, "synthetic_acceptance_length"), (DRAFT, {"draft_sample_method": "random"}, "draft_sample_method"),
     (NGRAM, {"draft_sample_method": "greedy"}, "draft_sample_method"), (DRAFT, {"quantization": "int8"}, "quantization"), (NGRAM, {"quantization": "fp8"}, "quantization"), (DRAFT, {"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size"),
-    (DRAFT, {"draft_tensor_parallel_size": True}, "draft_tensor_parallel_size")])
+    (DRAFT, {"draft_tensor_parallel_size": True}, "draft_tensor_parallel_size"), ({}, {"method": "eagle3"}, "'model'.*EAGLE-3 head"), ({}, {"method": "eagle"}, "'model'.*EAGLE head"),
+    (EAGLE3, {"norm_output": 1}, "norm_output"), (EAGLE3, {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids"),
+    (EAGLE3, {"eagle_aux_hidden_state_layer_ids": [1, -2]}, "eagle_aux_hidden_state_layer_ids"), (EAGLE3, {"eagle_aux_hidden_state_layer_ids": "2"}, "eagle_aux_hidden_state_layer_ids"),
+    (DRAFT, {"norm_output": True}, "norm_output.*belongs to method 'eagle3'"), (EAGLE3, {"mask_token_id": 5}, "mask_token_id.*belongs to method 'peagle'"),
+    ({}, {"method": "peagle", "model": "x", "mask_token_id": -1}, "mask_token_id"), ({}, {"method": "peagle"}, "'model'.*P-EAGLE head"), (DRAFT, {"eagle_aux_hidden_state_layer_ids": [1]}, "belongs to method 'eagle3'")])
 def test_refused(base, given, words):
     with pytest.raises(ValueError, match=words):
         parse(**base, **given)

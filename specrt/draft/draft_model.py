@@ -9,19 +9,22 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
+from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
 from specrt.round.state import RoundState, SpanRows
 
 
 class DraftModelDrafter(Drafter):
-    """levels: most depth; beam_width, topk: see Expansion; noise: ops.NOISE_* or -1; keep_logits: store q for rejection sampling.
+    """levels: most depth; beam_width, topk, choices: see Expansion; noise: ops.NOISE_* or -1; keep_logits: store q for rejection sampling.
 
     ``consumed`` int32 [B] counts the tokens whose KV the draft pool holds. A round first feeds what was committed since (the accepted drafts and the new token; after a fully
     accepted chain that includes the last draft, whose KV no step has written), then grows the tree in scratch slots behind it; scratch KV is always thrown away."""
 
-    def __init__(self, model: DenseModel, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
+    def __init__(self, model: DenseModel, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
+                 choices: tuple[tuple[int, ...], ...] | None = None):
         self.model, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = model, levels, beam_width, topk, noise, keep_logits
+        self.choices = choices
         self.scratch_slots = 1 + (levels - 1) * beam_width
         self.max_positions = model.config.max_position_embeddings
 
@@ -37,7 +40,7 @@ class DraftModelDrafter(Drafter):
         span_rows = state.rows
         rows = max(span_rows, state.batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace)
+        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, choices=self.choices)
         self.span = SpanRows(state.batch, span_rows, device)
         sp = self.span
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
@@ -79,9 +82,7 @@ class DraftModelDrafter(Drafter):
         torch.where(mine > 0, known, self.consumed, out=self.consumed)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
-        if self.expansion.kept is None:
-            return None
-        return self.expansion.kept[: self.state.batch], self.max_depth
+        return self.expansion.draft_logits(self.max_depth)
 
     def _logits(self, hidden: Tensor, num_rows: Tensor, rows: int) -> None:
         out = self.expansion.logits[:rows]
@@ -90,6 +91,4 @@ class DraftModelDrafter(Drafter):
             return
         own = self.own_logits[:rows]
         self.model.logits(hidden[:rows], num_rows, own)
-        shared = min(own.shape[1], out.shape[1])
-        out[:, :shared].copy_(own[:, :shared])
-        out[:, shared:] = -1e30  # finite: an infinite raw logit would mark the row as broken
+        over_target(own, None, out)

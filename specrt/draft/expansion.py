@@ -15,10 +15,17 @@ from specrt.round.state import RoundState
 
 class Expansion:
     """Buffers and steps of one drafter's expansion. Rows: packed, at most B * W a level. Use: ``first`` on the roots' logits, then for every further level run
-    the network on ``batch`` and call ``level``; ``select`` ends it."""
+    the network on ``batch`` and call ``level``; ``select`` ends it.
+
+    lag: how far the network's position stands behind its token's. 0: a language model. 1: a head that takes a token with the feature of the token before it, at that
+    one's position (drafters.md 0.1): its keys of the committed tokens are one fewer, and the scratch begins one slot earlier.
+
+    choices: a static tree, sorted paths of ranks. Its nodes get scores by their place alone (``_static_scores``), so that the beam is those that have children, and the
+    best candidates at the end are the tree."""
 
     def __init__(self, state: RoundState, page_size: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
-                 workspace: ops.AttentionWorkspace):
+                 workspace: ops.AttentionWorkspace, lag: int = 0, choices: tuple[tuple[int, ...], ...] | None = None):
+        self.lag = lag
         self.state, self.page_size, self.levels, self.beam_width, self.topk, self.noise = state, page_size, levels, beam_width, topk, noise
         batch, device = state.batch, state.device
         rows = batch * beam_width
@@ -40,6 +47,8 @@ class Expansion:
         self.batch = RowBatch(token=torch.zeros(rows, **i32), position=torch.zeros(rows, **i32), request=torch.zeros(rows, **i32), prefix=torch.zeros(rows, **i32),
                               slot=torch.zeros(rows, dtype=torch.int64, device=device), num_rows=torch.zeros(1, **i32), block_table=state.block_table,
                               workspace=workspace, paths=torch.full((rows, max(levels, 1)), -1, **i32))
+        self.base = torch.zeros_like(state.seq_lens) if lag else state.seq_lens  # seq_lens - lag
+        self.static = None if choices is None else [t.repeat(batch, 1).to(device) for t in _static_scores(choices, levels, beam_width, topk)]
         # Row B is a bin for rows that are not in use.
         self.kept = torch.empty(batch + 1, levels, state.vocab, dtype=torch.float32, device=device) if keep_logits else None
 
@@ -48,6 +57,8 @@ class Expansion:
         s, n = self.state, self.state.batch
         self.sampling_i.copy_(s.sampling_i)
         self.sampling_i[:, ops.HAS_PENALTY] = 0  # penalties change acceptance little and would need per-node counts of the beam
+        if self.lag:
+            torch.sub(s.seq_lens, self.lag, out=self.base)
         self._children(self.logits[:n], self.slots, s.seq_lens, self.num_slots, self.topk_token[:n], self.topk_score[:n])
         if self.kept is not None:
             self.kept[:n, 0].copy_(self.logits[:n])
@@ -56,16 +67,28 @@ class Expansion:
     def level(self, level: int, rows: int, max_depth: Tensor) -> None:
         """Children of the beam, from self.logits[:rows] (rows of ``batch``); ``level``: their depth, from 2 on."""
         b = self.batch.head(rows)
-        self._children(self.logits[:rows], b.request, b.position, b.num_rows, self.topk_token[:rows], self.topk_score[:rows])
+        position = b.position + self.lag if self.lag else b.position  # the token's: what the noise is keyed by
+        self._children(self.logits[:rows], b.request, position, b.num_rows, self.topk_token[:rows], self.topk_score[:rows])
         if self.kept is not None:
             bins = torch.where(self.row_index[:rows] < b.num_rows, b.request, self.state.batch).long()
             self.kept[:, level - 1].index_copy_(0, bins, self.logits[:rows])
         self._grow(level, self.topk_token[:rows], self.topk_score[:rows], max_depth)
 
+    def parents(self, level: int, rows: int, max_depth: Tensor) -> Tensor:
+        """int64 [rows]: for the rows of ``batch`` before ``level`` (from 3 on), the rows their parents were in ``batch`` before; anything where a row is not in use."""
+        b, w = self.batch.head(rows), self.beam_width
+        rank = (max_depth >= level - 1).cumsum(0) - 1  # of the slot among those that were active then
+        entry = b.paths[:, level - 3] - (level - 3) * w
+        return (rank[b.request.long()] * w + entry).clamp(0, rows - 1)
+
     def select(self, max_nodes: Tensor, max_depth: Tensor, levels: int) -> None:
         s = self.state
         ops.tree_select(levels, self.beam_width, self.topk, max_nodes, max_depth, self.cand_token, self.cand_parent, self.cand_score, s.tree_token, s.tree_parent,
                         s.tree_size)
+
+    def draft_logits(self, max_depth: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Drafter.draft_logits."""
+        return None if self.kept is None else (self.kept[: self.state.batch], max_depth)
 
     def _children(self, logits: Tensor, request: Tensor, position: Tensor, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
         s = self.state
@@ -76,5 +99,22 @@ class Expansion:
 
     def _grow(self, level: int, token: Tensor, score: Tensor, max_depth: Tensor) -> None:
         s, b = self.state, self.batch
-        ops.tree_expand(level, self.beam_width, token, score, max_depth, s.seq_lens, s.block_table, self.page_size, self.cand_token, self.cand_parent, self.cand_score,
+        if self.static is not None:
+            score = torch.where(torch.isneginf(score), score, self.static[level - 1][: score.shape[0]])  # a token that is missing stays so
+        ops.tree_expand(level, self.beam_width, token, score, max_depth, self.base, s.block_table, self.page_size, self.cand_token, self.cand_parent, self.cand_score,
                         self.beam, b.request, b.token, b.position, b.prefix, b.slot, b.paths, b.num_rows)
+
+
+def _static_scores(choices: tuple[tuple[int, ...], ...], levels: int, beam_width: int, topk: int) -> list[Tensor]:
+    """For each level float32 [1 (level 1) or W, k]: what a child adds to its parent's score, by the parent's place in the beam and the child's rank: 0 for a node that has children,
+    -1 for a leaf, -inf for what is not in the tree. Ties go to the lower index, so the beam holds the nodes with children in the order of their paths."""
+    parents = {path[:-1] for path in choices}
+    tables, beam = [], [()]
+    for level in range(1, levels + 1):
+        table = torch.full((1 if level == 1 else beam_width, topk), float("-inf"))
+        for path in choices:
+            if len(path) == level:
+                table[beam.index(path[:-1]), path[-1]] = 0.0 if path in parents else -1.0
+        tables.append(table)
+        beam = [path for path in choices if len(path) == level and path in parents]
+    return tables

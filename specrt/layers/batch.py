@@ -41,6 +41,10 @@ class RowBatch:
         return replace(self, **cut, ancestors=None if self.ancestors is None else self.ancestors[:rows],
                        paths=None if self.paths is None else self.paths[:rows])
 
+    def with_tokens(self, token: Tensor) -> RowBatch:
+        """The same rows with other tokens."""
+        return replace(self, token=token)
+
 
 def row_bucket(rows: int, capacity: int) -> int:
     """The capacity to use for at most ``rows`` rows: the next power of two, a function of what the host knows without asking the device."""

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mimo": "MiMoForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3")
 MAX_LAYERS = 4096  # a damaged file may say anything; lists as long as this are built from it
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder-only transformer (Llama 2/3, Mistral, Qwen2/2.5, Qwen3).
+    """A dense decoder-only transformer (Llama 2/3, Mistral, Qwen2/2.5, Qwen3, MiMo).
 
     architecture: a key of ``ARCHITECTURES``. windows: one a layer, the number of last positions a row sees, 0 = all. attention_bias: q, k and v have
     a bias; o_bias, mlp_bias: so have o, and gate, up and down. qk_norm: RMSNorm of each query and key head before RoPE.
@@ -75,7 +75,7 @@ class ModelConfig:
         if not isinstance(text, dict):
             raise ValueError(f"text_config must be an object, got {type(text).__name__}")
         architecture = _architecture(text, config)
-        read = _Reader(text)
+        read = Reader(text)
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
         layers = read.integer("num_hidden_layers", most=MAX_LAYERS)
@@ -100,12 +100,12 @@ class ModelConfig:
             architecture=architecture, vocab_size=read.integer("vocab_size"), hidden_size=hidden, intermediate_size=read.integer("intermediate_size"),
             num_layers=layers, num_heads=heads, num_kv_heads=read.integer("num_key_value_heads", heads), head_dim=head_dim,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling, max_position_embeddings=max_positions,
-            tie_word_embeddings=bool(tie), windows=_windows(read, architecture, layers), attention_bias=architecture == "qwen2" or bias, o_bias=bias,
+            tie_word_embeddings=bool(tie), windows=_windows(read, architecture, layers), attention_bias=architecture in ("qwen2", "mimo") or bias, o_bias=bias,
             mlp_bias=architecture == "llama" and read.boolean("mlp_bias", False), qk_norm=architecture == "qwen3",
             bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(dict.fromkeys(eos)))
 
 
-class _Reader:
+class Reader:
     """Typed reads of a config's keys; a null counts as absent."""
 
     def __init__(self, values: dict[str, Any]):
@@ -179,11 +179,11 @@ def _rope(text: dict[str, Any], max_positions: int) -> tuple[float, dict[str, An
             scaling[name] = positive(f"{key}.{name}", given.get(name))
         if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
             raise ValueError(f"{key}: low_freq_factor = {scaling['low_freq_factor']} must be below high_freq_factor = {scaling['high_freq_factor']}")
-        scaling["original_max_position_embeddings"] = _Reader(given).integer("original_max_position_embeddings", max_positions)
+        scaling["original_max_position_embeddings"] = Reader(given).integer("original_max_position_embeddings", max_positions)
     return theta, scaling
 
 
-def _windows(read: _Reader, architecture: str, layers: int) -> tuple[int, ...]:
+def _windows(read: Reader, architecture: str, layers: int) -> tuple[int, ...]:
     """Sliding windows. Llama has none; Mistral has one for all layers (4096 where the key is absent, none where it is null); in Qwen they are off unless
     use_sliding_window, and then hold for layer_types == "sliding_attention", or for the layers from max_window_layers on."""
     if architecture == "llama" or (architecture != "mistral" and not read.boolean("use_sliding_window", False)):

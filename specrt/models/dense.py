@@ -1,4 +1,4 @@
-"""DenseModel: Llama 2/3, Mistral, Qwen2/2.5 and Qwen3 decoders. Wiring only; the arithmetic is in the ops."""
+"""DenseModel: Llama 2/3, Mistral, Qwen2/2.5, Qwen3 and MiMo decoders. Wiring only; the arithmetic is in the ops."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class DenseModel:
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
         c, source, device = checkpoint.config, checkpoint.tensors, torch.device(device)
         stored_fp8 = isinstance(source, Fp8Source)
-        _check_kernels(c, device, stored_fp8 or quantization == "fp8")
+        check_kernels(c, device, stored_fp8 or quantization == "fp8")
 
         def vector(name: str) -> Tensor:
             return source.get(name).to(device=device, dtype=dtype).contiguous()
@@ -152,7 +152,7 @@ class DenseModel:
         self.lm_head(hidden, num_rows, out)
 
 
-def _check_kernels(config: ModelConfig, device: torch.device, fp8: bool) -> None:
+def check_kernels(config: ModelConfig, device: torch.device, fp8: bool) -> None:
     """What the ops are built for (csrc/ops), said in the words of the config."""
     group = config.num_heads // config.num_kv_heads
     if device.type == "cuda":

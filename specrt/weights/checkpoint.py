@@ -62,6 +62,16 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     raise ValueError(f"model {name!r} is no folder or file here; expected a path, a hub name like 'org/name', or '{DEFAULT_MODEL}'")
 
 
+def locate_folder(model: str | Path) -> Path:
+    """The folder of a head (a path, or a hub name, which is fetched). ValueError if there is none."""
+    name, path = str(model), Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not path.exists() and _HUB_NAME.fullmatch(name) and not isinstance(model, Path):
+        return _download(name)
+    raise ValueError(f"head {name!r} is no folder here; expected the folder of a head, or a hub name like 'org/name'")
+
+
 def _open_file(origin: str, path: Path) -> Checkpoint:
     with open(path, "rb") as file:
         magic = file.read(4)
@@ -94,6 +104,8 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
     form = "safetensors" if isinstance(tensors, SafetensorsSource) else "torch"
     if "text_config" in raw:
         tensors = RenamedSource(tensors, text_model_name)
+    # Draft heads in the model's own files are opened by themselves (head.py, medusa.py).
+    tensors = RenamedSource(tensors, lambda name: None if name.startswith(("medusa_head.", "model.mtp_layers.")) else name)
     if strategy is not None:
         try:
             tensors = Fp8Source(tensors, strategy)
@@ -136,7 +148,7 @@ def _download(name: str) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=skip))
         if not any(folder.glob("*.safetensors")):
-            huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+            huggingface_hub.snapshot_download(name, allow_patterns=["pytorch_model*.bin", "medusa_lm_head.pt"])
     except Exception as error:  # the hub's client, its HTTP library and the cache each have their own exceptions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model {name!r} is no folder or file here, and it could not be fetched from the hub: {reason}") from None

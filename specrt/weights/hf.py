@@ -95,6 +95,10 @@ class RenamedSource:
         self._source = source
         self._old = {new: old for old in source.names() if (new := rename(old)) is not None}
 
+    def stored(self, name: str) -> str:
+        """The name in the file."""
+        return self._old[name]
+
     def names(self) -> list[str]:
         return list(self._old)
 

@@ -8,22 +8,40 @@ from pathlib import Path
 
 from specrt.models.config import ModelConfig
 from specrt.text.tokenizer import Tokenizer
-from specrt.weights.checkpoint import Checkpoint, open_checkpoint
+from specrt.weights.checkpoint import Checkpoint, locate_folder, open_checkpoint
 from specrt.weights.fp8 import Fp8Source
+from specrt.weights.head import is_head, open_head
+from specrt.weights.inspect_head import head_lines, medusa_lines
+from specrt.weights.medusa import is_medusa
 
 _SCALE_OVER = {"tensor": "tensor", "channel": "output channel", "block": "block of 128 x 128"}
 
 
 def describe(path: str | Path, target: str | Path | None = None) -> str:
-    """A description of a checkpoint in lines of "key  value"; with ``target`` also whether it can draft for that model.
+    """A description of a checkpoint or draft head in lines of "key  value"; with ``target`` also whether it can draft for that model.
 
-    ValueError if either cannot be opened, or if the draft does not fit its target (another tokenizer)."""
-    checkpoint = open_checkpoint(path)
-    lines = _model(checkpoint) + _weights(checkpoint) + _text(checkpoint)
-    if target is not None:
-        lines.append(("fits as draft of", _fit(checkpoint, open_checkpoint(target))))
+    ValueError if either cannot be opened, or if the draft does not fit its target (another tokenizer, a head of another shape)."""
+    method = head_method(path)
+    if method is not None:
+        lines = (medusa_lines if method == "medusa" else head_lines)(path, None if target is None else open_checkpoint(target))
+    else:
+        checkpoint = open_checkpoint(path)
+        lines = _model(checkpoint) + _weights(checkpoint) + _text(checkpoint)
+        if target is not None:
+            lines.append(("fits as draft of", _fit(checkpoint, open_checkpoint(target))))
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
+
+
+def head_method(path: str | Path) -> str | None:
+    """The ``method`` of a draft head; None for what is no head."""
+    try:
+        folder = locate_folder(path)
+    except ValueError:
+        return None  # a file, or the embedded model
+    if is_medusa(folder):
+        return "medusa"
+    return open_head(str(path)).config.family if is_head(folder) else None
 
 
 def check_draft(draft: Checkpoint, target: Checkpoint) -> None:

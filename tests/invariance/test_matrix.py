@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make, register_replay
+from tests.kit.heads import Shape, random_head
+from tests.kit.medusa import medusa_tensors, write_medusa
 from tests.kit.tiny import CONFIGS, tiny_vocab, write_folder
 
 # SmolLM2's layer (9 query heads, 3 KV heads of 64), few of them; and one with a sliding window and page-crossing lengths.
@@ -31,6 +33,14 @@ def draft(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("draft"), {**SMOL, "num_hidden_layers": 1}, seed=1)
 
 
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """Heads of random weights: at temperature 1 the shared noise has them accepted now and then."""
+    folder = tmp_path_factory.mktemp("heads")
+    medusa = write_medusa(folder / "target", medusa_tensors(hidden=576, vocab=VOCAB))
+    return {"medusa": medusa, **{s.family: random_head(folder / s.family, s) for s in HEADS}}
+
+
 @functools.lru_cache(maxsize=None)
 def reference(model, device, dtype):
     """Every request alone, without speculation."""
@@ -39,6 +49,11 @@ def reference(model, device, dtype):
         return batch, answers(llm, batch, together=False)
 
 
+HEADS = [Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, own_embedding=True, layers=2, fc_norm=True, norm_output=True),
+         Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True), Shape("mtp", vocab=VOCAB, hidden=576, target_hidden=576, bias=True),
+         Shape("peagle", vocab=VOCAB, hidden=576, target_hidden=576, draft=200)]
+STATIC = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0, 0]]
+EAGLE3 = dict(method="eagle3", model="eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
 TREE = dict(num_steps=6, eagle_topk=3, num_draft_tokens=14)
 VARIANTS = {
     "batch": (dict(), {}),
@@ -63,15 +78,31 @@ VARIANTS = {
     "draft-self-tree": (dict(method="draft_model", model="target", num_steps=3, eagle_topk=3, num_draft_tokens=10), {}),
     "draft-other-chain": (dict(method="draft_model", model="draft", num_speculative_tokens=3), {}),
     "draft-other-tree": (dict(method="draft_model", model="draft", num_steps=3, eagle_topk=2, num_draft_tokens=6, draft_sample_method="greedy"), dict(page_size=32)),
+    "eagle3-chain": (dict(**EAGLE3, num_speculative_tokens=4), {}),
+    "eagle3-chain-late": (dict(**EAGLE3, num_speculative_tokens=3), dict(late=True, chunk=7, page_size=16)),
+    "eagle3-tree": (dict(**EAGLE3, **TREE), {}),
+    "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64, quantization="fp8"), dict(enforce_eager=True, page_size=16)),
+    "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
+    "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
+    "eagle3-static-late": (dict(**EAGLE3, choices=STATIC), dict(late=True, page_size=16)),
+    "draft-self-static": (dict(method="draft_model", model="target", choices=STATIC), {}),
+    "medusa-static": (dict(method="medusa", model="medusa", choices=STATIC), {}),
+    "peagle-chain": (dict(EAGLE3, method="peagle", model="peagle", num_speculative_tokens=4), dict(page_size=16)),
+    "peagle-tree-late": (dict(EAGLE3, method="peagle", model="peagle", **TREE), dict(late=True, chunk=7)),
+    "mtp-chain": (dict(method="mtp", model="mtp", num_speculative_tokens=1), {}),
+    "mtp-tree-late": (dict(method="mtp", model="mtp", **TREE), dict(late=True, chunk=7, page_size=16)),
+    "medusa-chain-late": (dict(method="medusa", model="medusa", num_speculative_tokens=3), dict(late=True, chunk=7)),
+    "medusa-tree": (dict(method="medusa", model="medusa", num_steps=4, eagle_topk=5, num_draft_tokens=40), dict(page_size=16)),
 }
 
 
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary", "ignore:head .* made for")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_nothing_changes_a_bit(monkeypatch, model, draft, device, dtype, variant):
+def test_nothing_changes_a_bit(monkeypatch, model, draft, heads, device, dtype, variant):
     batch, want = reference(model, device, dtype)
     spec, settings = VARIANTS[variant]
-    spec = {**spec, **({"model": str({"target": model, "draft": draft}[spec["model"]])} if "model" in spec else {})}
+    spec = {**spec, **({"model": str({"target": model, "draft": draft, **heads}[spec["model"]])} if "model" in spec else {})}
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree" if "num_steps" in spec else "chain")
     with make(model, device=device, dtype=dtype, max_batch_size=3, speculative_config=spec or None, **settings) as llm:
         assert_same(answers(llm, batch, together=True), want, variant)
@@ -82,7 +113,7 @@ def test_nothing_changes_a_bit(monkeypatch, model, draft, device, dtype, variant
         deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-late": 4, "replay-tree-64": 5}[variant]
         assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
         assert seen.accepted < seen.drafted
-    if variant.startswith("draft-self"):
+    if variant.startswith(("draft-self", "eagle", "peagle", "mtp", "medusa")):
         assert seen.accepted > 0
 
 
@@ -108,6 +139,20 @@ def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype, 
     mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
     with make(model, late=late, device=device, dtype=dtype, max_batch_size=5, speculative_config=dict(method="replay", **TREE)) as llm:
         assert_same(answers(llm, mixed, together=True), want, "mixed")
+
+
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+@pytest.mark.parametrize("late", [False, True])
+def test_a_head_among_others_put_back_and_recomputed(model, heads, device, late):
+    """Requests with the head's drafts, with others' and with none in one batch; pages for about two of them."""
+    batch, want = reference(model, device, "bfloat16")
+    kinds = [None, False, {"num_draft_tokens": 5}, {"method": "ngram"}]
+    mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
+    page = 2 * 2 * 16 * (2 * 3 * 64 + 2 * 2 * 64)  # k and v in bfloat16, 16 positions: the target's layers, heads, head dim, and the head's
+    spec = {**EAGLE3, **TREE, "model": str(heads["eagle3"])}
+    with make(model, late=late, device=device, dtype="bfloat16", max_batch_size=4, page_size=16, kv_cache_memory=13 * page, speculative_config=spec) as llm:
+        assert_same(answers(llm, mixed, together=True), want, "mixed")
+        assert coverage(llm).put_back > 0 and coverage(llm).accepted > 0
 
 
 def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device):

@@ -60,14 +60,17 @@ class RandomTensors:
         return "F32"
 
     def get(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        generator = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))  # 32 bits: a CPU generator ignores the rest
-        x = torch.randn(shape, generator=generator, device=self._device)
-        if name.endswith("norm.weight"):
-            return 1 + 0.1 * x
-        if name.endswith("embed_tokens.weight"):
-            return 0.5 * x
-        return 0.1 * x if name.endswith(".bias") else x * shape[1] ** -0.5
+        return random_tensor(name, self._shapes[name], self._seed, self._device)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # 32 bits: a CPU generator ignores the rest
+    x = torch.randn(shape, generator=generator, device=device)
+    if len(shape) == 1 and name.endswith(".weight"):
+        return 1 + 0.1 * x
+    if name.endswith("embed_tokens.weight"):
+        return 0.5 * x
+    return 0.1 * x if name.endswith(".bias") else x * shape[1] ** -0.5
 
 
 class RandomCheckpoint(Checkpoint):

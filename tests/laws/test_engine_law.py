@@ -13,6 +13,7 @@ import torch
 from specrt import LLM, SamplingParams, ops
 from specrt.models.config import ModelConfig
 from tests.kit.forward import Sequence
+from tests.kit.heads import Shape, random_head
 from tests.kit.sampling import reference_transform
 from tests.kit.tiny import CONFIGS, random_tensors, write_folder, write_weights
 from tests.laws.test_chi_square import p_value
@@ -31,17 +32,21 @@ PENALISED = dict(temperature=0.7, repetition_penalty=1.4, presence_penalty=0.3, 
 STYLES = {"plain": dict(temperature=1.0), "sharp": SHARP, "filtered": FILTERED, "penalised": PENALISED}
 CHAIN, TREE = dict(num_speculative_tokens=3), dict(num_steps=3, eagle_topk=3, num_draft_tokens=10)
 LOOKUP = dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3)
+HEAD = dict(method="eagle3", model="the head", eagle_aux_hidden_state_layer_ids=[0, 1])
+HEAD_SHAPE = Shape("eagle3", vocab=VOCAB, hidden=64, target_hidden=64, heads=1, kv_heads=1, num_aux=2, draft=28)  # never drafts 12 of the 40 tokens
 
 
 @dataclass
 class Models:
     target: str
     draft: str
+    head: str
     logits: np.ndarray  # [1 + V + V V, V]: after PROMPT, PROMPT + a, PROMPT + a + b
     laws: dict[str, np.ndarray]  # style -> [V, V, V]
 
     def engine(self, device: str, rule: str, keys: dict) -> LLM:
         drafter = keys if "method" in keys else {"method": "draft_model", "model": self.draft, **keys}
+        drafter = drafter | ({"model": self.head} if drafter["method"] == "eagle3" else {})
         return LLM(self.target, device=device, dtype="float32", max_batch_size=64, max_model_len=128, page_size=16,
                    speculative_config={**drafter, "rejection_sample_method": rule} | ({"synthetic_acceptance_length": 2.6} if rule == "synthetic" else {}))
 
@@ -66,7 +71,8 @@ def make_models(folder: Path) -> Models:
     own, other = (random_tensors(ModelConfig.from_hf(CONFIG), seed) for seed in (1, 2))
     write_weights(folder / "draft", {name: 0.8 * own[name] + 0.4 * other[name] for name in own})
     logits = all_logits(target)
-    return Models(target, draft, logits, {name: law_of(logits, style) for name, style in STYLES.items()})
+    head = str(random_head(folder / "head", HEAD_SHAPE, [0, 1]))
+    return Models(target, draft, head, logits, {name: law_of(logits, style) for name, style in STYLES.items()})
 
 
 def all_logits(folder: str) -> np.ndarray:
@@ -120,6 +126,7 @@ CASES = {
     "standard, sampled tree": ("standard", TREE, "filtered"),
     "standard, sampled tree, penalties": ("standard", TREE, "penalised"),
     "standard, greedy chain": ("standard", CHAIN | {"draft_sample_method": "greedy"}, "sharp"),
+    "standard, head's tree": ("standard", HEAD | TREE, "filtered"),
     "standard, lookup chain": ("standard", LOOKUP | CHAIN, "sharp"),
     "standard, lookup tree": ("standard", LOOKUP | TREE, "penalised"),
     "exact, chain": ("exact", CHAIN, "filtered"),
@@ -129,6 +136,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
 @pytest.mark.parametrize("case", CASES)
 def test_rounds_follow_the_plain_law(device, models, case):
     rule, keys, style = CASES[case]

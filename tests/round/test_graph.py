@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from specrt.models.dense import DenseModel
 from specrt.round.graph import MOST_GRAPHS, RoundGraphs
 from specrt.round.run import Round
 from specrt.round.setup import SlotSetup
+from tests.kit.heads import Shape, random_head
 from tests.kit.tiny import random_checkpoint
 
 ROUNDS = 12
@@ -26,12 +30,20 @@ SPECS = {
     "tree": {**LOOKUP, "num_steps": 4, "eagle_topk": 2, "num_draft_tokens": 8},
     "standard": {**LOOKUP, "num_speculative_tokens": 7, "rejection_sample_method": "standard"},
     "synthetic": {**LOOKUP, "num_speculative_tokens": 7, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5},
+    "head": {"method": "eagle3", "model": "a head", "num_steps": 3, "eagle_topk": 3, "num_draft_tokens": 8, "eagle_aux_hidden_state_layer_ids": [0, 1, 3]},
     "draft model": {"method": "draft_model", "model": "the target", "num_steps": 3, "eagle_topk": 3, "num_draft_tokens": 8},
 }
 
 
+@functools.lru_cache(maxsize=None)
+def head_folder() -> str:
+    return str(random_head(Path(tempfile.mkdtemp()), Shape(layers=2, fc_norm=True)))
+
+
 def make_round(name: str, device: str, eager: bool) -> Round:
     checkpoint, spec = random_checkpoint("qwen3"), SPECS[name]
+    if name == "head":
+        spec = {**spec, "model": head_folder()}
     target = DenseModel.load(checkpoint, torch.bfloat16, device)
     config = EngineConfig.parse(device=device, max_batch_size=3, max_model_len=256, page_size=16, enforce_eager=eager, speculative_config=spec).with_pages(80)
     if name == "draft model":

@@ -1,0 +1,212 @@
+"""HeadModel: the networks of draft heads that take a token together with a feature of the token before it (drafters.md 0.1): EAGLE, EAGLE-3, MTP. Wiring only.
+
+A slot's feature comes from the target (``combine``) or, in a draft's further steps, from the head's own last output. Buffers are short-lived, from torch's pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specrt import ops
+from specrt.cache.pool import KVPool
+from specrt.layers.batch import RowBatch
+from specrt.layers.linear import Fp8Linear, Linear
+from specrt.layers.rope import rope_tables
+from specrt.models.dense import DenseModel, Layer, check_kernels
+from specrt.weights.fp8 import quantized
+from specrt.weights.head import Head
+
+
+class HeadWeights:
+    """Reads a head's weights: each rounded to the target's dtype once, as the last step, or with quantization "fp8" its matrices quantised."""
+
+    def __init__(self, head: Head, target: DenseModel, quantization: str | None = None):
+        self.head, self.target, self.config = head, target, head.config
+        self._source, self._names, self._fp8 = head.tensors, set(head.tensors.names()), quantization == "fp8"
+        check_kernels(head.config.layers, target.device, self._fp8)
+
+    def raw(self, name: str) -> Tensor:
+        return self._source.get(name).to(device=self.target.device, dtype=self.target.dtype).contiguous()
+
+    def vector(self, name: str) -> Tensor:
+        return self.raw(f"{name}.weight")
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.vector(name) if f"{name}.weight" in self._names else None
+
+    def linear(self, names: list[str]) -> Linear | Fp8Linear:
+        weights, biases = [self._source.get(f"{n}.weight") for n in names], [self._source.get(f"{n}.bias") for n in names if f"{n}.bias" in self._names]
+        if self._fp8:
+            return Fp8Linear([quantized(w.to(self.target.device)) for w in weights], biases, self.target.device)
+        return Linear(weights, biases, self.target.dtype, self.target.device)
+
+    def layer(self, i: int) -> Layer:
+        at = f"layers.{i}."
+        norms = {name: self.optional(at + key) for name, key in [("input_norm", "input_layernorm"), ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")]}
+        return Layer(**norms, window=self.config.layers.windows[i], qkv=self.linear([f"{at}self_attn.{x}_proj" for x in "qkv"]), o=self.linear([f"{at}self_attn.o_proj"]),
+                     post_norm=self.vector(at + "post_attention_layernorm"), gate_up=self.linear([f"{at}mlp.{x}_proj" for x in ("gate", "up")]),
+                     down=self.linear([f"{at}mlp.down_proj"]))
+
+    def embedding(self) -> Tensor:
+        """The target's own tensor where the head has none, or the same."""
+        own, theirs = self.optional("embed_tokens"), self.target.embedding
+        if own is None or (own.shape == theirs.shape and torch.equal(own, theirs)):
+            return theirs
+        missing = theirs.shape[0] - own.shape[0]  # rows that pad the target's vocabulary
+        return torch.nn.functional.pad(own, (0, 0, 0, missing)) if missing > 0 else own
+
+    def lm_head(self) -> Linear | Fp8Linear:
+        if self.config.own_lm_head:
+            return self.linear(["lm_head"])
+        tied = self.config.like_eagle3 and self.config.tie_word_embeddings and self.head.own_embedding
+        return self.linear(["embed_tokens"]) if tied else self.target.lm_head
+
+
+class HeadModel:
+    """What the families share: the decoder layers and the output. A family says how features are combined and how the first layer is entered."""
+
+    def __init__(self, weights: HeadWeights):
+        self.config, target, c = weights.config, weights.target, weights.config.layers
+        self.dtype, self.device = target.dtype, target.device
+        self.num_layers, self.kv_heads, self.head_dim, self.hidden_size, self.eps = c.num_layers, c.num_kv_heads, c.head_dim, c.hidden_size, c.rms_norm_eps
+        self.embedding = weights.embedding()
+        self.layers = [weights.layer(i) for i in range(c.num_layers)]
+        self.fc = weights.linear(["fc"]) if self.config.fc_inputs else None
+        self.norm = weights.optional("norm")
+        self.lm_head = weights.lm_head()
+        ids = weights.head.target_ids()
+        #: int64 [D]: the target's id of each token of the head's vocabulary; None = the same ids.
+        self.target_ids = None if ids is None else ids.to(target.device)
+        self.vocab = self.config.draft_vocab_size
+        self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
+
+    def size(self, positions: int) -> None:
+        """RoPE for this many positions: what is served, not what the head's config says; its angles are the head's own."""
+        c = self.config.layers
+        self.cos, self.sin = rope_tables(c.head_dim, c.rope_theta, c.rope_scaling, positions, self.device)
+
+    def new(self, rows: int, *shape: int) -> Tensor:
+        return torch.empty(rows, *shape, dtype=self.dtype, device=self.device)
+
+    def normed(self, x: Tensor, weight: Tensor, n: Tensor, eps: float | None = None) -> Tensor:
+        out = torch.empty_like(x)
+        ops.rms_norm(x, None, weight, eps or self.eps, n, out)
+        return out
+
+    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
+        """A slot's feature [R, h] from the target's captured boundaries, [R, Ht] each and contiguous; of most families the target's last, after its final norm."""
+        return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
+
+    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """(residual stream [R, h], input of the first layer's q, k and v). May keep ``feature`` as the stream."""
+        raise NotImplementedError
+
+    def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool) -> tuple[Tensor, Tensor]:
+        """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. Uses ``feature`` up."""
+        n, rows, c, eps = batch.num_rows, batch.rows, self.config.layers, self.eps
+        if not batch.prefill:
+            ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads, batch.workspace.plan)
+        embedded = self.new(rows, self.hidden_size)
+        ops.embedding(self.embedding, batch.token, n, embedded)
+        residual, x = self._enter(embedded, feature, n)
+        delta, normed = self.new(rows, self.hidden_size), self.new(rows, self.hidden_size)
+        qkv = self.new(rows, (c.num_heads + 2 * self.kv_heads) * self.head_dim)
+        q, attended = (self.new(rows, c.num_heads, self.head_dim) for _ in range(2))
+        gate_up, activated = self.new(rows, 2 * c.intermediate_size), self.new(rows, c.intermediate_size)
+        for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
+            if j:
+                ops.rms_norm(delta, residual, layer.input_norm, eps, n, normed)
+                x = normed
+            layer.qkv(x, n, qkv)
+            ops.rope_append(qkv, batch.position, batch.slot, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
+            if batch.prefill:
+                ops.prefill_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, self._scale, layer.window, n, attended)
+            else:
+                ops.tree_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, batch.ancestors, batch.paths, self._scale, layer.window, n,
+                                   batch.workspace.plan, batch.workspace.partials, attended)
+            layer.o(attended.flatten(1), n, delta)
+            ops.rms_norm(delta, residual, layer.post_norm, eps, n, normed)
+            layer.gate_up(normed, n, gate_up)
+            ops.silu_mul(gate_up, n, activated)
+            layer.down(activated, n, delta)
+        if self.norm is None:
+            residual.add_(delta)
+            return residual, residual
+        ops.rms_norm(delta, residual, self.norm, eps, n, normed)
+        return normed, normed if self.config.norm_output else residual
+
+    def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
+        """Raw logits of hidden rows [R, h] into float32 [R, D], ids of the head's vocabulary."""
+        self.lm_head(hidden, num_rows, out)
+
+
+class EagleModel(HeadModel):
+    """EAGLE-1 and 2: fc over embedding and the target's final-normed state; no input norm in the first layer, no final norm, the target's lm_head (drafters.md 1)."""
+
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        self._norms = [weights.vector(name) for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else None
+
+    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        if self._norms is not None:
+            embedded, feature = self.normed(embedded, self._norms[0], n), self.normed(feature, self._norms[1], n)
+        residual = torch.empty_like(embedded)
+        self.fc(torch.cat([embedded, feature], dim=1), n, residual)
+        return residual, residual
+
+
+class Eagle3Model(HeadModel):
+    """EAGLE-3 and 3.1: fc over captured boundaries, once a feature of the target; q, k and v of embedding and feature side by side (drafters.md 3, 4)."""
+
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        c = self.config
+        self._hidden_norm = weights.vector("layers.0.hidden_norm")
+        self._chunk_norms = [weights.vector(f"fc_norm.{j}") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else None
+        self._input_norm = weights.vector("input_norm") if c.norm_before_fc and c.use_aux else None
+
+    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
+        if self.fc is None:
+            return super().combine(features, num_rows)
+        if self._chunk_norms is not None:
+            features = [self.normed(f, w, num_rows) for f, w in zip(features, self._chunk_norms)]
+        joined = torch.cat(features, dim=1)
+        if self._input_norm is not None:
+            joined = self.normed(joined, self._input_norm, num_rows)
+        out = self.new(joined.shape[0], self.hidden_size)
+        self.fc(joined, num_rows, out)
+        return out
+
+    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.normed(feature, self._hidden_norm, n)
+        joined = torch.cat([self.normed(embedded, self.layers[0].input_norm, n), hidden], dim=1)
+        return hidden if self.config.norm_before_residual else feature, joined
+
+
+class PEagleModel(Eagle3Model):
+    """P-EAGLE: EAGLE-3 with a learned feature for slots whose true one is not known (drafters.md 5), so that all drafts come out of one pass."""
+
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        mask = weights.raw("mask_hidden").reshape(self.config.num_aux, 1, -1)
+        #: [1, h]: the feature of such a slot, through norms and fc like any other (``forward`` wants a copy).
+        self.mask_feature = self.combine(list(mask), torch.ones(1, dtype=torch.int32, device=self.device))
+
+
+class MtpModel(HeadModel):
+    """MTP as MiMo has it: a projection of the normed state and the normed embedding, in this order, one decoder layer, a final norm whose output is the lm_head's input and
+    the next slot's feature (drafters.md 7)."""
+
+    def __init__(self, weights: HeadWeights):
+        super().__init__(weights)
+        self._token_norm, self._hidden_norm = weights.vector("token_layernorm"), weights.vector("hidden_layernorm")
+
+    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        residual = torch.empty_like(embedded)
+        self.fc(torch.cat([self.normed(feature, self._hidden_norm, n), self.normed(embedded, self._token_norm, n)], dim=1), n, residual)
+        return residual, self.normed(residual, self.layers[0].input_norm, n)
+
+
+def load_head(head: Head, target: DenseModel, quantization: str | None = None) -> HeadModel:
+    """ValueError if there are no kernels for the head's shape."""
+    return {"eagle": EagleModel, "eagle3": Eagle3Model, "peagle": PEagleModel, "mtp": MtpModel}[head.config.family](HeadWeights(head, target, quantization))
