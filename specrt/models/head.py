@@ -10,7 +10,7 @@ from torch import Tensor
 from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.layers.batch import RowBatch
-from specrt.layers.linear import Fp8Linear, Linear
+from specrt.layers.linear import Fp8Linear, Linear, Normed
 from specrt.layers.rope import rope_tables
 from specrt.models.dense import DenseModel, Layer, check_kernels
 from specrt.weights.fp8 import quantized
@@ -34,17 +34,17 @@ class HeadWeights:
     def optional(self, name: str) -> Tensor | None:
         return self.vector(name) if f"{name}.weight" in self._names else None
 
-    def linear(self, names: list[str]) -> Linear | Fp8Linear:
+    def linear(self, names: list[str], gate_up: bool = False) -> Linear | Fp8Linear:
         weights, biases = [self._source.get(f"{n}.weight") for n in names], [self._source.get(f"{n}.bias") for n in names if f"{n}.bias" in self._names]
         if self._fp8:
             return Fp8Linear([quantized(w.to(self.target.device)) for w in weights], biases, self.target.device)
-        return Linear(weights, biases, self.target.dtype, self.target.device)
+        return Linear(weights, biases, self.target.dtype, self.target.device, gate_up)
 
     def layer(self, i: int) -> Layer:
         at = f"layers.{i}."
         norms = {name: self.optional(at + key) for name, key in [("input_norm", "input_layernorm"), ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")]}
         return Layer(**norms, window=self.config.layers.windows[i], qkv=self.linear([f"{at}self_attn.{x}_proj" for x in "qkv"]), o=self.linear([f"{at}self_attn.o_proj"]),
-                     post_norm=self.vector(at + "post_attention_layernorm"), gate_up=self.linear([f"{at}mlp.{x}_proj" for x in ("gate", "up")]),
+                     post_norm=self.vector(at + "post_attention_layernorm"), gate_up=self.linear([f"{at}mlp.{x}_proj" for x in ("gate", "up")], gate_up=True),
                      down=self.linear([f"{at}mlp.down_proj"]))
 
     def embedding(self) -> Tensor:
@@ -90,7 +90,7 @@ class HeadModel:
 
     def normed(self, x: Tensor, weight: Tensor, n: Tensor, eps: float | None = None) -> Tensor:
         out = torch.empty_like(x)
-        ops.rms_norm(x, None, weight, eps or self.eps, n, out)
+        ops.rms_norm(x, weight, eps or self.eps, n, out)
         return out
 
     def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
@@ -109,31 +109,29 @@ class HeadModel:
         embedded = self.new(rows, self.hidden_size)
         ops.embedding(self.embedding, batch.token, n, embedded)
         residual, x = self._enter(embedded, feature, n)
-        delta, normed = self.new(rows, self.hidden_size), self.new(rows, self.hidden_size)
+        squares = torch.zeros(ops.squares_shape(rows, self.hidden_size), dtype=torch.float32, device=self.device)
+        normed = Normed(self.new(rows, self.hidden_size), squares, eps)
         qkv = self.new(rows, (c.num_heads + 2 * self.kv_heads) * self.head_dim)
         q, attended = (self.new(rows, c.num_heads, self.head_dim) for _ in range(2))
-        gate_up, activated = self.new(rows, 2 * c.intermediate_size), self.new(rows, c.intermediate_size)
+        activated = self.new(rows, c.intermediate_size)
         for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
             if j:
-                ops.rms_norm(delta, residual, layer.input_norm, eps, n, normed)
-                x = normed
-            layer.qkv(x, n, qkv)
+                layer.qkv.normed(normed, n, qkv)
+            else:
+                layer.qkv(x, n, qkv)
             ops.rope_append(qkv, batch.position, batch.slot, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
             if batch.prefill:
                 ops.prefill_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, self._scale, layer.window, n, attended)
             else:
                 ops.tree_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, batch.ancestors, batch.paths, self._scale, layer.window, n,
                                    batch.workspace.plan, batch.workspace.partials, attended)
-            layer.o(attended.flatten(1), n, delta)
-            ops.rms_norm(delta, residual, layer.post_norm, eps, n, normed)
-            layer.gate_up(normed, n, gate_up)
-            ops.silu_mul(gate_up, n, activated)
-            layer.down(activated, n, delta)
+            layer.o.add(attended.flatten(1), n, residual, residual, layer.post_norm, normed)
+            layer.gate_up.silu(normed, n, activated)
+            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else None, normed)
         if self.norm is None:
-            residual.add_(delta)
             return residual, residual
-        ops.rms_norm(delta, residual, self.norm, eps, n, normed)
-        return normed, normed if self.config.norm_output else residual
+        hidden = self.normed(residual, self.norm, n)
+        return hidden, hidden if self.config.norm_output else residual
 
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, h] into float32 [R, D], ids of the head's vocabulary."""

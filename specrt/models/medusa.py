@@ -33,7 +33,7 @@ class MedusaModel:
     def state(self, residual: Tensor, num_rows: Tensor) -> Tensor:
         """What the heads read: the target's residual stream [R, H] after its final norm."""
         out = torch.empty_like(residual)
-        ops.rms_norm(residual, None, self._norm, self._eps, num_rows, out)
+        ops.rms_norm(residual, self._norm, self._eps, num_rows, out)
         return out
 
     def logits(self, j: int, state: Tensor, num_rows: Tensor, out: Tensor) -> None:
