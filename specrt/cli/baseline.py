@@ -20,10 +20,10 @@ def load(path: str, settings: dict[str, Any], rows: set[Key]) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("kind") != KIND or not isinstance(document.get("settings"), dict) or not isinstance(document.get("results"), list):
         raise ValueError(f"{path} is no acceptance baseline; write one with specrt bench --acceptance --json {path}")
-    for key, value in settings.items():
-        if document["settings"].get(key) != value:
-            raise ValueError(f"{path} is a baseline of other settings: its {key} is {document['settings'].get(key)!r}, this run's is {value!r}")
-    if {key(r) for r in document["results"] if _FIELDS <= set(r)} != rows or len(document["results"]) != len(rows):
+    for name, value in settings.items():
+        if document["settings"].get(name) != value:
+            raise ValueError(f"{path} is a baseline of other settings: its {name} is {document['settings'].get(name)!r}, this run's is {value!r}")
+    if {key(r) for r in document["results"] if isinstance(r, dict) and _FIELDS <= set(r)} != rows or len(document["results"]) != len(rows):
         raise ValueError(f"{path} does not hold the whole of what its settings say; write it again")
     return document
 
