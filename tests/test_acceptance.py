@@ -8,9 +8,11 @@ import pytest
 
 from specrt import LLM, SamplingParams
 from specrt.cli import baseline, main
+from specrt.cli.acceptance import label
 from specrt.cli.acceptance_report import differing, tables
 from specrt.cli.picture import page
 from specrt.cli.prompts import load_prompts
+from specrt.config import SpeculativeConfig
 from tests.kit.tiny import write_folder
 
 NGRAM, DRAFT = "ngram chain of 8", "draft_model chain of 3, draft"
@@ -85,6 +87,14 @@ def test_the_document_says_what_was_run(folder, document):
     assert document["methods"][NGRAM] == {"speculative_config": {"method": "ngram"}, "verification": "exact"}
 
 
+@pytest.mark.parametrize("given, name", [
+    ({"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 3}, "ngram chain of 4, prompt_lookup_min=3"),
+    ({"method": "eagle3", "model": "/nightly/7/head", "num_steps": 8, "eagle_topk": 10, "num_draft_tokens": 60, "quantization": "fp8"}, "eagle3 tree of 60 (8 x 10), head, quantization=fp8"),
+    ({"method": "eagle3", "model": "org/head", "draft_sample_method": "greedy"}, "eagle3 chain of 4, head, draft_sample_method=greedy")])
+def test_a_method_is_named_by_all_that_was_asked(given, name):
+    assert label(SpeculativeConfig.parse(given), given) == name
+
+
 def test_the_same_run_again_is_the_same_file_and_passes(folder, before, capsys):
     again = folder / "again.json"
     assert bench(folder, "--json", str(again), "--compare", str(before), "--tolerance", "0") == 0
@@ -92,6 +102,12 @@ def test_the_same_run_again_is_the_same_file_and_passes(folder, before, capsys):
     captured = capsys.readouterr()
     assert "no regression; the largest fall is 0.000" in captured.err
     assert all(name in captured.out for name in (*CATEGORIES, "T = 0", "T = 1", "accepted/drafted", "float32", "4 prompts"))
+
+
+def test_every_sampling_parameter_survives_the_file(folder, tmp_path):
+    flags = ["--logit-bias", '{"5": -1}', "--stop", "xyz", "--top-p", "0.9", "--temperature", "1", "--limit", "1"]
+    assert bench(folder, "--json", str(tmp_path / "b.json"), *flags, spec=[]) == 0
+    assert bench(folder, "--compare", str(tmp_path / "b.json"), *flags, spec=[]) == 0
 
 
 def test_a_worse_drafter_is_found(folder, before, tmp_path, capsys):
@@ -163,7 +179,7 @@ def test_a_file_that_is_no_baseline_is_refused(folder, document, tmp_path, capsy
     (["--acceptance", "--spec", '{"method": "ngram"}', "--spec", '{"method": "ngram"}'], "the same"), (["--acceptance", "--method", "none"], "drafts nothing"),
     (["--acceptance", "--method", "magic"], "magic"), (["--acceptance", "--repeats", "2"], "--repeats"), (["--acceptance", "--tolerance", "0.1"], "--compare"),
     (["--acceptance", "--compare", "b", "--tolerance", "nan"], "0 to 1"), (["--acceptance", "--compare", "b", "--json", "b"], "overwrite"),
-    (["--acceptance", "--temperature", "0,0"], "twice"), (["--acceptance", "--n", "2"], "--n"), (["--html", "f"], "--acceptance"), (["--compare", "f"], "--acceptance"),
+    (["--acceptance", "--json", "/nonexistent/b"], "no such folder"), (["--acceptance", "--html", "/nonexistent/b"], "no such folder"), (["--acceptance", "--temperature", "0,0"], "twice"), (["--acceptance", "--n", "2"], "--n"), (["--html", "f"], "--acceptance"), (["--compare", "f"], "--acceptance"),
     (["--temperature", "0,1"], "one temperature"), (["--spec", '{"method": "ngram"}', "--spec", '{"method": "ngram"}'], "2 times"),
     (["--acceptance", "--prompts", "UNNAMED"], "'all'")])
 def test_flags_that_make_no_sense_are_refused(capsys, tmp_path, flags, said):

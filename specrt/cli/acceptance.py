@@ -42,6 +42,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--tolerance is a number from 0 to 1 and goes with --compare, got {args.tolerance}")
     if args.compare is not None and args.json is not None and Path(args.json).resolve() == Path(args.compare).resolve():
         raise ValueError(f"--json would overwrite the baseline {args.compare}")
+    for file in (args.json, args.html):
+        if file is not None and not Path(file).absolute().parent.is_dir():  # said now, not after the run
+            raise ValueError(f"cannot write {file}: there is no such folder")
 
 
 def label(config: Any, given: dict[str, Any]) -> str:
@@ -119,8 +122,8 @@ def run(args: argparse.Namespace, prompts: list[Prompt]) -> int:
     from specrt import LLM
 
     chosen = methods(args)
-    document: dict[str, Any] = {"kind": baseline.KIND, "settings": settings(args, prompts, list(chosen)), "model": str(args.model), "machine": machine(args),
-                                "methods": {name: {"speculative_config": given, "verification": config.rejection_sample_method} for name, (config, given) in chosen.items()}}
+    described = {name: {"speculative_config": given, "verification": config.rejection_sample_method} for name, (config, given) in chosen.items()}
+    document: dict[str, Any] = {"kind": baseline.KIND, "settings": settings(args, prompts, list(chosen)), "model": str(args.model), "machine": machine(args), "methods": described}
     groups, temperatures, rows = by_category(prompts), document["settings"]["temperature"], []
     expected = {(name, t, category) for name in chosen for t in temperatures for category in [*groups, *["all"] * (len(groups) > 1)]}
     before = None if args.compare is None else baseline.load(args.compare, document["settings"], expected)

@@ -26,7 +26,8 @@ def heading(document: dict[str, Any]) -> str:
     s, first = document["settings"], document["methods"]
     total = sum(r["tokens"] for r in document["results"] if r["method"] == next(iter(first)) and r["category"] != "all")
     weights = f"{s['dtype']}{', ' + s['quantization'] if s['quantization'] else ''}"
-    return f"{document['model']}, {weights}, {s['device']} ({document['machine']}), {s['number of prompts']} prompts, {total} tokens a method, seed {s['sampling']['seed']}"
+    amount = f"{s['number of prompts']} prompts, {total} tokens a method, seed {s['sampling']['seed']}"
+    return f"{document['model']}, {weights}, {s['device']} ({document['machine']}), {amount}"
 
 
 def tables(document: dict[str, Any]) -> list[Any]:

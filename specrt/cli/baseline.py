@@ -13,14 +13,15 @@ _FIELDS = {"method", "temperature", "category", "output_digest", "acceptance_len
 
 
 def load(path: str, settings: dict[str, Any], rows: set[Key]) -> dict[str, Any]:
-    """The file's content. ``rows``: what the run will have. ValueError where it is no baseline, or one of other settings: acceptance under other settings is another quantity."""
+    """The file's content. ``rows``: what the run will have.
+    ValueError where it is no baseline, or one of other settings: acceptance under other settings is another quantity."""
     try:
         document = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict) or document.get("kind") != KIND or not isinstance(document.get("settings"), dict) or not isinstance(document.get("results"), list):
         raise ValueError(f"{path} is no acceptance baseline; write one with specrt bench --acceptance --json {path}")
-    for name, value in settings.items():
+    for name, value in json.loads(json.dumps(settings)).items():  # as it would be read: keys are strings
         if document["settings"].get(name) != value:
             raise ValueError(f"{path} is a baseline of other settings: its {name} is {document['settings'].get(name)!r}, this run's is {value!r}")
     if {key(r) for r in document["results"] if isinstance(r, dict) and _FIELDS <= set(r)} != rows or len(document["results"]) != len(rows):

@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if config is None:
         raise ValueError("bench compares speculation off with on: --method none leaves nothing to compare")
     # Every request draws its seed from the parameters: without one, two runs of a sampled request would differ for that reason alone.
-    shared = {"temperature": (args.temperature or [0.0])[0], "seed": 0 if args.seed is None else args.seed, "max_tokens": 128 if args.max_tokens is None else args.max_tokens}
+    shared: dict[str, Any] = {"temperature": (args.temperature or [0.0])[0]}
+    shared |= {"seed": 0 if args.seed is None else args.seed, "max_tokens": 128 if args.max_tokens is None else args.max_tokens}
     off, on = options.sampling(args, **shared, speculative=False), options.sampling(args, **shared)
     with options.load(args, default_method="ngram") as llm, Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("bench", total=2 * repeats * len(prompts))

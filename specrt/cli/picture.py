@@ -7,6 +7,7 @@ from typing import Any
 
 from specrt.cli.acceptance_report import heading, marked
 
+_TITLE = "Acceptance by position and category"
 _WIDTH, _HEIGHT = 460, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 12, 34
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#8c564b")
@@ -35,9 +36,9 @@ def page(document: dict[str, Any]) -> str:
             rows = [r for r in results if r["method"] == name and r["temperature"] == t]
             title = f"{marked(document, name)}, T = {t:g}"
             parts += [f"<h2>{escape(title)}</h2>", diagram(rows, categories, depth, title), f'<div class="wide">{numbers(rows, categories)}</div>']
-    return "\n".join(['<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8"/><title>Acceptance by position and category</title>', f"<style>{_STYLE}</style></head><body>",
-                      "<h1>Acceptance by position and category</h1>", f"<p>{escape(heading(document))}. Diagrams: the share of rounds in which the draft at a position was accepted "
-                      "(the shares of all positions add up to the acceptance length less 1). Tables: accepted/drafted tokens.</p>", *parts, "</body></html>", ""])
+    head = f'<head><meta charset="utf-8"/><title>{_TITLE}</title><style>{_STYLE}</style></head>'
+    how = "Diagrams: the share of rounds in which the draft at a position was accepted (all positions add up to the acceptance length less 1). Tables: accepted/drafted tokens."
+    return "\n".join(["<!DOCTYPE html>", f'<html lang="en">{head}<body>', f"<h1>{_TITLE}</h1>", f"<p>{escape(heading(document))}. {how}</p>", *parts, "</body></html>", ""])
 
 
 def stroke(category: str, categories: list[str]) -> str:
@@ -69,7 +70,8 @@ def diagram(rows: list[dict[str, Any]], categories: list[str], depth: int, title
         points = [(x(i), y(share), i, share) for i, share in enumerate(row["accepted_per_round_per_pos"], 1)]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py, _, _ in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{3 if name == "all" else 1.8}"{dashes(name, categories)}/>')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.2" fill="{colour}"><title>{escape(name)}, position {i}: {share:.3f}</title></circle>' for px, py, i, share in points]
+        for px, py, i, share in points:
+            parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.2" fill="{colour}"><title>{escape(name)}, position {i}: {share:.3f}</title></circle>')
     return "".join([*parts, "</svg>"])
 
 
