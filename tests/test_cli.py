@@ -47,7 +47,7 @@ class Stub:
         self.asked.append((prompts, params.values, chat))
         on = params.values.get("speculative", True) is not False
         tokens = [1, 2, 3, 5 if self.differs and on else 4]
-        stats = SimpleNamespace(num_rounds=2 if on else 4, num_draft_tokens=4 * on, num_accepted_tokens=2 * on, acceptance_length=2.0 if on else 1.0,
+        stats = SimpleNamespace(num_rounds=2 if on else 4, num_drafts=2 * on, num_draft_tokens=4 * on, num_accepted_tokens=2 * on, acceptance_length=2.0 if on else 1.0,
                                 draft_acceptance_rate=0.5, num_draft_tokens_per_pos=[2, 2] if on else [], num_accepted_tokens_per_pos=[2, 0] if on else [],
                                 time_to_first_token=0.1, decode_time=0.2 if on else 0.4)
         output = SimpleNamespace(text=self.text, token_ids=tokens, prompt_token_ids=[9], finish_reason="error" if self.error else "stop", error=self.error, seed=7,

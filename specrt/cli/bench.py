@@ -1,7 +1,10 @@
 """Measure decoding with speculation off and on, side by side.
 
 Every prompt is answered alone, in both modes, --repeats times; rates are of the tokens after the first, medians of the repeats, +- half the spread.
-Outputs of the two modes are compared, and a difference is a failure (exit code 1)."""
+Outputs of the two modes are compared, and a difference is a failure (exit code 1).
+
+--acceptance measures no time, but what is drafted and accepted: by category and draft position, for every --spec and every --temperature. --json FILE keeps it as a
+baseline, --compare FILE fails (exit code 1) where a later run accepts less."""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import platform
 import sys
 from typing import Any
 
-from specrt.cli import measure, options
+from specrt.cli import acceptance, measure, options
 from specrt.cli.prompts import BUILT_IN, load_prompts
 
 
@@ -19,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", default=BUILT_IN, metavar="FILE", help="JSON lines with 'category' and 'turns' (default: six prompts of the project's own)")
     parser.add_argument("--category", action="append", metavar="NAME", help="only this category (may be given several times)")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N prompts a category")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--repeats", type=int, metavar="N", help="default: 3")
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON (- for standard output, without the table)")
+    acceptance.add_arguments(parser)
     options.add_engine_arguments(parser)
-    options.add_sampling_arguments(parser)
+    options.add_sampling_arguments(parser, several_temperatures=True)
 
 
 def summarise(results: list[measure.Comparison]) -> list[dict[str, Any]]:
@@ -36,7 +40,7 @@ def summarise(results: list[measure.Comparison]) -> list[dict[str, Any]]:
         for mode, timings in (("off", off), ("on", on)):
             decode, whole = measure.rate(timings), measure.rate(timings, decode=False)
             row |= {f"{mode}_tokens_per_s": decode.value, f"{mode}_spread": decode.spread, f"{mode}_request_tokens_per_s": whole.value}
-        row |= {"ratio": row["on_tokens_per_s"] / row["off_tokens_per_s"], "identical": all(r.identical for r in part), **measure.acceptance(on)}
+        row |= {"ratio": row["on_tokens_per_s"] / row["off_tokens_per_s"], "identical": all(r.identical for r in part), **measure.acceptance([t.stats for t in on])}
         rows.append(row)
     return rows
 
@@ -71,22 +75,29 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if (args.n or 1) > 1:
         raise ValueError(f"bench measures one sample a prompt, got --n {args.n}")
+    acceptance.check(args)
     prompts = load_prompts(args.prompts, args.category, args.limit)
+    if args.acceptance:
+        return acceptance.run(args, prompts)
+    if len(args.temperature or []) > 1:
+        raise ValueError(f"bench measures one temperature (several with --acceptance), got {args.temperature}")
+    repeats = 3 if args.repeats is None else args.repeats
     config = options.speculative_config(args, default_method="ngram")
     if config is None:
         raise ValueError("bench compares speculation off with on: --method none leaves nothing to compare")
     # Every request draws its seed from the parameters: without one, two runs of a sampled request would differ for that reason alone.
-    shared = {"seed": 0 if args.seed is None else args.seed, "max_tokens": 128 if args.max_tokens is None else args.max_tokens}
+    shared: dict[str, Any] = {"temperature": (args.temperature or [0.0])[0]}
+    shared |= {"seed": 0 if args.seed is None else args.seed, "max_tokens": 128 if args.max_tokens is None else args.max_tokens}
     off, on = options.sampling(args, **shared, speculative=False), options.sampling(args, **shared)
     with options.load(args, default_method="ngram") as llm, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("bench", total=2 * args.repeats * len(prompts))
+        task = progress.add_task("bench", total=2 * repeats * len(prompts))
         try:
-            results = measure.compare(llm, prompts, off, on, args.repeats, lambda: progress.advance(task))
+            results = measure.compare(llm, prompts, off, on, repeats, lambda: progress.advance(task))
         except measure.RunFailed as error:
             print(f"specrt bench: {error}", file=sys.stderr)
             return 1
     rows = summarise(results)
-    document = {"model": str(args.model), "speculative_config": config, "temperature": args.temperature or 0.0, **shared, "repeats": args.repeats,
+    document = {"model": str(args.model), "speculative_config": config, **shared, "repeats": repeats,
                 "machine": platform.platform(), "results": rows,
                 "differing": [r.prompt.id for r in results if not r.identical]}
     if args.json == "-":

@@ -80,17 +80,19 @@ def rate(timings: list[Timed], decode: bool = True) -> Rate:
     return Rate(middle, (max(rates) - min(rates)) / middle if middle else 0.0)
 
 
-def acceptance(timings: list[Timed]) -> dict[str, Any]:
-    """Totals over requests. Per position: accepted / drafted at each draft depth."""
-    stats = [t.stats for t in timings]
-    rounds, drafted, accepted = (sum(getattr(s, name) for s in stats) for name in ("num_rounds", "num_draft_tokens", "num_accepted_tokens"))
+def acceptance(stats: list[Any]) -> dict[str, Any]:
+    """Totals over requests. acceptance_per_pos: accepted / drafted at each draft depth; accepted_per_round_per_pos: the share of the rounds whose output reached
+    that depth, so that they add up to acceptance_length - 1, for chains and trees alike."""
+    counts = ("num_rounds", "num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    rounds, drafts, drafted, accepted = (sum(getattr(s, name) for s in stats) for name in counts)
     depth = max((len(s.num_draft_tokens_per_pos) for s in stats), default=0)
     at = lambda values, i: values[i] if i < len(values) else 0  # noqa: E731
     drafted_per_pos = [sum(at(s.num_draft_tokens_per_pos, i) for s in stats) for i in range(depth)]
     accepted_per_pos = [sum(at(s.num_accepted_tokens_per_pos, i) for s in stats) for i in range(depth)]
     return {
-        "num_rounds": rounds, "num_draft_tokens": drafted, "num_accepted_tokens": accepted,
+        "num_rounds": rounds, "num_drafts": drafts, "num_draft_tokens": drafted, "num_accepted_tokens": accepted,
         "acceptance_length": 1 + accepted / rounds if rounds else 1.0, "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
         "num_draft_tokens_per_pos": drafted_per_pos, "num_accepted_tokens_per_pos": accepted_per_pos,
         "acceptance_per_pos": [a / d if d else 0.0 for a, d in zip(accepted_per_pos, drafted_per_pos)],
+        "accepted_per_round_per_pos": [a / rounds for a in accepted_per_pos],
     }

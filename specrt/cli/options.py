@@ -17,6 +17,14 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pre
             "min_tokens", "max_tokens", "ignore_eos", "stop", "stop_token_ids", "seed", "n", "logprobs")
 
 
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers with commas between them are expected, like 0,0.6,1.0, got {text!r}") from None
+
+
 def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -52,12 +60,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-steps", type=int, metavar="N", help="depth of a draft tree")
     group.add_argument("--eagle-topk", type=int, metavar="N", help="children of a tree node")
     group.add_argument("--num-draft-tokens", type=int, metavar="N", help="verified nodes of a tree, root included")
-    group.add_argument("--spec", type=json_object, metavar="JSON", help="the whole speculative_config; single flags override its keys")
+    group.add_argument("--spec", "--speculative-config", type=json_object, action="append", metavar="JSON",
+                       help="the whole speculative_config; single flags override its keys (bench --acceptance measures several, one after another)")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser, several_temperatures: bool = False) -> None:
     group = parser.add_argument_group("sampling")
-    for name in ("temperature", "top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
+    if several_temperatures:
+        group.add_argument("--temperature", type=numbers, metavar="X[,X...]", help="with --acceptance several, with commas between them")
+    else:
+        group.add_argument("--temperature", type=float, metavar="X")
+    for name in ("top-p", "min-p", "repetition-penalty", "presence-penalty", "frequency-penalty"):
         group.add_argument(f"--{name}", type=float, metavar="X")
     for name in ("top-k", "min-tokens", "max-tokens", "seed", "n", "logprobs"):
         group.add_argument(f"--{name}", type=int, metavar="N")
@@ -73,7 +86,18 @@ def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
 
 def speculative_config(args: argparse.Namespace, default_method: str | None = None) -> dict[str, Any] | None:
     """The engine's speculative_config; None for --method none, or where neither a flag nor ``default_method`` asks for speculation."""
-    config = {**(args.spec or {}), **_given(args, SPECULATION)}
+    if len(args.spec or []) > 1:
+        raise ValueError(f"--spec was given {len(args.spec)} times: only bench --acceptance measures several")
+    return speculative_configs(args, default_method)[0]
+
+
+def speculative_configs(args: argparse.Namespace, default_method: str | None = None) -> list[dict[str, Any] | None]:
+    """One for each --spec, single flags over each of them."""
+    return [_speculative_config(args, spec, default_method) for spec in args.spec or [{}]]
+
+
+def _speculative_config(args: argparse.Namespace, spec: dict[str, Any], default_method: str | None) -> dict[str, Any] | None:
+    config = {**spec, **_given(args, SPECULATION)}
     if args.draft_model is not None:
         config = {"method": "draft_model", **config, "model": args.draft_model}
     if config.get("method") == "none":
@@ -89,13 +113,22 @@ def load(args: argparse.Namespace, default_method: str | None = None, requests: 
     """``requests``: how many the command has at a time; no KV cache is needed for more (unless --max-batch-size says so)."""
     from specrt import LLM
 
-    return LLM(args.model, speculative_config=speculative_config(args, default_method), **{"max_batch_size": requests, **_given(args, ENGINE)})
+    return LLM(args.model, speculative_config=speculative_config(args, default_method), **engine(args, requests))
+
+
+def engine(args: argparse.Namespace, requests: int = 1) -> dict[str, Any]:
+    """The ``LLM`` arguments besides the model and the speculation."""
+    return {"max_batch_size": requests, **_given(args, ENGINE)}
 
 
 def sampling(args: argparse.Namespace, **more: Any) -> "SamplingParams":
     from specrt import SamplingParams
 
-    return SamplingParams(**{**_given(args, SAMPLING), **more})
+    return SamplingParams(**{**given_sampling(args), **more})
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return _given(args, SAMPLING)
 
 
 def read_text(path: str | Path) -> str:
