@@ -37,7 +37,7 @@ class HeadWeights:
     def linear(self, names: list[str], gate_up: bool = False) -> Linear | Fp8Linear:
         weights, biases = [self._source.get(f"{n}.weight") for n in names], [self._source.get(f"{n}.bias") for n in names if f"{n}.bias" in self._names]
         if self._fp8:
-            return Fp8Linear([quantized(w.to(self.target.device)) for w in weights], biases, self.target.device)
+            return Fp8Linear([quantized(w.to(self.target.device)) for w in weights], biases, self.target.device, gate_up)
         return Linear(weights, biases, self.target.dtype, self.target.device, gate_up)
 
     def layer(self, i: int) -> Layer:
