@@ -81,6 +81,10 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     shortest = __reduce_min_sync(~0u, shortest);
     longest = __reduce_max_sync(~0u, longest);
     nodes = __reduce_max_sync(~0u, nodes);
+    if (p.ancestors && end - begin == 1 && longest == prefix + nodes) {  // a path without gaps: its keys lie at their logical places
+      prefix = longest;
+      nodes = 0;
+    }
     if (lane == 0) {
       blocks[b].rows = end - begin;
       blocks[b].request = p.row_request[begin];
@@ -90,6 +94,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
       blocks[b].nodes = nodes;
     }
   }
+  for (int i = threadIdx.x; i < count * p.kv_heads; i += kThreads) plan_counters(p.plan, p.rows)[i] = 0;
   __syncthreads();
 
   // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.

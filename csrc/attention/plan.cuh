@@ -15,14 +15,16 @@ struct alignas(16) Block {
   int begin, rows, request, pieces_before;
   int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
 
-  __device__ int pieces(int run) const { return (longest + run * kChunk - 1) / (run * kChunk); }
+  __device__ int pieces(int run) const { return max(1, (longest + run * kChunk - 1) / (run * kChunk)); }
 };
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
 
-// A plan in memory: the header, then a block for each row at most.
+// A plan in memory: the header, then a block for each row at most, then for each block and KV head how many of its jobs are done (zero between two layers).
 __device__ __forceinline__ const PlanHeader& plan_header(const int32_t* plan) { return *reinterpret_cast<const PlanHeader*>(plan); }
 __device__ __forceinline__ const Block* plan_blocks(const int32_t* plan) { return reinterpret_cast<const Block*>(plan + kPlanHeader); }
+
+__device__ __forceinline__ int32_t* plan_counters(int32_t* plan, int rows) { return plan + plan_ints(rows, 0); }
 
 // The block that has a piece; pieces ascend from call to call.
 struct BlockCursor {

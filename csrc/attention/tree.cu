@@ -6,15 +6,11 @@
 // A run folds its chunks where they are; what is not a row's whole answer goes through the workspace to the combine kernel. Which CTA does what changes no bit.
 //
 // Bytes: K and V once a block of rows (the blocks of a request share them through L2), D + 2 floats for each vector and run.
-#include "attention/plan.cuh"
+#include "attention/fold.cuh"
 #include "attention/tree_tile.cuh"
-#include "base/launch.h"
-#include "base/tensor_map.h"
 #include "ptx/dependency.cuh"
-#include "ptx/mbarrier.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
-#include "ptx/tma.cuh"
 
 namespace specrt {
 namespace {
@@ -22,6 +18,7 @@ namespace {
 template <int dim_, int warpgroups_> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
+  static constexpr int tiles_at_once = 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
   static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
   static constexpr int tile_bytes = columns / 64 * kBlockBytes;
@@ -39,116 +36,6 @@ template <typename S> struct Rest {
 
 template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
 
-constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than in whole pages
-
-// What a CTA works on, and what its rows see.
-struct Job {
-  Block block;
-  int kv_head, run_begin, chunk_begin, chunk_end, first_seen;  // run_begin: its first position; positions before first_seen: seen by no row
-  bool has_paths, many_nodes;
-
-  __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
-    cursor.advance(number / p.kv_heads);
-    block = cursor.block;
-    const int run = cursor.run, of_block = number - block.pieces_before * p.kv_heads, pieces = block.pieces(run), piece = of_block % pieces;
-    kv_head = of_block / pieces;
-    first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
-    run_begin = piece * run * kChunk;
-    chunk_begin = max(piece * run, first_seen / kChunk);
-    chunk_end = min((piece + 1) * run, (block.longest + kChunk - 1) / kChunk);
-    has_paths = p.ancestors || p.paths;
-    many_nodes = p.ancestors && block.nodes > kFewNodes;
-  }
-
-  // Tiles of a chunk. From own_begin() on, in groups of 16 positions, each row has keys of its own.
-  __device__ int tiles_begin(int chunk) const { return max(chunk * kChunk, first_seen / kTile * kTile); }
-  __device__ int tiles_end(int chunk) const { return min((chunk + 1) * kChunk, block.longest); }
-  __device__ int own_begin() const { return has_paths ? block.prefix / 16 * 16 : 0x7fffffff; }
-  __device__ bool owns(int tile) const { return tile + kTile > own_begin() && block.longest > block.prefix; }
-  // What is loaded of K, and then of V: the slots of the tile's positions; and for the paths, where nodes are few, a tile of their own, else the slots after these.
-  __device__ int slots_end() const { return many_nodes ? block.prefix + block.nodes : block.prefix; }
-  __device__ bool loads_slots(int tile) const { return tile < block.prefix || (many_nodes && owns(tile)); }
-  __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
-};
-
-// The producer, a warp (of a warpgroup that gives its registers away): the tiles of a job, each of its stages filled as soon as it is free.
-template <typename S> struct Producer {
-  const AttentionParams& p;
-  uint32_t stages, full, empty;
-  int lane, copied = 0;
-
-  __device__ uint32_t stage(int bytes) {
-    const int s = copied % S::stages;
-    if (copied >= S::stages) ptx::mbarrier_wait(empty + 8 * s, (copied / S::stages - 1) & 1);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full + 8 * s, bytes);
-    __syncwarp();
-    ++copied;
-    return s;
-  }
-
-  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
-  __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
-    const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
-    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
-    const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
-  }
-
-  // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
-  __device__ int slot(const Job& job, int tile, int entry, uint64_t wanted) const {
-    if (p.ancestors) return wanted >> entry & 1 ? job.block.prefix + entry : -1;
-    const int most = min(kTile, p.path_depth), r = entry / most, d = max(tile, job.block.prefix) + entry % most - job.block.prefix;
-    if (r >= job.block.rows || d >= p.path_depth || d + job.block.prefix >= tile + kTile) return -1;
-    const int32_t* path = p.paths + static_cast<int64_t>(job.block.begin + r) * p.path_depth;
-    for (int i = 0; i <= d; ++i)
-      if (path[i] < 0) return -1;
-    return job.block.prefix + path[d];
-  }
-
-  __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
-    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::columns * 2);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (rows[half] >= 0)
-        for (int block = 0; block < S::columns / 64; ++block)
-          ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
-  }
-
-  // The row of the pool [pages x kv heads x page, D] that holds a slot.
-  __device__ int pool_row(const Job& job, int slot) const {
-    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot / p.page] * p.kv_heads + job.kv_head) * p.page + slot % p.page;
-  }
-
-  __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
-    const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
-    uint64_t wanted = 0;
-    if (p.ancestors && !job.many_nodes && job.chunk_end * kChunk > job.own_begin()) {
-      for (int r = lane; r < job.block.rows; r += 32) wanted |= static_cast<uint64_t>(p.ancestors[job.block.begin + r]);
-      const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
-      wanted = static_cast<uint64_t>(high) << 32 | low;
-    }
-    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
-      for (int at = begin; at < end; at += kTile) {
-        const bool slots = job.loads_slots(at), more = job.loads_more(at);
-        const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
-        const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
-        int rows[2];
-        if (more && !job.many_nodes)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
-        for (int which = 0; which < 2; ++which) {
-          const CUtensorMap* pages = which ? v_pages : k_pages;
-          if (slots) tile(job, pages, at, page_ids);
-          if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
-          if (more && !job.many_nodes) own(job, which ? v_slots : k_slots, rows);
-        }
-      }
-    }
-  }
-};
-
 // O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
 template <typename S> __device__ __forceinline__ void write_vector(const AttentionParams& p, int64_t vector, int slot, bool whole, float m, float l, const float (&o)[S::pieces][4], int i, int lane) {
   if (whole) {
@@ -159,12 +46,11 @@ template <typename S> __device__ __forceinline__ void write_vector(const Attenti
       out[4 * n] = to_bf16(o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(o[n][2 * i + 1] * r).bits) << 16;
     return;
   }
-  const int chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
-  const int64_t at = vector * chunks + slot;
-  float* to = p.workspace + at * S::dim + lane % 4 * 2;
+  const Partials part(p, vector);
+  float* to = part.o + static_cast<int64_t>(slot) * S::dim + lane % 4 * 2;
 #pragma unroll
   for (int n = 0; n < S::dim / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
-  if (lane % 4 == 0) *reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * chunks * S::dim + 2 * at) = make_float2(m, l);
+  if (lane % 4 == 0) *reinterpret_cast<float2*>(part.ml + 2 * slot) = make_float2(m, l);
 }
 
 template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks_per_sm)
@@ -192,19 +78,15 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   __syncthreads();
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  const PlanHeader header = plan_header(p.plan);
-  const Block first_blocks = plan_blocks(p.plan)[lane];
-  // Neighbouring jobs to a CTA: pieces of one block and KV head.
-  const int jobs = header.pieces * p.kv_heads, each = jobs / static_cast<int>(gridDim.x), over = jobs % static_cast<int>(gridDim.x), cta = blockIdx.x;
-  const int jobs_begin = cta * each + min(cta, over), jobs_end = jobs_begin + each + (cta < over);
-  if (jobs_begin == jobs_end) return;
-  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
+  Share share(p, lane);
+  if (share.begin == share.end) return;
+  BlockCursor& cursor = share.cursor;
 
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
     if (warp > S::warps) return;
     Producer<S> producer{p, stages, full, empty, lane};
-    for (int number = jobs_begin; number < jobs_end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
+    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
     return;
   }
 
@@ -214,7 +96,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   const RowAddress query{queries, first_vector % 64 + lane % 16};
   float4* kept = reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x;
   int copied = 0, loaded_block = -1, loaded_head = -1;  // whose queries and rows are there
-  for (int number = jobs_begin; number < jobs_end; ++number) {
+  for (int number = share.begin; number < share.end; ++number) {
     const Job job(p, cursor, number);
     const Block& block = job.block;
     const int valid = block.rows * group_heads;
@@ -403,75 +285,38 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
       const int vector = first_vector + lane / 4 + 8 * i;
       const Row row = row_at(local[i]);
       if (vector >= valid || !row.sees(run_begin, run)) continue;
-      const bool whole = cursor.run == kGroupChunks && row.first >= run_begin && row.len <= run_begin + run;
+      const bool whole = sees_one_run(row, cursor.run);
       write_vector<S>(p, static_cast<int64_t>(block.begin + local[i]) * p.q_heads + job.kv_head * group_heads + vector % group_heads, run_begin / kChunk, whole, kept_m[i], kept_l[i],
                       x.o, i, lane);
     }
   }
 }
 
-// One warp a (row, head): chunks ascending into their group, groups ascending.
-constexpr int kCombineWarps = 4, kBatch = 4;
+// A warp for each half of a vector.
+constexpr int kCombineWarps = 4;
 
 template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kFloats = D / 32;
-  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32, r = static_cast<int>(vector / p.q_heads), chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
+  const int64_t task = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32, vector = task / 2;
+  const int r = static_cast<int>(vector / p.q_heads);
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
   if (r >= p.rows) return;
   const int rows = *p.num_rows, run = plan_header(p.plan).run;  // all loads at once
   const Row row = describe_row(p, r);
-  if (r >= rows) return;
-  const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
-  if (run == kGroupChunks && end - begin == 1) return;  // written where it was computed
-  const float* o = p.workspace + vector * chunks * D + lane;
-  const float* ml = p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * chunks * D + vector * chunks * 2;
-  WarpState<kFloats> group, total;
-  group.reset();
-  total.reset();
-  for (int base = begin; base < end; base += kBatch) {
-    WarpState<kFloats> part[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int c = (base + b) * run;
-      if (base + b >= end) break;
-      const float2 both = *reinterpret_cast<const float2*>(ml + 2 * c);
-      part[b].m = both.x;
-      part[b].l = both.y;
-#pragma unroll
-      for (int i = 0; i < kFloats; ++i) part[b].o[i] = o[static_cast<int64_t>(c) * D + 32 * i];
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int c = (base + b) * run;
-      if (base + b >= end) break;
-      group.fold(part[b]);
-      if ((c + run) % kGroupChunks && base + b + 1 < end) continue;
-      total.fold(group);
-      group.reset();
-    }
-  }
-  bf16* out = static_cast<bf16*>(p.out) + vector * D + lane;
-  const float reciprocal = row.len > 0 ? 1.0f / total.l : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kFloats; ++i) out[32 * i] = to_bf16(row.len > 0 ? total.o[i] * reciprocal : 0.0f);
+  if (r >= rows || (row.len > 0 && sees_one_run(row, run))) return;  // written where it was computed
+  fold_half<D>(p, row, vector, run, task % 2, threadIdx.x % 32);
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
-  auto map = [&](const void* pool, int box) { return tensor_map_bf16(pool, p.pages * p.kv_heads * p.page, p.head_dim, box); };
-  // The most jobs that these capacities can hold, and no more CTAs than there is room for.
-  const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
-  const int64_t slots = multiprocessors() * shape.blocks_per_sm;
-  launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
-         map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, p.scale * kLog2e);
-  const int64_t vectors = static_cast<int64_t>(p.rows) * p.q_heads;
-  launch({dim3(static_cast<unsigned>((vectors + kCombineWarps - 1) / kCombineWarps)), dim3(kCombineWarps * 32), 0, stream, 1, true}, combine_kernel<S::dim>, p);
+  const TensorMaps maps(p);
+  launch({dim3(tree_ctas(p, shape)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, maps.k_pages, maps.v_pages, maps.k_slots, maps.v_slots, p,
+         p.scale * kLog2e);
+  const int64_t tasks = static_cast<int64_t>(p.rows) * p.q_heads * 2;
+  launch({dim3(static_cast<unsigned>((tasks + kCombineWarps - 1) / kCombineWarps)), dim3(kCombineWarps * 32), 0, stream, 1, true}, combine_kernel<S::dim>, p);
 }
 
-template <int D> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
-  shape.warpgroups == 2 ? launch_shape<Shape<D, 2>>(p, shape, stream) : launch_shape<Shape<D, 1>>(p, shape, stream);
+template <int D> void launch_dim(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
+  shape.vectors == 128 ? launch_shape<Shape<D, 2>>(p, shape, stream) : launch_shape<Shape<D, 1>>(p, shape, stream);
 }
 
 }  // namespace
@@ -482,12 +327,14 @@ void launch_tree_attention_cuda(const AttentionParams& p, void* stream) {
   SPECRT_CUDA_CHECK(cudaGetDevice(&card));
   SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, card));
   if (major != 9) fail("tree_attention: bfloat16 on CUDA needs a Hopper GPU (compute capability 9.0), got " + std::to_string(major) + ".x; use device=\"cpu\" or dtype=\"float32\"");
-  auto s = static_cast<cudaStream_t>(stream);
+  const auto s = static_cast<cudaStream_t>(stream);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
+  if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128) fail("tree_attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
+  if (shape.vectors < 64) return launch_decode_attention(p, shape, s);
   switch (p.head_dim) {
-    case 64: return launch_dim<64>(p, s);
-    case 96: return launch_dim<96>(p, s);
-    case 128: return launch_dim<128>(p, s);
-    default: fail("tree_attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
+    case 64: return launch_dim<64>(p, shape, s);
+    case 96: return launch_dim<96>(p, shape, s);
+    default: return launch_dim<128>(p, shape, s);
   }
 }
 

@@ -1,28 +1,12 @@
 // One tile of 64 keys for the 64 query vectors of a warpgroup: scores, online softmax and P V in the order of params.h, on warpgroup tensor cores for keys that all vectors
 // share, on warp-level ones for keys of a row's own path. Both have the same fragments: lane 4 g + t of warp w holds vectors 16 w + g and 16 w + g + 8
 // (index i = 0, 1), and of every 8 columns the columns 2 t and 2 t + 1.
-//
-// A tile of K or V in shared memory: blocks of [64 rows][64 columns], 128-byte rows swizzled (base/tensor_map.h).
 #pragma once
-#include "attention/row.cuh"
+#include "attention/tree_job.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/wgmma_registers.cuh"
 
 namespace specrt {
-
-constexpr int kBlockBytes = kTile * 128;
-
-// Address of the 16-byte piece `piece` of row `row` of a tile.
-__device__ __forceinline__ uint32_t piece_address(uint32_t tile, int row, int piece) {
-  return tile + piece / 8 * kBlockBytes + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
-}
-
-// A row of a tile, or nothing: zeros.
-struct RowAddress {
-  uint32_t tile;
-  int row;  // -1: zeros, at `tile`
-  __device__ uint32_t piece(int i) const { return row < 0 ? tile : piece_address(tile, row, i); }
-};
 
 template <int D> struct Vectors {
   static constexpr int kColumns = D <= 64 ? 64 : 128;  // of a tile; columns from D on are zeros

@@ -1,0 +1,199 @@
+// What a CTA of tree attention works on (a job of the plan), the producer that brings its keys and values, and where the keys of a row's path lie among them.
+#pragma once
+#include "attention/plan.cuh"
+#include "base/launch.h"
+#include "base/tensor_map.h"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+
+namespace specrt {
+
+// A tile of K or V in shared memory: blocks of [64 rows][64 columns], 128-byte rows swizzled (base/tensor_map.h).
+constexpr int kBlockBytes = kTile * 128;
+
+// Address of the 16-byte piece `piece` of row `row` of a tile.
+__device__ __forceinline__ uint32_t piece_address(uint32_t tile, int row, int piece) {
+  return tile + piece / 8 * kBlockBytes + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
+}
+
+// A row of a tile, or nothing: zeros.
+struct RowAddress {
+  uint32_t tile;
+  int row;  // -1: zeros, at `tile`
+  __device__ uint32_t piece(int i) const { return row < 0 ? tile : piece_address(tile, row, i); }
+};
+
+// A CTA's jobs: neighbouring ones, pieces of one block and KV head. All loads at once.
+struct Share {
+  int begin, end;
+  BlockCursor cursor;
+
+  __device__ Share(const AttentionParams& p, int lane) : Share(p, plan_header(p.plan), plan_blocks(p.plan)[lane], lane) {}
+
+ private:
+  __device__ Share(const AttentionParams& p, const PlanHeader& header, const Block& mine, int lane)
+      : begin(before(blockIdx.x, header.pieces * p.kv_heads)), end(before(blockIdx.x + 1, header.pieces * p.kv_heads)), cursor(p.plan, header, mine, begin / p.kv_heads, lane) {}
+  __device__ static int before(int cta, int jobs) {
+    const int ctas = gridDim.x;
+    return cta * (jobs / ctas) + min(cta, jobs % ctas);
+  }
+};
+
+constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than in whole pages
+
+// What a CTA works on, and what its rows see.
+struct Job {
+  Block block;
+  int kv_head, piece, pieces, run_begin, chunk_begin, chunk_end, first_seen;  // piece of the block's pieces; run_begin: its first position; positions before first_seen: seen by no row
+  bool has_paths, many_nodes;
+
+  __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
+    cursor.advance(number / p.kv_heads);
+    block = cursor.block;
+    const int run = cursor.run, of_block = number - block.pieces_before * p.kv_heads;
+    pieces = block.pieces(run);
+    piece = of_block % pieces;
+    kv_head = of_block / pieces;
+    first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
+    run_begin = piece * run * kChunk;
+    chunk_begin = max(piece * run, first_seen / kChunk);
+    chunk_end = min((piece + 1) * run, (block.longest + kChunk - 1) / kChunk);
+    has_paths = p.ancestors || p.paths;
+    many_nodes = p.ancestors && block.nodes > kFewNodes;
+  }
+
+  // Tiles of a chunk. From own_begin() on, in groups of 16 positions, each row has keys of its own.
+  __device__ int tiles_begin(int chunk) const { return max(chunk * kChunk, first_seen / kTile * kTile); }
+  __device__ int tiles_end(int chunk) const { return min((chunk + 1) * kChunk, block.longest); }
+  __device__ int own_begin() const { return has_paths ? block.prefix / 16 * 16 : 0x7fffffff; }
+  __device__ bool owns(int tile) const { return tile + kTile > own_begin() && block.longest > block.prefix; }
+  // What is loaded of K, and then of V: the slots of the tile's positions; and for the paths, where nodes are few, a tile of their own, else the slots after these.
+  __device__ int slots_end() const { return many_nodes ? block.prefix + block.nodes : block.prefix; }
+  __device__ bool loads_slots(int tile) const { return tile < block.prefix || (many_nodes && owns(tile)); }
+  __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
+};
+
+// The producer, a warp: the tiles of a job, each of its stages filled as soon as it is free; of `tiles_at_once` tiles the keys, then the values.
+template <typename S> struct Producer {
+  const AttentionParams& p;
+  uint32_t stages, full, empty;
+  int lane, copied = 0;
+
+  __device__ uint32_t stage(int bytes) {
+    const int s = copied % S::stages;
+    if (copied >= S::stages) ptx::mbarrier_wait(empty + 8 * s, (copied / S::stages - 1) & 1);
+    if (lane == 0) ptx::mbarrier_arrive_expect(full + 8 * s, bytes);
+    __syncwarp();
+    ++copied;
+    return s;
+  }
+
+  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
+  __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
+    const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
+    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
+    const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
+    if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
+  }
+
+  // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
+  __device__ int slot(const Job& job, int tile, int entry, uint64_t wanted) const {
+    if (p.ancestors) return wanted >> entry & 1 ? job.block.prefix + entry : -1;
+    const int most = min(kTile, p.path_depth), r = entry / most, d = max(tile, job.block.prefix) + entry % most - job.block.prefix;
+    if (r >= job.block.rows || d >= p.path_depth || d + job.block.prefix >= tile + kTile) return -1;
+    const int32_t* path = p.paths + static_cast<int64_t>(job.block.begin + r) * p.path_depth;
+    for (int i = 0; i <= d; ++i)
+      if (path[i] < 0) return -1;
+    return job.block.prefix + path[d];
+  }
+
+  __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
+    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::columns * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (rows[half] >= 0)
+        for (int block = 0; block < S::columns / 64; ++block)
+          ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
+  }
+
+  // The row of the pool [pages x kv heads x page, D] that holds a slot.
+  __device__ int pool_row(const Job& job, int slot) const {
+    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot / p.page] * p.kv_heads + job.kv_head) * p.page + slot % p.page;
+  }
+
+  __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
+    const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
+    uint64_t wanted = 0;
+    if (p.ancestors && !job.many_nodes && job.chunk_end * kChunk > job.own_begin()) {
+      for (int r = lane; r < job.block.rows; r += 32) wanted |= static_cast<uint64_t>(p.ancestors[job.block.begin + r]);
+      const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
+      wanted = static_cast<uint64_t>(high) << 32 | low;
+    }
+    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
+      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
+      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
+      for (int from = begin; from < end; from += S::tiles_at_once * kTile)
+        for (int which = 0; which < 2; ++which)
+          for (int at = from; at < min(end, from + S::tiles_at_once * kTile); at += kTile) {
+            const bool slots = job.loads_slots(at), more = job.loads_more(at);
+            const CUtensorMap* pages = which ? v_pages : k_pages;
+            const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
+            const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
+            if (slots) tile(job, pages, at, page_ids);
+            if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
+            if (more && !job.many_nodes) {
+              int rows[2];
+#pragma unroll
+              for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
+              own(job, which ? v_slots : k_slots, rows);
+            }
+          }
+    }
+  }
+};
+
+// Where the keys (and values) of row r lie at the positions begin .. begin + Count - 1, begin a tile's first: the row of the tile's first stage, + 64 in its second.
+// By one warp, which synchronises before it reads.
+constexpr int kNowhere = 255;
+template <int Count> __device__ __forceinline__ void find_places(const AttentionParams& p, const Job& job, int r, const Row& row, uint64_t nodes, int begin, uint8_t* places, int lane) {
+  const int most_path = min(kTile, p.path_depth);
+#pragma unroll
+  for (int j = lane; j < Count; j += 32) {
+    const int position = begin + j, tile = position / kTile * kTile;
+    int place = kNowhere;
+    if (position >= row.first && position < row.len) {
+      if (position < row.prefix) place = position - tile;
+      else if (p.paths) place = 64 + r * most_path + position - max(tile, row.prefix);
+    }
+    places[j] = static_cast<uint8_t>(place);
+  }
+  if (!p.ancestors) return;
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int node = lane + 32 * half, position = row.prefix + __popcll(nodes & ((1ull << node) - 1)), j = position - begin;
+    if ((nodes >> node & 1) && j >= 0 && j < Count && position >= row.first)
+      places[j] = static_cast<uint8_t>(job.many_nodes ? row.prefix + node - position / kTile * kTile : 64 + node);
+  }
+}
+
+// The pools as the copy engine sees them: [pages x kv heads x page, D] in pages, and in slots.
+struct TensorMaps {
+  CUtensorMap k_pages, v_pages, k_slots, v_slots;
+  explicit TensorMaps(const AttentionParams& p) : k_pages(map(p, p.k_pool, p.page)), v_pages(map(p, p.v_pool, p.page)), k_slots(map(p, p.k_pool, 1)), v_slots(map(p, p.v_pool, 1)) {}
+
+ private:
+  static CUtensorMap map(const AttentionParams& p, const void* pool, int box) { return tensor_map_bf16(pool, p.pages * p.kv_heads * p.page, p.head_dim, box); }
+};
+
+// The most jobs that these capacities can hold, and no more CTAs than there is room for.
+inline int tree_ctas(const AttentionParams& p, const TreeShape& shape) {
+  const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
+  const int64_t slots = multiprocessors() * shape.blocks_per_sm;
+  return static_cast<int>(jobs < slots ? jobs : slots);
+}
+
+// Blocks of 16 or 32 vectors (decode.cu).
+void launch_decode_attention(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream);
+
+}  // namespace specrt
