@@ -17,20 +17,21 @@ namespace {
 template <int dim_, int blocks_> struct Shape {
   static constexpr int dim = dim_, blocks = blocks_, vectors = 16 * blocks, columns = dim <= 64 ? 64 : 128, warps = 8, consumers = 32 * warps, threads = consumers + 32;
   static constexpr int stages = 6, tiles_at_once = kChunkTiles, tile_bytes = columns / 64 * kBlockBytes;
-  static constexpr int row_bytes = kChunk * 2 + 16;  // 16 bytes more than a vector's probabilities: ldmatrix reads 8 rows from different banks
+  static constexpr bool keeps_queries = blocks == 1;  // in registers
+  static constexpr int row_bytes = kChunk * 2 + 16, query_bytes = dim * 2 + 16;  // of a vector's probabilities and elements; 16 bytes more: ldmatrix reads 8 rows from different banks
 };
 
 template <typename S> struct Shared {
   unsigned char tiles[S::stages * S::tile_bytes];
-  unsigned char probabilities[S::vectors * S::row_bytes];  // at first the queries
+  unsigned char probabilities[S::vectors * S::row_bytes];
+  unsigned char queries[S::vectors * S::query_bytes];
   float tops[kChunkTiles][S::vectors][S::warps];           // the greatest score of a tile among a warp's keys
   float factors[kChunkTiles][S::vectors];                  // of O where a tile joins
   uint4 zeros;
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
   int len[S::vectors];
-  int last;                             // all other jobs of the block and KV head are done
-  uint8_t places[S::vectors * kChunk];  // of a row's keys in a chunk that holds paths
+  int last;                    // all other jobs of the block and KV head are done
 };
 
 // What a consumer warp holds: index b is a block of 16 vectors, h the vector lane / 4 + 8 h in it.
@@ -39,10 +40,11 @@ template <typename S> struct Consumer {
   const AttentionParams& p;
   Shared<S>& shared;
   float scale;
-  int warp, lane, group_heads;
-  uint32_t tiles, full, empty, probabilities, zeros;
+  int warp, lane;
+  SmallDivisor heads;  // query heads a KV head
+  uint32_t tiles, full, empty, probabilities, queries, zeros;
   int copied = 0;
-  uint32_t q[S::blocks][D / 16][4];
+  uint32_t kept_query[S::keeps_queries ? D / 16 : 1][4];
   int local[S::blocks][2];  // rows of this thread's vectors
   Row rows[S::blocks][2];
 
@@ -60,39 +62,42 @@ template <typename S> struct Consumer {
     if (lane == 0)
       for (int i = count; i < count + stages; ++i) ptx::mbarrier_arrive(empty + 8 * (i % S::stages));
   }
-  // Where a key that find_places found lies; `first`: the tile's first stage.
+  // `first`: the tile's first stage.
   __device__ __forceinline__ RowAddress address(int place, int first, bool slots) const {
-    return place == kNowhere ? RowAddress{zeros, -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64};
+    return place < 0 ? RowAddress{zeros, -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64};
   }
 
   // Queries, and what the rows see.
   __device__ __forceinline__ void load(const Job& job) {
     const Block& block = job.block;
-    const int valid = block.rows * group_heads;
+    const int valid = block.rows * heads.d;
     barrier();  // nobody reads the job before's
     for (int i = threadIdx.x; i < S::vectors * (D / 8); i += S::consumers) {
       const int vector = i / (D / 8), piece = i % (D / 8);
       uint4 x = make_uint4(0, 0, 0, 0);
       if (vector < valid)
         x = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
-                                            (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
-      *reinterpret_cast<uint4*>(shared.probabilities + vector * S::row_bytes + piece * 16) = x;
+                                            (static_cast<int64_t>(block.begin + heads.quotient(vector)) * p.q_heads + job.kv_head * heads.d + heads.remainder(vector)) * D + piece * 8);
+      *reinterpret_cast<uint4*>(shared.queries + vector * S::query_bytes + piece * 16) = x;
     }
     if (threadIdx.x < block.rows) {
       shared.len[threadIdx.x] = describe_row(p, block.begin + threadIdx.x).len;
       shared.nodes[threadIdx.x] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + threadIdx.x]) : 0;
     }
     barrier();
+    if constexpr (S::keeps_queries)
 #pragma unroll
-    for (int b = 0; b < S::blocks; ++b) {
+      for (int k = 0; k < D / 16; ++k) load_query(kept_query[k], 0, k);
 #pragma unroll
-      for (int k = 0; k < D / 16; ++k) ptx::ldmatrix_x4(q[b][k], probabilities + (16 * b + lane % 16) * S::row_bytes + (2 * k + lane / 16) * 16);
+    for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        local[b][h] = (16 * b + lane / 4 + 8 * h) / group_heads;
+        local[b][h] = heads.quotient(16 * b + lane / 4 + 8 * h);
         rows[b][h] = row_at(job, local[b][h]);
       }
-    }
+  }
+  __device__ __forceinline__ void load_query(uint32_t (&a)[4], int b, int k) const {
+    ptx::ldmatrix_x4(a, queries + (16 * b + lane % 16) * S::query_bytes + (2 * k + lane / 16) * 16);
   }
 
   __device__ __forceinline__ Row row_at(const Job& job, int r) const {
@@ -116,8 +121,16 @@ template <typename S> struct Consumer {
       ptx::ldmatrix_x4(x, key.piece(4 * k + lane / 8));
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b) {
-        ptx::mma_m16n8k16_bf16(s[b], q[b][2 * k], x[0], x[1]);
-        ptx::mma_m16n8k16_bf16(s[b], q[b][2 * k + 1], x[2], x[3]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (S::keeps_queries) {
+            ptx::mma_m16n8k16_bf16(s[b], kept_query[2 * k + half], x[2 * half], x[2 * half + 1]);
+          } else {
+            uint32_t a[4];
+            load_query(a, b, 2 * k + half);
+            ptx::mma_m16n8k16_bf16(s[b], a, x[2 * half], x[2 * half + 1]);
+          }
+        }
       }
     }
   }
@@ -152,7 +165,7 @@ template <typename S> struct Consumer {
   }
 
   // Scores of this warp's eight keys of a tile, whose stages begin at `first`.
-  __device__ __forceinline__ void score_tile(const Job& job, float (&s)[S::blocks][4], int tile, int in_chunk, int first) const {
+  __device__ __forceinline__ void score_tile(const Job& job, float (&s)[S::blocks][4], int tile, int first) const {
     const bool slots = job.loads_slots(tile);
     if (!job.owns(tile) || tile + 16 * (warp / 2) < job.own_begin()) return score(s, {stage_at(first), 8 * warp + lane % 8});
 #pragma unroll
@@ -161,8 +174,8 @@ template <typename S> struct Consumer {
       for (int e = 0; e < 4; ++e) s[b][e] = 0.0f;
 #pragma unroll 1
     for (int r = 0; r < job.block.rows; ++r) {
-      const int place = shared.places[r * kChunk + in_chunk + 8 * warp + lane % 8];
-      if (!__any_sync(~0u, place != kNowhere)) continue;
+      const int place = find_place(p, job, r, row_at(job, r), shared.nodes[r], tile, tile + 8 * warp + lane % 8);
+      if (!__any_sync(~0u, place >= 0)) continue;
       float own[S::blocks][4];
       score(own, address(place, first, slots));
 #pragma unroll
@@ -197,8 +210,8 @@ template <typename S> struct Consumer {
       }
 #pragma unroll 1
       for (int r = 0; r < job.block.rows; ++r) {
-        const int place = shared.places[r * kChunk + at + lane % 16];
-        if (!__any_sync(~0u, place != kNowhere)) continue;
+        const int place = find_place(p, job, r, row_at(job, r), shared.nodes[r], tile, tile + 16 * g + lane % 16);
+        if (!__any_sync(~0u, place >= 0)) continue;
         float sum[S::blocks][2][4];
 #pragma unroll
         for (int b = 0; b < S::blocks; ++b)
@@ -220,11 +233,6 @@ template <typename S> struct Consumer {
   __device__ __forceinline__ State chunk(const Job& job, int chunk) {
     const int chunk_begin = chunk * kChunk, begin = job.tiles_begin(chunk), end = job.tiles_end(chunk);
     auto stages_of = [&](int tile) { return job.loads_slots(tile) + job.loads_more(tile); };
-    if (job.owns((end - 1) / kTile * kTile)) {  // keys of paths in this chunk
-      barrier();  // nobody reads those of the chunk before
-      for (int r = warp; r < job.block.rows; r += S::warps) find_places<kChunk>(p, job, r, row_at(job, r), shared.nodes[r], chunk_begin, shared.places + r * kChunk, lane);
-      barrier();
-    }
 
     float s[kChunkTiles][S::blocks][4];
 #pragma unroll 1
@@ -232,7 +240,7 @@ template <typename S> struct Consumer {
       const int at = (tile - chunk_begin) / kTile, stages = stages_of(tile);
       float x[S::blocks][4];
       wait(copied, stages);
-      score_tile(job, x, tile, tile - chunk_begin, copied);
+      score_tile(job, x, tile, copied);
       give(copied, stages);
       copied += stages;
 #pragma unroll
@@ -335,7 +343,7 @@ template <typename S> struct Consumer {
         const int v = 16 * b + lane / 4 + 8 * h;
         const Row& row = rows[b][h];
         if (local[b][h] >= job.block.rows) continue;
-        const int64_t vector = static_cast<int64_t>(job.block.begin + local[b][h]) * p.q_heads + job.kv_head * group_heads + v % group_heads;
+        const int64_t vector = static_cast<int64_t>(job.block.begin + local[b][h]) * p.q_heads + job.kv_head * heads.d + heads.remainder(v);
         const bool nothing = row.len == 0 && job.run_begin == 0;
         if (!nothing && !row.sees(job.run_begin, run * kChunk)) continue;
         if (nothing || sees_one_run(row, run)) {
@@ -368,11 +376,11 @@ template <typename S> struct Consumer {
     }
     barrier();
     if (!shared.last) return;
-    for (int task = warp; task < 2 * job.block.rows * group_heads; task += S::warps) {
-      const int r = task / 2 / group_heads;
+    for (int task = warp; task < 2 * job.block.rows * heads.d; task += S::warps) {
+      const int r = heads.quotient(task / 2);
       const Row row = row_at(job, r);
       if (row.len > 0 && !sees_one_run(row, run))
-        fold_half<D>(p, row, static_cast<int64_t>(job.block.begin + r) * p.q_heads + job.kv_head * group_heads + task / 2 % group_heads, run, task % 2, lane);
+        fold_half<D, S::blocks == 1 ? 2 : 1>(p, row, static_cast<int64_t>(job.block.begin + r) * p.q_heads + job.kv_head * heads.d + heads.remainder(task / 2), run, task % 2, lane);
     }
   }
 };
@@ -394,6 +402,7 @@ decode_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __gri
     ptx::mbarrier_init_fence();
     shared.zeros = make_uint4(0, 0, 0, 0);
   }
+  const SmallDivisor heads(p.q_heads / p.kv_heads);
   __syncthreads();
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
@@ -405,7 +414,7 @@ decode_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __gri
     for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
     return;
   }
-  Consumer<S> consumer{p, shared, scale, warp, lane, p.q_heads / p.kv_heads, tiles, full, empty, ptx::shared_address(shared.probabilities), ptx::shared_address(&shared.zeros)};
+  Consumer<S> consumer{p, shared, scale, warp, lane, heads, tiles, full, empty, ptx::shared_address(shared.probabilities), ptx::shared_address(shared.queries), ptx::shared_address(&shared.zeros)};
   const int run = share.cursor.run;
   for (int number = share.begin; number < share.end;) {
     Job job(p, share.cursor, number);

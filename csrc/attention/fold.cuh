@@ -17,9 +17,9 @@ struct Partials {
 // Does a row see one run of chunks alone? Then whoever computed that has written the output.
 __device__ __forceinline__ bool sees_one_run(const Row& row, int run) { return row.len <= (row.first / (run * kChunk) + 1) * run * kChunk; }
 
-// Half the columns of a vector, by a warp: those from half * D / 2 on, lane + 32 i. kBatch chunks are read at once; lane j finds the factors of the chunk base + j.
-template <int D> __device__ __forceinline__ void fold_half(const AttentionParams& p, const Row& row, int64_t vector, int run, int half, int lane) {
-  constexpr int kBatch = 2 * kGroupChunks, kColumns = D / 2, kFloats = (kColumns + 31) / 32;
+// Half the columns of a vector, by a warp: those from half * D / 2 on, lane + 32 i. `Groups` groups of chunks are read at once; lane j finds the factors of the chunk base + j.
+template <int D, int Groups> __device__ __forceinline__ void fold_half(const AttentionParams& p, const Row& row, int64_t vector, int run, int half, int lane) {
+  constexpr int kBatch = Groups * kGroupChunks, kColumns = D / 2, kFloats = (kColumns + 31) / 32;
   const Partials part(p, vector);
   const float* from = part.o + half * kColumns + lane;
   float m = SPECRT_MINUS_INF, l = 0.0f, o[kFloats];
@@ -47,7 +47,7 @@ template <int D> __device__ __forceinline__ void fold_half(const AttentionParams
     if (lane % kGroupChunks == 0) before = SPECRT_MINUS_INF;
     const FoldFactors mine_f{ptx::ex2(before - top), ptx::ex2(ml.x - top)};
 #pragma unroll
-    for (int g = 0; g < kBatch / kGroupChunks; ++g) {
+    for (int g = 0; g < Groups; ++g) {
       if (!(seen >> g * kGroupChunks & ((1u << kGroupChunks) - 1))) continue;
       float group_l = 0.0f, group_o[kFloats];
 #pragma unroll

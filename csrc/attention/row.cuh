@@ -20,6 +20,7 @@ __device__ __forceinline__ Row describe_row(const AttentionParams& p, int r) {
   row.prefix = row.len = p.row_prefix[r];
   if (p.ancestors) row.len += __popcll(p.ancestors[r]);
   else if (p.paths)
+#pragma unroll 1
     for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++row.len;
   if (p.window > 0) row.first = max(0, row.len - p.window);
   return row;

@@ -20,7 +20,7 @@ template <int dim_, int warpgroups_> struct Shape {
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int tiles_at_once = 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
-  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
+  static constexpr int producer_registers = 40, consumer_registers = warpgroups == 1 ? 216 : 232;
   static constexpr int tile_bytes = columns / 64 * kBlockBytes;
   // Shared memory: stages; the queries, a tile a warpgroup; O of the run so far, 16 bytes a thread and piece; the rest.
   static constexpr int queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes, pieces = columns / 8, rest = kept + consumers * pieces * 16;
@@ -30,226 +30,226 @@ template <typename S> struct Rest {
   uint4 zeros;
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
-  uint8_t places[S::warps][16];  // for a warp's group of 16 positions: the node at each
   int len[S::vectors];
 };
 
 template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
 
-// O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
-template <typename S> __device__ __forceinline__ void write_vector(const AttentionParams& p, int64_t vector, int slot, bool whole, float m, float l, const float (&o)[S::pieces][4], int i, int lane) {
-  if (whole) {
-    uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * S::dim) + lane % 4;
-    const float r = 1.0f / l;
-#pragma unroll
-    for (int n = 0; n < S::dim / 8; ++n)
-      out[4 * n] = to_bf16(o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(o[n][2 * i + 1] * r).bits) << 16;
-    return;
-  }
-  const Partials part(p, vector);
-  float* to = part.o + static_cast<int64_t>(slot) * S::dim + lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < S::dim / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
-  if (lane % 4 == 0) *reinterpret_cast<float2*>(part.ml + 2 * slot) = make_float2(m, l);
-}
+// What a consumer warp holds. Index i: of its vectors lane / 4 + 8 i.
+template <typename S> struct Consumer {
+  static constexpr int D = S::dim;
+  const AttentionParams& p;
+  unsigned char* shared;
+  float scale;
+  int warp, lane;
+  SmallDivisor heads;  // query heads a KV head
+  uint32_t stages;
+  Rest<S>& rest;
+  int copied = 0;
+  Row rows[2];
+  int local[2];
+  Vectors<D> x;
 
-template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks_per_sm)
-tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ CUtensorMap k_slots,
-                      const __grid_constant__ CUtensorMap v_slots, const __grid_constant__ AttentionParams p, float scale) {
-  constexpr int D = S::dim;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const uint32_t stages = ptx::shared_address(shared), full = ptx::shared_address(rest.full), empty = ptx::shared_address(rest.empty);
-  if (threadIdx.x == S::consumers) {
-    ptx::prefetch_tensor_map(&k_pages);
-    ptx::prefetch_tensor_map(&v_pages);
-    ptx::prefetch_tensor_map(&k_slots);
-    ptx::prefetch_tensor_map(&v_slots);
+  __device__ __forceinline__ uint32_t stage_at(int count) const { return stages + count % S::stages * S::tile_bytes; }
+  __device__ __forceinline__ void wait(int count) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + count % S::stages), count / S::stages & 1); }
+  __device__ __forceinline__ void give(int count) const {
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + count % S::stages));
   }
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < S::stages; ++s) {
-      ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, S::warps);
-    }
-    ptx::mbarrier_init_fence();
-    rest.zeros = make_uint4(0, 0, 0, 0);
-  }
-  __syncthreads();
-  ptx::launch_dependents();
-  ptx::grid_dependency_wait();
-  Share share(p, lane);
-  if (share.begin == share.end) return;
-  BlockCursor& cursor = share.cursor;
+  __device__ __forceinline__ uint32_t queries(int warp) const { return stages + S::queries + warp / 4 * S::tile_bytes; }
+  __device__ __forceinline__ int first_vector() const { return warp * 16; }
+  __device__ __forceinline__ int valid(const Job& job) const { return job.block.rows * heads.d; }
+  __device__ __forceinline__ bool works(const Job& job) const { return first_vector() < valid(job); }  // a warp without vectors takes part in its warpgroup's products
 
-  if (warp >= S::warps) {
-    ptx::give_registers<S::producer_registers>();
-    if (warp > S::warps) return;
-    Producer<S> producer{p, stages, full, empty, lane};
-    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
-    return;
+  __device__ __forceinline__ Row row_at(const Job& job, int r) const {
+    Row row;
+    if (r >= job.block.rows) return row;
+    row.len = rest.len[r];
+    row.prefix = job.has_paths ? job.block.prefix : row.len;
+    if (p.window > 0) row.first = max(0, row.len - p.window);
+    return row;
   }
 
-  ptx::take_registers<S::consumer_registers>();
-  const int group_heads = p.q_heads / p.kv_heads, first_vector = warp * 16;
-  const uint32_t queries = stages + S::queries + warp / 4 * S::tile_bytes, zeros = ptx::shared_address(&rest.zeros);
-  const RowAddress query{queries, first_vector % 64 + lane % 16};
-  float4* kept = reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x;
-  int copied = 0, loaded_block = -1, loaded_head = -1;  // whose queries and rows are there
-  for (int number = share.begin; number < share.end; ++number) {
-    const Job job(p, cursor, number);
+  // Queries, and what the rows see.
+  __device__ __forceinline__ void load(const Job& job) {
     const Block& block = job.block;
-    const int valid = block.rows * group_heads;
-    const bool warp_works = first_vector < valid, both = first_vector + 8 < valid;
-    int local[2];  // rows of this thread's vectors
+    ptx::named_barrier(1, S::consumers);  // nobody reads the job before's
+    const int thread = opaque(threadIdx.x);
+    constexpr int kEach = S::vectors * (S::columns / 8) / S::consumers;
+    uint4 q[kEach];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) local[i] = (first_vector + lane / 4 + 8 * i) / group_heads;
-    const int warp_rows_begin = first_vector / group_heads, warp_rows_end = min((first_vector + 15) / group_heads + 1, block.rows);
-
-    if (block.begin != loaded_block || job.kv_head != loaded_head) {
-    loaded_block = block.begin;
-    loaded_head = job.kv_head;
-      ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
-      constexpr int kEach = S::vectors * (S::columns / 8) / S::consumers;
-      uint4 q[kEach];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int i = j * S::consumers + threadIdx.x, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-        q[j] = make_uint4(0, 0, 0, 0);
-        if (vector < valid && piece * 8 < D)
-          q[j] = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
-                                                 (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
-      }
-      for (int r = threadIdx.x; r < block.rows; r += S::consumers) {
-        const Row row = describe_row(p, block.begin + r);
-        rest.len[r] = row.len;
-        rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + r]) : 0;
-      }
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int i = j * S::consumers + threadIdx.x, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-        *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = q[j];
-      }
-      ptx::async_proxy_fence();
-      ptx::named_barrier(1, S::consumers);
+    for (int j = 0; j < kEach; ++j) {
+      const int i = j * S::consumers + thread, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
+      q[j] = make_uint4(0, 0, 0, 0);
+      if (vector < valid(job) && piece * 8 < D)
+        q[j] = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
+                                               (static_cast<int64_t>(block.begin + heads.quotient(vector)) * p.q_heads + job.kv_head * heads.d + heads.remainder(vector)) * D + piece * 8);
     }
-
-    auto row_at = [&](int r) {
-      Row row;
-      if (r >= block.rows) return row;
-      row.len = rest.len[r];
-      row.prefix = job.has_paths ? block.prefix : row.len;
-      if (p.window > 0) row.first = max(0, row.len - p.window);
-      return row;
-    };
-    const int last_seen = min(job.own_begin(), block.shortest), first_all = p.window > 0 ? max(0, block.longest - p.window) : 0;  // all rows see [first_all, last_seen), in common
-    const int most_path = min(kTile, p.path_depth);
-
-    auto stage_at = [&](int count) { return stages + count % S::stages * S::tile_bytes; };
-    auto wait = [&](int count) { ptx::mbarrier_wait(full + 8 * (count % S::stages), count / S::stages & 1); };
-    auto give = [&](int count) {
-      if (lane == 0) ptx::mbarrier_arrive(empty + 8 * (count % S::stages));
-    };
-
-    float kept_m[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, kept_l[2] = {0.0f, 0.0f};
-    Vectors<D> x;
-    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      x.reset();
-      const int end = job.tiles_end(chunk);
-      for (int tile = job.tiles_begin(chunk); tile < end; tile += kTile) {
-        const bool shared_keys = tile < block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
-        // Where the key (or value) at a position of a row lies, for lane j < 16 at position tile + 16 g + j: the row of the stage, + 64 in the second stage; -1: nowhere.
-        auto own_place = [&](int r, const Row& row, int g) {
-          const int begin = tile + 16 * g, position = begin + lane % 16;
-          int entry = r * most_path + position - max(tile, row.prefix);
-          if (p.ancestors) {
-            const uint64_t word = rest.nodes[r];
+    for (int r = thread; r < block.rows; r += S::consumers) {
+      rest.len[r] = describe_row(p, block.begin + r).len;
+      rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + r]) : 0;
+    }
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int node = lane + 32 * half, at = row.prefix + __popcll(word & ((1ull << node) - 1)) - begin;
-              if ((word >> node & 1) && at >= 0 && at < 16) rest.places[warp][at] = static_cast<uint8_t>(node);
-            }
-            __syncwarp();
-            entry = rest.places[warp][lane % 16];
-            __syncwarp();
-          }
-          if (position < row.first || position >= row.len) return -1;
-          return position < row.prefix ? position - tile : (job.many_nodes ? row.prefix + entry - tile : 64 + entry);
-        };
-        auto address = [&](int place, int first) -> RowAddress { return place < 0 ? RowAddress{zeros, -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64}; };
-        // f(place of lane's key, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
-        auto each_own = [&](auto&& f) {
-#pragma unroll 1
-          for (int r = warp_rows_begin; r < warp_rows_end; ++r) {
-            const Row row = row_at(r);
-            const bool mine[2] = {local[0] == r, local[1] == r};
-#pragma unroll 1
-            for (int g = max(0, (job.own_begin() - tile) / 16); g < 4; ++g)
-              if (row.sees(tile + 16 * g, 16)) f(own_place(r, row, g), g, mine);
-          }
-        };
-
-        const int keys = copied, values = copied + slots + more;  // as the producer counts
-        if (slots) wait(keys);
-        if (shared_keys) x.score(queries, stage_at(keys));
-        else x.reset_scores();
-        if (owns) {
-          if (more) wait(keys + slots);
-          if (warp_works)
-            each_own([&](int place, int g, const bool(&mine)[2]) {
-              x.score_own(g, query, address(__shfl_sync(~0u, place, lane / 16 * 8 + lane % 8), keys), mine, lane);
-            });
-        }
-        __syncwarp();
-        if (slots) give(keys);
-        if (more) give(keys + slots);
-
-        if (!warp_works) {
-          x.no_probabilities();
-        } else if (tile >= first_all && tile + kTile <= last_seen) {
-          x.template softmax<false>({}, {}, scale, both, lane);
-        } else {
-          int low[2], high[2];
+    for (int j = 0; j < kEach; ++j) {
+      const int i = j * S::consumers + thread, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
+      *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = q[j];
+    }
+    ptx::async_proxy_fence();
+    ptx::named_barrier(1, S::consumers);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const Row row = row_at(local[i]);
-            low[i] = row.low(tile);
-            high[i] = row.high(tile, kTile);
-          }
-          x.template softmax<true>(low, high, scale, both, lane);
-        }
+    for (int i = 0; i < 2; ++i) {
+      local[i] = heads.quotient(first_vector() + lane / 4 + 8 * i);
+      rows[i] = row_at(job, local[i]);
+    }
+  }
 
-        if (slots) wait(values);
-        if (shared_keys) {
-          const int groups = owns ? max(0, (job.own_begin() - tile) / 16) : 4;  // the groups of 16 keys that all rows read from the tile
-          const int low = job.first_seen - tile, high = owns ? groups * 16 : block.prefix - tile;
-          if (low > 0 || high < groups * 16) {  // V rows nobody sees may hold NaN: zeros
-            for (int i = threadIdx.x % 128; i < kTile * (S::columns / 8); i += 128) {
-              const int j = i / (S::columns / 8);
-              if (j < low || (j >= high && j < groups * 16))
-                *reinterpret_cast<uint4*>(shared + (piece_address(stage_at(values), j, i % (S::columns / 8)) - stages)) = make_uint4(0, 0, 0, 0);
-            }
-            ptx::async_proxy_fence();
-            ptx::named_barrier(2 + warp / 4, 128);
+  // Tiles that all rows see in full: while the values of one are added, the next one's scores and probabilities are made.
+  __device__ __forceinline__ void plain_tiles(int tiles) {
+    float a[2];
+    wait(copied);
+    x.reset_scores();
+    ptx::wgmma_fence();
+    x.start_scores(queries(warp), stage_at(copied));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    x.pin_scores();
+    give(copied);
+    x.template softmax<false>({}, {}, scale, lane, a);
+    x.join(a);
+#pragma unroll 1
+    for (; tiles > 1; --tiles) {
+      wait(copied + 2);
+      x.reset_scores();
+      ptx::wgmma_fence();
+      x.start_scores(queries(warp), stage_at(copied + 2));
+      ptx::wgmma_commit();
+      wait(copied + 1);
+      x.start_values(stage_at(copied + 1));
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      x.pin_scores();
+      give(copied + 2);
+      x.template softmax<false>({}, {}, scale, lane, a);
+      x.pin_scores();
+      wait(copied + 1);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_results(x.o);
+      give(copied + 1);
+      x.join(a);
+      copied += 2;
+    }
+    wait(copied + 1);
+    ptx::wgmma_fence();
+    x.start_values(stage_at(copied + 1));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_results(x.o);
+    give(copied + 1);
+    copied += 2;
+  }
+
+  // Any other tile.
+  __device__ __forceinline__ void any_tile(const Job& job, int tile) {
+    const int lane = opaque(this->lane), warp = opaque(this->warp), first_vector = 16 * warp;
+    const bool shared_keys = tile < job.block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
+    const int warp_rows_begin = heads.quotient(first_vector), warp_rows_end = min(heads.quotient(first_vector + 15) + 1, job.block.rows);
+    // f(places of lane's key, row in the group, for kOwnRows rows, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
+    auto each_own = [&](int key, int first, auto&& f) {
+#pragma unroll 1
+      for (int g = max(0, (job.own_begin() - tile) / 16); g < 4; ++g)
+#pragma unroll 1
+        for (int r = warp_rows_begin; r < warp_rows_end; r += kOwnRows) {
+          RowAddress at[kOwnRows];
+          bool mine[kOwnRows][2], any = false;
+#pragma unroll
+          for (int j = 0; j < kOwnRows; ++j) {
+            const int row = r + j, place = row < warp_rows_end ? find_place(p, job, row, row_at(job, row), rest.nodes[row], tile, tile + 16 * g + key) : -1;
+            at[j] = place < 0 ? RowAddress{ptx::shared_address(&rest.zeros), -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64};
+            mine[j][0] = local[0] == row;
+            mine[j][1] = local[1] == row;
+            any |= place >= 0;
           }
-          x.accumulate(stage_at(values), groups);
+          if (__any_sync(~0u, any)) f(g, at, mine);
         }
-        if (owns) {
-          if (more) wait(values + slots);
-          if (warp_works)
-            each_own([&](int place, int g, const bool(&mine)[2]) {
-              x.accumulate_own(g, address(__shfl_sync(~0u, place, lane / 8 % 2 * 8 + lane % 8), values), mine, lane);
-            });
+    };
+
+    const int keys = copied, values = copied + slots + more;  // as the producer counts
+    if (slots) wait(keys);
+    x.reset_scores();
+    if (shared_keys) {
+      ptx::wgmma_fence();
+      x.start_scores(queries(warp), stage_at(keys));
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      x.pin_scores();
+    }
+    if (owns) {
+      if (more) wait(keys + slots);
+      const RowAddress query{queries(warp), first_vector % 64 + lane % 16};
+      each_own(lane / 16 * 8 + lane % 8, keys, [&](int g, const RowAddress(&at)[kOwnRows], const bool(&mine)[kOwnRows][2]) { x.score_own(g, query, at, mine, lane); });
+    }
+    __syncwarp();
+    if (slots) give(keys);
+    if (more) give(keys + slots);
+
+    int low[2], high[2];
+    float a[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      low[i] = rows[i].low(tile);
+      high[i] = rows[i].high(tile, kTile);
+    }
+    x.template softmax<true>(low, high, scale, lane, a);
+    x.join(a);
+
+    if (slots) wait(values);
+    if (shared_keys) {
+      const int groups = owns ? max(0, (job.own_begin() - tile) / 16) : 4;  // the groups of 16 keys that all rows read from the tile
+      const int low_seen = job.first_seen - tile, high_seen = owns ? groups * 16 : job.block.prefix - tile;
+      if (low_seen > 0 || high_seen < groups * 16) {  // V rows nobody sees may hold NaN: zeros
+        for (int i = warp % 4 * 32 + lane; i < kTile * (S::columns / 8); i += 128) {
+          const int j = i / (S::columns / 8);
+          if (j < low_seen || (j >= high_seen && j < groups * 16))
+            *reinterpret_cast<uint4*>(shared + (piece_address(stage_at(values), j, i % (S::columns / 8)) - stages)) = make_uint4(0, 0, 0, 0);
         }
-        __syncwarp();
-        if (slots) give(values);
-        if (more) give(values + slots);
-        copied = values + slots + more;
+        ptx::async_proxy_fence();
+        ptx::named_barrier(2 + warp / 4, 128);
       }
-      if (!warp_works) continue;
+      x.accumulate(stage_at(values), groups);
+    }
+    if (owns) {
+      if (more) wait(values + slots);
+      each_own(lane % 16, values, [&](int g, const RowAddress(&at)[kOwnRows], const bool(&mine)[kOwnRows][2]) { x.accumulate_own(g, at, mine, lane); });
+    }
+    __syncwarp();
+    if (slots) give(values);
+    if (more) give(values + slots);
+    copied = values + slots + more;
+  }
 
+  __device__ __forceinline__ void chunk(const Job& job, int chunk) {
+    // All rows see the positions from first_all to last_all, in common.
+    const int first_all = p.window > 0 ? max(0, job.block.longest - p.window) : 0, last_all = min(job.own_begin(), job.block.shortest), end = job.tiles_end(chunk);
+    x.reset();
+    for (int tile = job.tiles_begin(chunk); tile < end;) {
+      const int plain = tile >= first_all ? (min(last_all, (chunk + 1) * kChunk) - tile) / kTile : 0;
+      if (plain > 0) {
+        plain_tiles(plain);
+        tile += plain * kTile;
+      } else {
+        any_tile(job, tile);
+        tile += kTile;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run(const Job& job, int run) {
+    float4* kept = reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x;
+    float kept_m[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, kept_l[2] = {0.0f, 0.0f};
+#pragma unroll 1
+    for (int number = job.chunk_begin; number < job.chunk_end; ++number) {
+      chunk(job, number);
       // The chunk joins the run.
-      if (chunk == job.chunk_begin) {
+      if (number == job.chunk_begin) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           kept_m[i] = x.m[i];
@@ -260,7 +260,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
         FoldFactors f[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          sees[i] = row_at(local[i]).sees(chunk * kChunk, kChunk);
+          sees[i] = rows[i].sees(number * kChunk, kChunk);
           f[i] = {1.0f, 0.0f};
           if (sees[i]) f[i] = fold_factors(kept_m[i], x.m[i]);
           kept_l[i] = sees[i] ? fold_value(kept_l[i], x.l[2 * i], f[i]) : kept_l[i];
@@ -273,22 +273,74 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
           for (int e = 0; e < 4; ++e) x.o[n][e] = sees[e / 2] ? fold_value(before[e], x.o[n][e], f[e / 2]) : before[e];
         }
       }
-      if (chunk + 1 < job.chunk_end)
+      if (number + 1 < job.chunk_end)
 #pragma unroll
         for (int n = 0; n < S::pieces; ++n) kept[n * S::consumers] = make_float4(x.o[n][0], x.o[n][1], x.o[n][2], x.o[n][3]);
     }
-    if (!warp_works) continue;
-
-    const int run_begin = job.run_begin, run = cursor.run * kChunk;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int vector = first_vector + lane / 4 + 8 * i;
-      const Row row = row_at(local[i]);
-      if (vector >= valid || !row.sees(run_begin, run)) continue;
-      const bool whole = sees_one_run(row, cursor.run);
-      write_vector<S>(p, static_cast<int64_t>(block.begin + local[i]) * p.q_heads + job.kv_head * group_heads + vector % group_heads, run_begin / kChunk, whole, kept_m[i], kept_l[i],
-                      x.o, i, lane);
+      const int vector = first_vector() + lane / 4 + 8 * i;
+      if (vector < valid(job) && rows[i].sees(job.run_begin, run * kChunk))
+        write(static_cast<int64_t>(job.block.begin + local[i]) * p.q_heads + job.kv_head * heads.d + heads.remainder(vector), job.run_begin / kChunk, sees_one_run(rows[i], run),
+              kept_m[i], kept_l[i], i);
     }
+  }
+
+  // O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
+  __device__ __forceinline__ void write(int64_t vector, int slot, bool whole, float m, float l, int i) const {
+    if (whole) {
+      uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * D) + lane % 4;
+      const float r = 1.0f / l;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+        out[4 * n] = to_bf16(x.o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(x.o[n][2 * i + 1] * r).bits) << 16;
+      return;
+    }
+    const Partials part(p, vector);
+    float* to = part.o + static_cast<int64_t>(slot) * D + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(x.o[n][2 * i], x.o[n][2 * i + 1]);
+    if (lane % 4 == 0) *reinterpret_cast<float2*>(part.ml + 2 * slot) = make_float2(m, l);
+  }
+};
+
+template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks_per_sm)
+tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ CUtensorMap k_slots,
+                      const __grid_constant__ CUtensorMap v_slots, const __grid_constant__ AttentionParams p, float scale) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t stages = ptx::shared_address(shared), full = ptx::shared_address(rest.full), empty = ptx::shared_address(rest.empty);
+  if (threadIdx.x == S::consumers)
+    for (const CUtensorMap* map : {&k_pages, &v_pages, &k_slots, &v_slots}) ptx::prefetch_tensor_map(map);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < S::stages; ++s) {
+      ptx::mbarrier_init(full + 8 * s, 1);
+      ptx::mbarrier_init(empty + 8 * s, S::warps);
+    }
+    ptx::mbarrier_init_fence();
+    rest.zeros = make_uint4(0, 0, 0, 0);
+  }
+  const SmallDivisor heads(p.q_heads / p.kv_heads);
+  __syncthreads();
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
+  Share share(p, lane);
+  if (share.begin == share.end) return;
+
+  if (warp >= S::warps) {
+    ptx::give_registers<S::producer_registers>();
+    if (warp > S::warps) return;
+    Producer<S> producer{p, stages, full, empty, lane};
+    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
+    return;
+  }
+  ptx::take_registers<S::consumer_registers>();
+  Consumer<S> consumer{p, shared, scale, warp, lane, heads, stages, rest};
+  for (int number = share.begin; number < share.end; ++number) {
+    const Job job(p, share.cursor, number);
+    if (number == share.begin || job.piece == 0) consumer.load(job);
+    consumer.run(job, share.cursor.run);
   }
 }
 
@@ -304,7 +356,7 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_k
   const int rows = *p.num_rows, run = plan_header(p.plan).run;  // all loads at once
   const Row row = describe_row(p, r);
   if (r >= rows || (row.len > 0 && sees_one_run(row, run))) return;  // written where it was computed
-  fold_half<D>(p, row, vector, run, task % 2, threadIdx.x % 32);
+  fold_half<D, 2>(p, row, vector, run, task % 2, threadIdx.x % 32);
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {

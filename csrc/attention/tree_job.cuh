@@ -23,6 +23,22 @@ struct RowAddress {
   __device__ uint32_t piece(int i) const { return row < 0 ? tile : piece_address(tile, row, i); }
 };
 
+// x, of which the compiler knows nothing: what follows from it is computed where it is used, not kept in registers from job to job.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+__device__ __forceinline__ int exponent(int power_of_two) { return __ffs(power_of_two) - 1; }
+
+// v / d for v < 128, d <= 16 without a division.
+struct SmallDivisor {
+  int d, reciprocal;
+  __device__ explicit SmallDivisor(int d_) : d(d_), reciprocal(65536 / d_ + 1) {}
+  __device__ int quotient(int v) const { return v * reciprocal >> 16; }
+  __device__ int remainder(int v) const { return v - quotient(v) * d; }
+};
+
 // A CTA's jobs: neighbouring ones, pieces of one block and KV head. All loads at once.
 struct Share {
   int begin, end;
@@ -77,7 +93,7 @@ struct Job {
 template <typename S> struct Producer {
   const AttentionParams& p;
   uint32_t stages, full, empty;
-  int lane, copied = 0;
+  int lane, page_shift = exponent(p.page), copied = 0;
 
   __device__ uint32_t stage(int bytes) {
     const int s = copied % S::stages;
@@ -90,7 +106,7 @@ template <typename S> struct Producer {
 
   // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
   __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
-    const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
+    const int page = lane & ((kTile >> page_shift) - 1), block = lane * p.page / kTile, at = tile + page * p.page;
     const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
     if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
@@ -118,7 +134,7 @@ template <typename S> struct Producer {
 
   // The row of the pool [pages x kv heads x page, D] that holds a slot.
   __device__ int pool_row(const Job& job, int slot) const {
-    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot / p.page] * p.kv_heads + job.kv_head) * p.page + slot % p.page;
+    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + (slot >> page_shift)] * p.kv_heads + job.kv_head) * p.page + (slot & (p.page - 1));
   }
 
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
@@ -130,15 +146,15 @@ template <typename S> struct Producer {
       wanted = static_cast<uint64_t>(high) << 32 | low;
     }
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
+      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk >> page_shift, mine = first_page + lane;
+      const int ids = lane < (kChunk + kTile) >> page_shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
       for (int from = begin; from < end; from += S::tiles_at_once * kTile)
         for (int which = 0; which < 2; ++which)
           for (int at = from; at < min(end, from + S::tiles_at_once * kTile); at += kTile) {
             const bool slots = job.loads_slots(at), more = job.loads_more(at);
             const CUtensorMap* pages = which ? v_pages : k_pages;
-            const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
-            const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
+            const int place = (at >> page_shift) - first_page + (lane & ((kTile >> page_shift) - 1));
+            const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + (kTile >> page_shift));
             if (slots) tile(job, pages, at, page_ids);
             if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
             if (more && !job.many_nodes) {
@@ -152,29 +168,33 @@ template <typename S> struct Producer {
   }
 };
 
-// Where the keys (and values) of row r lie at the positions begin .. begin + Count - 1, begin a tile's first: the row of the tile's first stage, + 64 in its second.
-// By one warp, which synchronises before it reads.
-constexpr int kNowhere = 255;
-template <int Count> __device__ __forceinline__ void find_places(const AttentionParams& p, const Job& job, int r, const Row& row, uint64_t nodes, int begin, uint8_t* places, int lane) {
-  const int most_path = min(kTile, p.path_depth);
-#pragma unroll
-  for (int j = lane; j < Count; j += 32) {
-    const int position = begin + j, tile = position / kTile * kTile;
-    int place = kNowhere;
-    if (position >= row.first && position < row.len) {
-      if (position < row.prefix) place = position - tile;
-      else if (p.paths) place = 64 + r * most_path + position - max(tile, row.prefix);
-    }
-    places[j] = static_cast<uint8_t>(place);
+// The d-th of a word's bits that are set (of more than d).
+__device__ __forceinline__ int find_bit(uint64_t word, int d) {
+  uint32_t rest = static_cast<uint32_t>(word);
+  int at = 0;
+  if (const int below = __popc(rest); d >= below) {
+    d -= below;
+    at = 32;
+    rest = static_cast<uint32_t>(word >> 32);
   }
-  if (!p.ancestors) return;
-  __syncwarp();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int node = lane + 32 * half, position = row.prefix + __popcll(nodes & ((1ull << node) - 1)), j = position - begin;
-    if ((nodes >> node & 1) && j >= 0 && j < Count && position >= row.first)
-      places[j] = static_cast<uint8_t>(job.many_nodes ? row.prefix + node - position / kTile * kTile : 64 + node);
+  for (int size = 16; size > 0; size /= 2) {
+    const int below = __popc(rest & ((1u << size) - 1));
+    if (d < below) continue;
+    d -= below;
+    at += size;
+    rest >>= size;
   }
+  return at;
+}
+
+// Where the key (or value) at a position of a tile lies for row r: the row of the tile's first stage, + 64 in its second; -1: the row does not see it.
+__device__ __forceinline__ int find_place(const AttentionParams& p, const Job& job, int r, const Row& row, uint64_t nodes, int tile, int position) {
+  if (position < row.first || position >= row.len) return -1;
+  if (position < row.prefix) return position - tile;
+  if (p.paths) return 64 + r * min(kTile, p.path_depth) + position - max(tile, row.prefix);
+  const int node = find_bit(nodes, position - row.prefix);
+  return job.many_nodes ? row.prefix + node - tile : 64 + node;
 }
 
 // The pools as the copy engine sees them: [pages x kv heads x page, D] in pages, and in slots.

@@ -8,6 +8,8 @@
 
 namespace specrt {
 
+constexpr int kOwnRows = 2;  // rows whose own keys are worked on at once
+
 template <int D> struct Vectors {
   static constexpr int kColumns = D <= 64 ? 64 : 128;  // of a tile; columns from D on are zeros
   float m[2], l[4], o[kColumns / 8][4];  // l: the product with a column of ones; l[0] for i = 0, l[2] for i = 1
@@ -29,51 +31,58 @@ template <int D> struct Vectors {
     for (int n = 0; n < 32; ++n) s[n] = 0.0f;
   }
 
-  // Scores of all 64 keys of a tile; `queries`: the 64 vectors, laid out as a tile is. By the whole warpgroup.
-  __device__ __forceinline__ void score(uint32_t queries, uint32_t keys) {
+  // Starts the scores of all 64 keys of a tile; `queries`: the 64 vectors, laid out as a tile is. By the whole warpgroup; then commit, and wait.
+  __device__ __forceinline__ void start_scores(uint32_t queries, uint32_t keys) {
     const uint64_t a = ptx::wgmma_descriptor(queries), b = ptx::wgmma_descriptor(keys);
-    reset_scores();
-    ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) ptx::wgmma_bf16(s, a + k / 4 * (kBlockBytes >> 4) + k % 4 * 2, b + k / 4 * (kBlockBytes >> 4) + k % 4 * 2);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
+  }
+  // Keeps the compiler from using the scores earlier, or from leaving what is to be done with them until later.
+  __device__ __forceinline__ void pin_scores() {
 #pragma unroll
-    for (int n = 0; n < 32; ++n) asm volatile("" : "+f"(s[n])::"memory");  // not used before
+    for (int n = 0; n < 32; ++n) asm volatile("" : "+f"(s[n])::"memory");
   }
 
-  // Scores of 16 keys, whose rows lie at `key` (of lane's key lane / 16 * 8 + lane % 8), into columns 16 group.. of the vectors that are `mine`; `query`: this warp's 16
-  // vectors, the address of row lane % 16. By one warp.
-  __device__ __forceinline__ void score_own(int group, RowAddress query, RowAddress key, const bool (&mine)[2], int lane) {
-    float s0[4] = {0.0f, 0.0f, 0.0f, 0.0f}, s1[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  // Scores of 16 keys of each of some rows' paths into columns 16 group.. of the rows' vectors (mine[r]: which); keys: where lane's key lane / 16 * 8 + lane % 8 lies;
+  // query: this warp's 16 vectors, the address of row lane % 16. By one warp.
+  __device__ __forceinline__ void score_own(int group, RowAddress query, const RowAddress (&keys)[kOwnRows], const bool (&mine)[kOwnRows][2], int lane) {
+    float x[kOwnRows][2][4];
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[r][0][e] = x[r][1][e] = 0.0f;
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
-      uint32_t a[4], b[4];
+      uint32_t a[4];
       ptx::ldmatrix_x4(a, query.piece(2 * k + lane / 16));
-      ptx::ldmatrix_x4(b, key.piece(2 * k + lane / 8 % 2));
-      ptx::mma_m16n8k16_bf16(s0, a, b[0], b[1]);
-      ptx::mma_m16n8k16_bf16(s1, a, b[2], b[3]);
+#pragma unroll
+      for (int r = 0; r < kOwnRows; ++r) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4(b, keys[r].piece(2 * k + lane / 8 % 2));
+        ptx::mma_m16n8k16_bf16(x[r][0], a, b[0], b[1]);
+        ptx::mma_m16n8k16_bf16(x[r][1], a, b[2], b[3]);
+      }
     }
 #pragma unroll
-    for (int g = 0; g < 4; ++g)
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {  // no index that is not a constant: s stays in registers
-        s[8 * g + e] = g == group && mine[e / 2] ? s0[e] : s[8 * g + e];
-        s[8 * g + 4 + e] = g == group && mine[e / 2] ? s1[e] : s[8 * g + 4 + e];
+      for (int e = 0; e < 4; ++e) {
+        float y = x[0][half][e];
+        bool any = mine[0][e / 2];
+#pragma unroll
+        for (int r = 1; r < kOwnRows; ++r) {
+          y = mine[r][e / 2] ? x[r][half][e] : y;
+          any |= mine[r][e / 2];
+        }
+#pragma unroll
+        for (int g = 0; g < 4; ++g) s[8 * g + 4 * half + e] = g == group && any ? y : s[8 * g + 4 * half + e];  // no index that is not a constant: s stays in registers
       }
   }
 
-  // Scores -> probabilities, the new maxima, l and O scaled and the row sums added. low, high: what the vectors see of the tile, where Masked; else all.
-  // both: this warp has more than 8 vectors.
-  template <bool Masked> __device__ __forceinline__ void softmax(const int (&low)[2], const int (&high)[2], float scale, bool both, int lane) {
-    float a[2] = {1.0f, 1.0f};
+  // Scores -> probabilities; the new maxima, and a, by which l and O are to be scaled. low, high: what the vectors see of the tile, where Masked; else all.
+  template <bool Masked> __device__ __forceinline__ void softmax(const int (&low)[2], const int (&high)[2], float scale, int lane, float (&a)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (i == 1 && !both) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n) s[4 * n + 2] = s[4 * n + 3] = 0.0f;
-        break;
-      }
       float top = m[i];
 #pragma unroll
       for (int n = 0; n < 8; ++n)
@@ -97,6 +106,10 @@ template <int D> struct Vectors {
           x = !Masked || (j >= low[i] && j < high[i]) ? ptx::ex2(x - top) : 0.0f;
         }
     }
+  }
+
+  // The probabilities become p; l and O scaled, the row sums added. No product may be under way that reads p or adds to O.
+  __device__ __forceinline__ void join(const float (&a)[2]) {
 #pragma unroll
     for (int g = 0; g < 4; ++g)
 #pragma unroll
@@ -114,59 +127,58 @@ template <int D> struct Vectors {
     for (int g = 0; g < 4; ++g) ptx::mma_m16n8k16_bf16(l, p[g], kOnes, kOnes);
   }
 
-  // A warp without vectors takes part in its warpgroup's products.
-  __device__ __forceinline__ void no_probabilities() {
-#pragma unroll
-    for (int g = 0; g < 4; ++g)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) p[g][i] = 0u;
-  }
-
-  // Those of a group that is known at run time only.
+  // Probabilities of a group that is known at run time only.
   __device__ __forceinline__ void probabilities(int group, uint32_t (&a)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = group < 2 ? (group == 0 ? p[0][i] : p[1][i]) : (group == 2 ? p[2][i] : p[3][i]);
   }
 
+  // Starts O += P V over a tile. By the whole warpgroup; then commit, and wait.
+  __device__ __forceinline__ void start_values(uint32_t values) {
+    const uint64_t b = ptx::wgmma_column_descriptor(values, kBlockBytes);
+#pragma unroll
+    for (int g = 0; g < 4; ++g) ptx::wgmma_columns(o, p[g], b + 128 * g, true);
+  }
+
   // O += P V over the first `groups` groups of 16 keys of a tile. By the whole warpgroup.
   __device__ __forceinline__ void accumulate(uint32_t values, int groups) {
     const uint64_t b = ptx::wgmma_column_descriptor(values, kBlockBytes);
-    if (groups < 4) {
-      for (int g = 0; g < groups; ++g) {
-        uint32_t a[4];
-        probabilities(g, a);
-        ptx::wgmma_fence();
-        ptx::wgmma_columns(o, a, b + 128 * g, true);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_results(o);
-      }
-      return;
+#pragma unroll 1
+    for (int g = 0; g < groups; ++g) {
+      uint32_t a[4];
+      probabilities(g, a);
+      ptx::wgmma_fence();
+      ptx::wgmma_columns(o, a, b + 128 * g, true);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_results(o);
     }
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int g = 0; g < 4; ++g) ptx::wgmma_columns(o, p[g], b + 128 * g, true);
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_results(o);
   }
 
-  // O += P V over the 16 keys of a group, whose V rows lie at `value` (of lane's key lane / 8 % 2 * 8 + lane % 8), for the vectors that are `mine`. By one warp.
-  __device__ __forceinline__ void accumulate_own(int group, RowAddress value, const bool (&mine)[2], int lane) {
+  // O += P V over 16 keys of each of some rows' paths, for the rows' vectors; values: where lane's V row lane % 16 lies. By one warp.
+  __device__ __forceinline__ void accumulate_own(int group, const RowAddress (&values)[kOwnRows], const bool (&mine)[kOwnRows][2], int lane) {
     uint32_t a[4];
     probabilities(group, a);
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, value.piece(2 * n + lane / 16));
+      float x[kOwnRows][2][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float(&x)[4] = o[2 * n + half];
-        float sum[4] = {x[0], x[1], x[2], x[3]};
-        ptx::mma_m16n8k16_bf16(sum, a, b[2 * half], b[2 * half + 1]);
+      for (int r = 0; r < kOwnRows; ++r) {
+        uint32_t b[4];
+        ptx::ldmatrix_x4_trans(b, values[r].piece(2 * n + lane / 16));
 #pragma unroll
-        for (int e = 0; e < 4; ++e) x[e] = mine[e / 2] ? sum[e] : x[e];
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[r][half][e] = o[2 * n + half][e];
+          ptx::mma_m16n8k16_bf16(x[r][half], a, b[2 * half], b[2 * half + 1]);
+        }
       }
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+          for (int r = 0; r < kOwnRows; ++r) o[2 * n + half][e] = mine[r][e / 2] ? x[r][half][e] : o[2 * n + half][e];
     }
   }
 };
