@@ -5,6 +5,8 @@
 // and values take 96 KB of an SM at most, so that the next kernel can come up beside it. The last CTA to finish a block and KV head folds their chunks.
 //
 // Bytes: K and V once, D + 2 floats for each vector and run.
+#include <cstddef>
+
 #include "attention/fold.cuh"
 #include "attention/tree_job.cuh"
 #include "ptx/dependency.cuh"
@@ -17,7 +19,6 @@ namespace {
 template <int dim_, int blocks_> struct Shape {
   static constexpr int dim = dim_, blocks = blocks_, vectors = 16 * blocks, columns = dim <= 64 ? 64 : 128, warps = 8, consumers = 32 * warps, threads = consumers + 32;
   static constexpr int stages = 6, tiles_at_once = kChunkTiles, tile_bytes = columns / 64 * kBlockBytes;
-  static constexpr bool keeps_queries = blocks == 1;  // in registers
   static constexpr int row_bytes = kChunk * 2 + 16, query_bytes = dim * 2 + 16;  // of a vector's probabilities and elements; 16 bytes more: ldmatrix reads 8 rows from different banks
 };
 
@@ -31,20 +32,21 @@ template <typename S> struct Shared {
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
   int len[S::vectors];
+  int ids[32];  // the producer's
   int last;                    // all other jobs of the block and KV head are done
 };
 
 // What a consumer warp holds: index b is a block of 16 vectors, h the vector lane / 4 + 8 h in it.
 template <typename S> struct Consumer {
   static constexpr int D = S::dim;
+  static constexpr uint32_t kOnes = 0x3f803f80u;
   const AttentionParams& p;
   Shared<S>& shared;
   float scale;
   int warp, lane;
   SmallDivisor heads;  // query heads a KV head
-  uint32_t tiles, full, empty, probabilities, queries, zeros;
-  int copied = 0;
-  uint32_t kept_query[S::keeps_queries ? D / 16 : 1][4];
+  uint32_t base;  // the shared address of `shared`
+  Turn<S::stages> turn{};  // of the next tile
   int local[S::blocks][2];  // rows of this thread's vectors
   Row rows[S::blocks][2];
 
@@ -53,18 +55,28 @@ template <typename S> struct Consumer {
   };
 
   __device__ __forceinline__ void barrier() const { ptx::named_barrier(1, S::consumers); }
-  __device__ __forceinline__ uint32_t stage_at(int count) const { return tiles + count % S::stages * S::tile_bytes; }
-  __device__ __forceinline__ void wait(int count, int stages) const {
-    for (int i = count; i < count + stages; ++i) ptx::mbarrier_wait(full + 8 * (i % S::stages), i / S::stages & 1);
-  }
-  __device__ __forceinline__ void give(int count, int stages) const {
+  __device__ __forceinline__ uint32_t probabilities() const { return base + offsetof(Shared<S>, probabilities); }
+  using At = Turn<S::stages>;
+  __device__ __forceinline__ uint32_t stage_at(At at) const { return base + at.stage * S::tile_bytes; }
+  __device__ __forceinline__ void wait(At at) const { ptx::mbarrier_wait(base + offsetof(Shared<S>, full) + 8 * at.stage, at.parity); }
+  __device__ __forceinline__ void give(At at) const {
     __syncwarp();
-    if (lane == 0)
-      for (int i = count; i < count + stages; ++i) ptx::mbarrier_arrive(empty + 8 * (i % S::stages));
+    if (lane == 0) ptx::mbarrier_arrive(base + offsetof(Shared<S>, empty) + 8 * at.stage);
+  }
+  // Waits for the one or two stages of a tile, calls f with the first, and gives them back.
+  template <typename F> __device__ __forceinline__ void with_tile(const Job& job, int tile, F&& f) {
+    const bool two = job.loads_slots(tile) && job.loads_more(tile);
+    const At first = turn;
+    wait(first);
+    if (two) wait(first.after(1));
+    f(first);
+    give(first);
+    if (two) give(first.after(1));
+    turn = first.after(two ? 2 : 1);
   }
   // `first`: the tile's first stage.
-  __device__ __forceinline__ RowAddress address(int place, int first, bool slots) const {
-    return place < 0 ? RowAddress{zeros, -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64};
+  __device__ __forceinline__ RowAddress address(int place, At first, bool slots) const {
+    return place < 0 ? RowAddress{base + static_cast<uint32_t>(offsetof(Shared<S>, zeros)), -1} : RowAddress{stage_at(first.after(slots ? place / 64 : 0)), place % 64};
   }
 
   // Queries, and what the rows see.
@@ -85,9 +97,6 @@ template <typename S> struct Consumer {
       shared.nodes[threadIdx.x] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + threadIdx.x]) : 0;
     }
     barrier();
-    if constexpr (S::keeps_queries)
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) load_query(kept_query[k], 0, k);
 #pragma unroll
     for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
@@ -95,9 +104,6 @@ template <typename S> struct Consumer {
         local[b][h] = heads.quotient(16 * b + lane / 4 + 8 * h);
         rows[b][h] = row_at(job, local[b][h]);
       }
-  }
-  __device__ __forceinline__ void load_query(uint32_t (&a)[4], int b, int k) const {
-    ptx::ldmatrix_x4(a, queries + (16 * b + lane % 16) * S::query_bytes + (2 * k + lane / 16) * 16);
   }
 
   __device__ __forceinline__ Row row_at(const Job& job, int r) const {
@@ -123,20 +129,16 @@ template <typename S> struct Consumer {
       for (int b = 0; b < S::blocks; ++b) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          if constexpr (S::keeps_queries) {
-            ptx::mma_m16n8k16_bf16(s[b], kept_query[2 * k + half], x[2 * half], x[2 * half + 1]);
-          } else {
-            uint32_t a[4];
-            load_query(a, b, 2 * k + half);
-            ptx::mma_m16n8k16_bf16(s[b], a, x[2 * half], x[2 * half + 1]);
-          }
+          uint32_t a[4];
+          ptx::ldmatrix_x4(a, base + offsetof(Shared<S>, queries) + (16 * b + lane % 16) * S::query_bytes + (4 * k + 2 * half + lane / 16) * 16);
+          ptx::mma_m16n8k16_bf16(s[b], a, x[2 * half], x[2 * half + 1]);
         }
       }
     }
   }
 
   __device__ __forceinline__ void load_probabilities(uint32_t (&a)[4], int b, int at) const {
-    ptx::ldmatrix_x4(a, probabilities + (16 * b + lane % 16) * S::row_bytes + at * 2 + lane / 16 * 16);
+    ptx::ldmatrix_x4(a, probabilities() + (16 * b + lane % 16) * S::row_bytes + at * 2 + lane / 16 * 16);
   }
 
   // x = O + P V over the group of 16 positions that begins at `at` in the chunk; this lane's row address is that of value lane % 16. keep: what counts of V's words.
@@ -155,7 +157,6 @@ template <typename S> struct Consumer {
 
   // l += P 1 over that group.
   __device__ __forceinline__ void accumulate_sums(State& x, int at) const {
-    constexpr uint32_t kOnes = 0x3f803f80u;
 #pragma unroll
     for (int b = 0; b < S::blocks; ++b) {
       uint32_t a[4];
@@ -165,7 +166,7 @@ template <typename S> struct Consumer {
   }
 
   // Scores of this warp's eight keys of a tile, whose stages begin at `first`.
-  __device__ __forceinline__ void score_tile(const Job& job, float (&s)[S::blocks][4], int tile, int first) const {
+  __device__ __forceinline__ void score_tile(const Job& job, float (&s)[S::blocks][4], int tile, At first) const {
     const bool slots = job.loads_slots(tile);
     if (!job.owns(tile) || tile + 16 * (warp / 2) < job.own_begin()) return score(s, {stage_at(first), 8 * warp + lane % 8});
 #pragma unroll
@@ -186,15 +187,24 @@ template <typename S> struct Consumer {
   }
 
   // l and O of a tile, whose stages of V begin at `first`.
-  __device__ __forceinline__ void accumulate_tile(const Job& job, State& x, int tile, int in_chunk, int first) const {
+  __device__ __forceinline__ void accumulate_tile(const Job& job, State& x, int tile, int in_chunk, At first) const {
     const bool slots = job.loads_slots(tile), owns = job.owns(tile), has_columns = 16 * warp < D;
     const int low = job.first_seen - tile, high = (owns ? job.own_begin() : job.block.prefix) - tile;  // of the positions whose keys all rows read in common; others may hold NaN
     if (low <= 0 && high >= kTile) {
+      uint32_t v[kTile / 16][4];
 #pragma unroll
-      for (int g = 0; g < kTile / 16; ++g) {
-        accumulate_sums(x, in_chunk + 16 * g);
-        if (has_columns) accumulate(x.o, in_chunk + 16 * g, {stage_at(first), 16 * g + lane % 16});
-      }
+      for (int g = 0; g < kTile / 16; ++g)
+        ptx::ldmatrix_x4_trans(v[g], RowAddress{stage_at(first), 16 * g + lane % 16}.piece((has_columns ? 2 * warp : 0) + lane / 16));
+#pragma unroll
+      for (int b = 0; b < S::blocks; ++b)
+#pragma unroll
+        for (int g = 0; g < kTile / 16; ++g) {
+          uint32_t a[4];
+          load_probabilities(a, b, in_chunk + 16 * g);
+          ptx::mma_m16n8k16_bf16(x.l[b], a, kOnes, kOnes);
+          ptx::mma_m16n8k16_bf16(x.o[b][0], a, v[g][0], v[g][1]);
+          ptx::mma_m16n8k16_bf16(x.o[b][1], a, v[g][2], v[g][3]);
+        }
       return;
     }
 #pragma unroll 1
@@ -231,27 +241,22 @@ template <typename S> struct Consumer {
   }
 
   __device__ __forceinline__ State chunk(const Job& job, int chunk) {
-    const int chunk_begin = chunk * kChunk, begin = job.tiles_begin(chunk), end = job.tiles_end(chunk);
-    auto stages_of = [&](int tile) { return job.loads_slots(tile) + job.loads_more(tile); };
-
+    const int chunk_begin = chunk * kChunk, begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), own_key = 8 * warp + lane % 4 * 2;
     float s[kChunkTiles][S::blocks][4];
 #pragma unroll 1
-    for (int tile = begin; tile < end; tile += kTile) {
-      const int at = (tile - chunk_begin) / kTile, stages = stages_of(tile);
+    for (int at = 0; at < kChunkTiles; ++at) {
+      const int tile = chunk_begin + at * kTile;
       float x[S::blocks][4];
-      wait(copied, stages);
-      score_tile(job, x, tile, copied);
-      give(copied, stages);
-      copied += stages;
+      if (tile >= begin && tile < end) with_tile(job, tile, [&](At first) { score_tile(job, x, tile, first); });  // else no row sees it
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int low = rows[b][h].low(tile), high = rows[b][h].high(tile, kTile), j = 8 * warp + lane % 4 * 2;
+          const int low = rows[b][h].low(tile), high = rows[b][h].high(tile, kTile);
           float top = SPECRT_MINUS_INF;
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const float y = j + c >= low && j + c < high ? x[b][2 * h + c] * scale : SPECRT_MINUS_INF;
+            const float y = own_key + c >= low && own_key + c < high ? x[b][2 * h + c] * scale : SPECRT_MINUS_INF;
             top = fmaxf(y, top);
 #pragma unroll
             for (int i = 0; i < kChunkTiles; ++i) s[i][b][2 * h + c] = i == at ? y : s[i][b][2 * h + c];  // no index that is not a constant: s stays in registers
@@ -266,27 +271,30 @@ template <typename S> struct Consumer {
     State x;
     reset(x);
 #pragma unroll
-    for (int i = 0; i < kChunkTiles; ++i) {
-      const int tile = chunk_begin + i * kTile;
-      if (tile < begin || tile >= end) continue;
+    for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-      for (int b = 0; b < S::blocks; ++b)
+      for (int h = 0; h < 2; ++h) {
+        const int vector = 16 * b + lane / 4 + 8 * h;
+        float tops[kChunkTiles];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int vector = 16 * b + lane / 4 + 8 * h, low = rows[b][h].low(tile), high = rows[b][h].high(tile, kTile), j = 8 * warp + lane % 4 * 2;
+        for (int i = 0; i < kChunkTiles; ++i) {
           const float4 t0 = *reinterpret_cast<const float4*>(&shared.tops[i][vector][0]), t1 = *reinterpret_cast<const float4*>(&shared.tops[i][vector][4]);
-          const float top = fmaxf(x.m[b][h], fmaxf(fmaxf(fmaxf(t0.x, t0.y), fmaxf(t0.z, t0.w)), fmaxf(fmaxf(t1.x, t1.y), fmaxf(t1.z, t1.w))));
-          if (warp == 0 && lane % 4 == 0) shared.factors[i][vector] = low < high ? ptx::ex2(x.m[b][h] - top) : 1.0f;
-          x.m[b][h] = top;
-          const float p0 = j >= low && j < high ? ptx::ex2(s[i][b][2 * h] - top) : 0.0f, p1 = j + 1 >= low && j + 1 < high ? ptx::ex2(s[i][b][2 * h + 1] - top) : 0.0f;
-          *reinterpret_cast<uint32_t*>(shared.probabilities + vector * S::row_bytes + (i * kTile + j) * 2) = ptx::pack_bf16(p0, p1);
+          tops[i] = fmaxf(fmaxf(fmaxf(t0.x, t0.y), fmaxf(t0.z, t0.w)), fmaxf(fmaxf(t1.x, t1.y), fmaxf(t1.z, t1.w)));
         }
-    }
+#pragma unroll
+        for (int i = 0; i < kChunkTiles; ++i) {
+          const bool sees = rows[b][h].sees(chunk_begin + i * kTile, kTile);
+          const float top = fmaxf(x.m[b][h], tops[i]), from = sees ? top : 0.0f;  // invisible: exp2(-inf - from) = 0
+          if (warp == 0 && lane % 4 == 0) shared.factors[i][vector] = sees ? ptx::ex2(x.m[b][h] - top) : 1.0f;
+          x.m[b][h] = top;
+          *reinterpret_cast<uint32_t*>(shared.probabilities + vector * S::row_bytes + (i * kTile + own_key) * 2) =
+              ptx::pack_bf16(ptx::ex2(s[i][b][2 * h] - from), ptx::ex2(s[i][b][2 * h + 1] - from));
+        }
+      }
     barrier();
 
 #pragma unroll 1
     for (int tile = begin; tile < end; tile += kTile) {
-      const int stages = stages_of(tile);
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
@@ -299,10 +307,7 @@ template <typename S> struct Consumer {
             x.o[b][1][e] = x.o[b][1][e] * a;
           }
         }
-      wait(copied, stages);
-      accumulate_tile(job, x, tile, tile - chunk_begin, copied);
-      give(copied, stages);
-      copied += stages;
+      with_tile(job, tile, [&](At first) { accumulate_tile(job, x, tile, tile - chunk_begin, first); });
     }
     return x;
   }
@@ -380,12 +385,12 @@ template <typename S> struct Consumer {
       const int r = heads.quotient(task / 2);
       const Row row = row_at(job, r);
       if (row.len > 0 && !sees_one_run(row, run))
-        fold_half<D, S::blocks == 1 ? 2 : 1>(p, row, static_cast<int64_t>(job.block.begin + r) * p.q_heads + job.kv_head * heads.d + heads.remainder(task / 2), run, task % 2, lane);
+        fold_half<D, 1>(p, row, static_cast<int64_t>(job.block.begin + r) * p.q_heads + job.kv_head * heads.d + heads.remainder(task / 2), run, task % 2, lane);
     }
   }
 };
 
-template <typename S> __global__ void __launch_bounds__(S::threads, 1)
+template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks == 1 ? 2 : 1)
 decode_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ CUtensorMap k_slots,
                         const __grid_constant__ CUtensorMap v_slots, const __grid_constant__ AttentionParams p, float scale) {
   extern __shared__ __align__(1024) unsigned char bytes[];
@@ -410,11 +415,11 @@ decode_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __gri
   if (share.begin == share.end) return;
 
   if (warp == S::warps) {
-    Producer<S> producer{p, tiles, full, empty, lane};
+    Producer<S> producer{p, tiles, full, empty, shared.ids, lane};
     for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
     return;
   }
-  Consumer<S> consumer{p, shared, scale, warp, lane, heads, tiles, full, empty, ptx::shared_address(shared.probabilities), ptx::shared_address(shared.queries), ptx::shared_address(&shared.zeros)};
+  Consumer<S> consumer{p, shared, scale, warp, lane, heads, tiles};
   const int run = share.cursor.run;
   for (int number = share.begin; number < share.end;) {
     Job job(p, share.cursor, number);

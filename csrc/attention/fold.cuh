@@ -15,7 +15,7 @@ struct Partials {
 };
 
 // Does a row see one run of chunks alone? Then whoever computed that has written the output.
-__device__ __forceinline__ bool sees_one_run(const Row& row, int run) { return row.len <= (row.first / (run * kChunk) + 1) * run * kChunk; }
+__device__ __forceinline__ bool sees_one_run(const Row& row, int run) { return row.len <= (row.first & -(run * kChunk)) + run * kChunk; }
 
 // Half the columns of a vector, by a warp: those from half * D / 2 on, lane + 32 i. `Groups` groups of chunks are read at once; lane j finds the factors of the chunk base + j.
 template <int D, int Groups> __device__ __forceinline__ void fold_half(const AttentionParams& p, const Row& row, int64_t vector, int run, int half, int lane) {
@@ -27,7 +27,7 @@ template <int D, int Groups> __device__ __forceinline__ void fold_half(const Att
   for (int i = 0; i < kFloats; ++i) o[i] = 0.0f;
   for (int base = row.first / kGroup * kGroupChunks; base * kChunk < row.len; base += kBatch) {
     const int mine = base + lane;
-    const bool sees = lane < kBatch && mine % run == 0 && row.sees(mine * kChunk, run * kChunk);
+    const bool sees = lane < kBatch && (mine & (run - 1)) == 0 && row.sees(mine * kChunk, run * kChunk);
     const unsigned seen = __ballot_sync(~0u, sees);
     const float2 ml = sees ? __ldcg(reinterpret_cast<const float2*>(part.ml) + mine) : make_float2(SPECRT_MINUS_INF, 0.0f);
     float x[kBatch][kFloats];

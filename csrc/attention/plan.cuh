@@ -15,7 +15,7 @@ struct alignas(16) Block {
   int begin, rows, request, pieces_before;
   int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
 
-  __device__ int pieces(int run) const { return max(1, (longest + run * kChunk - 1) / (run * kChunk)); }
+  __device__ int pieces(int run) const { return max(1, (longest + run * kChunk - 1) >> (__ffs(run * kChunk) - 1)); }
 };
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
@@ -26,27 +26,27 @@ __device__ __forceinline__ const Block* plan_blocks(const int32_t* plan) { retur
 
 __device__ __forceinline__ int32_t* plan_counters(int32_t* plan, int rows) { return plan + plan_ints(rows, 0); }
 
-// The block that has a piece; pieces ascend from call to call.
+// The block that has a job, with its pieces for every KV head; jobs ascend from call to call.
 struct BlockCursor {
   const int32_t* plan;
-  int run, index = 0;
+  int run, kv_heads, index = 0;
   Block block;
 
   // mine: block number `lane`, as read together with the header.
-  __device__ BlockCursor(const int32_t* plan_, const PlanHeader& header, const Block& mine, int piece, int lane) : plan(plan_), run(header.run) {
-    const unsigned before = __ballot_sync(~0u, lane < header.blocks && mine.pieces_before <= piece);
+  __device__ BlockCursor(const int32_t* plan_, const PlanHeader& header, const Block& mine, int kv_heads_, int job, int lane) : plan(plan_), run(header.run), kv_heads(kv_heads_) {
+    const unsigned before = __ballot_sync(~0u, lane < header.blocks && mine.pieces_before * kv_heads <= job);
     index = max(0, 31 - __clz(static_cast<int>(before)));
     auto get = [&](int x) { return __shfl_sync(~0u, x, index); };
     block = {get(mine.begin), get(mine.rows), get(mine.request), get(mine.pieces_before), get(mine.prefix), get(mine.shortest), get(mine.longest), get(mine.nodes)};
     for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
       const int i = base + lane;
-      const unsigned more = __ballot_sync(~0u, i < header.blocks && plan_blocks(plan)[i].pieces_before <= piece);
+      const unsigned more = __ballot_sync(~0u, i < header.blocks && plan_blocks(plan)[i].pieces_before * kv_heads <= job);
       if (more) block = plan_blocks(plan)[index = base + 31 - __clz(static_cast<int>(more))];
     }
   }
 
-  __device__ void advance(int piece) {
-    while (piece >= block.pieces_before + block.pieces(run)) block = plan_blocks(plan)[++index];
+  __device__ void advance(int job) {
+    while (job >= (block.pieces_before + block.pieces(run)) * kv_heads) block = plan_blocks(plan)[++index];
   }
 };
 

@@ -20,7 +20,7 @@ template <int dim_, int warpgroups_> struct Shape {
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int tiles_at_once = 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
-  static constexpr int producer_registers = 40, consumer_registers = warpgroups == 1 ? 216 : 232;
+  static constexpr int producer_registers = 56, consumer_registers = warpgroups == 1 ? 200 : 224;
   static constexpr int tile_bytes = columns / 64 * kBlockBytes;
   // Shared memory: stages; the queries, a tile a warpgroup; O of the run so far, 16 bytes a thread and piece; the rest.
   static constexpr int queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes, pieces = columns / 8, rest = kept + consumers * pieces * 16;
@@ -30,6 +30,7 @@ template <typename S> struct Rest {
   uint4 zeros;
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
+  int ids[32];                 // the producer's
   int len[S::vectors];
 };
 
@@ -45,15 +46,16 @@ template <typename S> struct Consumer {
   SmallDivisor heads;  // query heads a KV head
   uint32_t stages;
   Rest<S>& rest;
-  int copied = 0;
+  Turn<S::stages> turn{};  // of the next tile
   Row rows[2];
   int local[2];
   Vectors<D> x;
 
-  __device__ __forceinline__ uint32_t stage_at(int count) const { return stages + count % S::stages * S::tile_bytes; }
-  __device__ __forceinline__ void wait(int count) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + count % S::stages), count / S::stages & 1); }
-  __device__ __forceinline__ void give(int count) const {
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + count % S::stages));
+  using At = Turn<S::stages>;
+  __device__ __forceinline__ uint32_t stage_at(At at) const { return stages + at.stage * S::tile_bytes; }
+  __device__ __forceinline__ void wait(At at) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + at.stage), at.parity); }
+  __device__ __forceinline__ void give(At at) const {
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + at.stage));
   }
   __device__ __forceinline__ uint32_t queries(int warp) const { return stages + S::queries + warp / 4 * S::tile_bytes; }
   __device__ __forceinline__ int first_vector() const { return warp * 16; }
@@ -105,46 +107,49 @@ template <typename S> struct Consumer {
   // Tiles that all rows see in full: while the values of one are added, the next one's scores and probabilities are made.
   __device__ __forceinline__ void plain_tiles(int tiles) {
     float a[2];
-    wait(copied);
+    At keys = turn;
+    wait(keys);
     x.reset_scores();
     ptx::wgmma_fence();
-    x.start_scores(queries(warp), stage_at(copied));
+    x.start_scores(queries(warp), stage_at(keys));
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     x.pin_scores();
-    give(copied);
+    give(keys);
     x.template softmax<false>({}, {}, scale, lane, a);
     x.join(a);
 #pragma unroll 1
     for (; tiles > 1; --tiles) {
-      wait(copied + 2);
+      const At values = keys.after(1);
+      keys = keys.after(2);
+      wait(keys);
       x.reset_scores();
       ptx::wgmma_fence();
-      x.start_scores(queries(warp), stage_at(copied + 2));
+      x.start_scores(queries(warp), stage_at(keys));
       ptx::wgmma_commit();
-      wait(copied + 1);
-      x.start_values(stage_at(copied + 1));
+      wait(values);
+      x.start_values(stage_at(values));
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       x.pin_scores();
-      give(copied + 2);
+      give(keys);
       x.template softmax<false>({}, {}, scale, lane, a);
       x.pin_scores();
-      wait(copied + 1);
+      wait(values);  // it is there: a place past which the compiler does not move the softmax
       ptx::wgmma_wait<0>();
       ptx::wgmma_results(x.o);
-      give(copied + 1);
+      give(values);
       x.join(a);
-      copied += 2;
     }
-    wait(copied + 1);
+    const At values = keys.after(1);
+    wait(values);
     ptx::wgmma_fence();
-    x.start_values(stage_at(copied + 1));
+    x.start_values(stage_at(values));
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::wgmma_results(x.o);
-    give(copied + 1);
-    copied += 2;
+    give(values);
+    turn = keys.after(2);
   }
 
   // Any other tile.
@@ -153,9 +158,9 @@ template <typename S> struct Consumer {
     const bool shared_keys = tile < job.block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
     const int warp_rows_begin = heads.quotient(first_vector), warp_rows_end = min(heads.quotient(first_vector + 15) + 1, job.block.rows);
     // f(places of lane's key, row in the group, for kOwnRows rows, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
-    auto each_own = [&](int key, int first, auto&& f) {
+    auto each_own = [&](int key, At first, auto&& f) {
 #pragma unroll 1
-      for (int g = max(0, (job.own_begin() - tile) / 16); g < 4; ++g)
+      for (int g = max(0, (job.own_begin() - tile) / 16); g < 4 && tile + 16 * g < job.block.longest; ++g)
 #pragma unroll 1
         for (int r = warp_rows_begin; r < warp_rows_end; r += kOwnRows) {
           RowAddress at[kOwnRows];
@@ -163,7 +168,7 @@ template <typename S> struct Consumer {
 #pragma unroll
           for (int j = 0; j < kOwnRows; ++j) {
             const int row = r + j, place = row < warp_rows_end ? find_place(p, job, row, row_at(job, row), rest.nodes[row], tile, tile + 16 * g + key) : -1;
-            at[j] = place < 0 ? RowAddress{ptx::shared_address(&rest.zeros), -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64};
+            at[j] = place < 0 ? RowAddress{ptx::shared_address(&rest.zeros), -1} : RowAddress{stage_at(first.after(slots ? place / 64 : 0)), place % 64};
             mine[j][0] = local[0] == row;
             mine[j][1] = local[1] == row;
             any |= place >= 0;
@@ -172,7 +177,7 @@ template <typename S> struct Consumer {
         }
     };
 
-    const int keys = copied, values = copied + slots + more;  // as the producer counts
+    const At keys = turn, values = turn.after(slots + more);
     if (slots) wait(keys);
     x.reset_scores();
     if (shared_keys) {
@@ -183,13 +188,13 @@ template <typename S> struct Consumer {
       x.pin_scores();
     }
     if (owns) {
-      if (more) wait(keys + slots);
+      if (more) wait(keys.after(slots));
       const RowAddress query{queries(warp), first_vector % 64 + lane % 16};
       each_own(lane / 16 * 8 + lane % 8, keys, [&](int g, const RowAddress(&at)[kOwnRows], const bool(&mine)[kOwnRows][2]) { x.score_own(g, query, at, mine, lane); });
     }
     __syncwarp();
     if (slots) give(keys);
-    if (more) give(keys + slots);
+    if (more) give(keys.after(slots));
 
     int low[2], high[2];
     float a[2];
@@ -217,13 +222,13 @@ template <typename S> struct Consumer {
       x.accumulate(stage_at(values), groups);
     }
     if (owns) {
-      if (more) wait(values + slots);
+      if (more) wait(values.after(slots));
       each_own(lane % 16, values, [&](int g, const RowAddress(&at)[kOwnRows], const bool(&mine)[kOwnRows][2]) { x.accumulate_own(g, at, mine, lane); });
     }
     __syncwarp();
     if (slots) give(values);
-    if (more) give(values + slots);
-    copied = values + slots + more;
+    if (more) give(values.after(slots));
+    turn = values.after(slots + more);
   }
 
   __device__ __forceinline__ void chunk(const Job& job, int chunk) {
@@ -331,7 +336,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
     if (warp > S::warps) return;
-    Producer<S> producer{p, stages, full, empty, lane};
+    Producer<S> producer{p, stages, full, empty, rest.ids, lane};
     for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
     return;
   }

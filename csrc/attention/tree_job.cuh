@@ -48,10 +48,10 @@ struct Share {
 
  private:
   __device__ Share(const AttentionParams& p, const PlanHeader& header, const Block& mine, int lane)
-      : begin(before(blockIdx.x, header.pieces * p.kv_heads)), end(before(blockIdx.x + 1, header.pieces * p.kv_heads)), cursor(p.plan, header, mine, begin / p.kv_heads, lane) {}
-  __device__ static int before(int cta, int jobs) {
-    const int ctas = gridDim.x;
-    return cta * (jobs / ctas) + min(cta, jobs % ctas);
+      : begin(before(blockIdx.x, header.pieces * p.kv_heads)), end(before(blockIdx.x + 1, header.pieces * p.kv_heads)), cursor(p.plan, header, mine, p.kv_heads, begin, lane) {}
+  __device__ static int before(unsigned cta, unsigned jobs) {
+    const unsigned each = jobs / gridDim.x;
+    return static_cast<int>(cta * each + min(cta, jobs - each * gridDim.x));
   }
 };
 
@@ -64,12 +64,12 @@ struct Job {
   bool has_paths, many_nodes;
 
   __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
-    cursor.advance(number / p.kv_heads);
+    cursor.advance(number);
     block = cursor.block;
     const int run = cursor.run, of_block = number - block.pieces_before * p.kv_heads;
     pieces = block.pieces(run);
-    piece = of_block % pieces;
-    kv_head = of_block / pieces;
+    kv_head = static_cast<int>(static_cast<unsigned>(of_block) / static_cast<unsigned>(pieces));
+    piece = of_block - kv_head * pieces;
     first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
     run_begin = piece * run * kChunk;
     chunk_begin = max(piece * run, first_seen / kChunk);
@@ -89,27 +89,44 @@ struct Job {
   __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
 };
 
+// A stage of a ring of N, and the parity of the phase in which it is filled.
+template <int N> struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ Turn after(int stages) const {
+    const bool around = stage + stages >= N;
+    return {stage + stages - (around ? N : 0), parity ^ (around ? 1u : 0u)};
+  }
+};
+
 // The producer, a warp: the tiles of a job, each of its stages filled as soon as it is free; of `tiles_at_once` tiles the keys, then the values.
 template <typename S> struct Producer {
   const AttentionParams& p;
   uint32_t stages, full, empty;
-  int lane, page_shift = exponent(p.page), copied = 0;
+  int* ids;  // in shared memory, 32: the pages of a chunk and of the tile after it
+  int lane, page_shift = exponent(p.page);
+  Turn<S::stages> turn{};
 
-  __device__ uint32_t stage(int bytes) {
-    const int s = copied % S::stages;
-    if (copied >= S::stages) ptx::mbarrier_wait(empty + 8 * s, (copied / S::stages - 1) & 1);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full + 8 * s, bytes);
-    __syncwarp();
-    ++copied;
-    return s;
+  // Waits until the next stage is free, and expects its bytes. By one lane.
+  __device__ __forceinline__ void expect(int bytes) const {
+    ptx::mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+    ptx::mbarrier_arrive_expect(full + 8 * turn.stage, bytes);
   }
 
-  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
-  __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
-    const int page = lane & ((kTile >> page_shift) - 1), block = lane * p.page / kTile, at = tile + page * p.page;
-    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
-    const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
+  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns, all by one lane.
+  __device__ __forceinline__ void tile(const Job& job, const CUtensorMap* map, int tile, int first_page) {
+    if (lane == 0) {
+      const int begin = max(0, job.first_seen - tile) >> page_shift, end = min(kTile, job.slots_end() - tile + p.page - 1) >> page_shift;
+      expect((end - begin) * p.page * (S::columns * 2));
+#pragma unroll 1
+      for (int page = begin; page < end; ++page) {
+        const int row = (ids[(tile >> page_shift) - first_page + page] * p.kv_heads + job.kv_head) * p.page;
+        const uint32_t to = stages + turn.stage * S::tile_bytes + page * p.page * 128;
+#pragma unroll
+        for (int block = 0; block < S::columns / 64; ++block) ptx::tma_load(to + block * kBlockBytes, map, block * 64, row, full + 8 * turn.stage);
+      }
+    }
+    turn = turn.after(1);
   }
 
   // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
@@ -124,12 +141,15 @@ template <typename S> struct Producer {
   }
 
   __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
-    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::columns * 2);
+    const int slots = __popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0));
+    if (lane == 0) expect(slots * S::columns * 2);
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (rows[half] >= 0)
         for (int block = 0; block < S::columns / 64; ++block)
-          ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
+          ptx::tma_load(stages + turn.stage * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * turn.stage);
+    turn = turn.after(1);
   }
 
   // The row of the pool [pages x kv heads x page, D] that holds a slot.
@@ -145,25 +165,33 @@ template <typename S> struct Producer {
       const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
       wanted = static_cast<uint64_t>(high) << 32 | low;
     }
+    auto ids_of = [&](int chunk) {
+      const int mine = (chunk * kChunk >> page_shift) + lane;
+      return chunk < job.chunk_end && lane < (kChunk + kTile) >> page_shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > job.first_seen ? table[mine] : 0;
+    };
+    int next_ids = ids_of(job.chunk_begin);
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk >> page_shift, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) >> page_shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
+      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk >> page_shift;
+      __syncwarp();
+      ids[lane] = next_ids;
+      __syncwarp();
+      next_ids = ids_of(chunk + 1);
       for (int from = begin; from < end; from += S::tiles_at_once * kTile)
-        for (int which = 0; which < 2; ++which)
+        for (int which = 0; which < 2; ++which) {
+          const CUtensorMap* pages = which ? v_pages : k_pages;
           for (int at = from; at < min(end, from + S::tiles_at_once * kTile); at += kTile) {
-            const bool slots = job.loads_slots(at), more = job.loads_more(at);
-            const CUtensorMap* pages = which ? v_pages : k_pages;
-            const int place = (at >> page_shift) - first_page + (lane & ((kTile >> page_shift) - 1));
-            const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + (kTile >> page_shift));
-            if (slots) tile(job, pages, at, page_ids);
-            if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
-            if (more && !job.many_nodes) {
-              int rows[2];
-#pragma unroll
-              for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
-              own(job, which ? v_slots : k_slots, rows);
+            if (job.loads_slots(at)) tile(job, pages, at, first_page);
+            if (!job.loads_more(at)) continue;
+            if (job.many_nodes) {
+              tile(job, pages, at + kTile, first_page);
+              continue;
             }
+            int rows[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
+            own(job, which ? v_slots : k_slots, rows);
           }
+        }
     }
   }
 };
