@@ -98,7 +98,7 @@ class Bench {
     counts_ = upload<int32_t>({rows_, 1});
     // ops.attention_workspace: (m, l, O) a row, head and chunk.
     const size_t chunks = (static_cast<size_t>(max_pages_) * kPage + kChunk - 1) / kChunk;
-    plan_ = Buffer(static_cast<size_t>(plan_ints(rows_, kKvHeads)) * sizeof(int32_t));
+    plan_ = Buffer(static_cast<size_t>(plan_ints(rows_)) * sizeof(int32_t));
     workspace_ = Buffer(static_cast<size_t>(prompt_ ? 1 : rows_) * kHeads * chunks * (kDim + 2) * sizeof(float));
   }
 
@@ -155,7 +155,7 @@ class Bench {
 
   // As a forward pass does once for all layers.
   static void plan(const AttentionParams& p) {
-    launch_attention_plan_cuda({p.row_request, p.row_prefix, p.ancestors, nullptr, p.num_rows, p.plan, p.rows, p.requests, p.q_heads, p.kv_heads, 0}, nullptr);
+    launch_attention_plan_cuda({p.row_request, p.row_prefix, p.ancestors, nullptr, p.num_rows, const_cast<int32_t*>(p.plan), p.rows, p.requests, p.q_heads, p.kv_heads, 0}, nullptr);
     SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
   }
 

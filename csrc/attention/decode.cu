@@ -1,8 +1,9 @@
 // Tree attention for few vectors (rows x query heads of a KV head), as plain decoding and short chains have them: bf16, Hopper.
 //
-// Blocks of 16 or 32 vectors. A CTA takes a chunk of 256 positions at a time, in three steps with nothing in them that waits for a tile before: eight warps share every tile's
-// keys for the scores; the maxima of all four tiles are exchanged and the probabilities written; then each warp has 16 columns of V and walks the chunk's 16 groups. Its keys
-// and values take 96 KB of an SM at most, so that the next kernel can come up beside it. The last CTA to finish a block and KV head folds their chunks.
+// Blocks of 8 or 16 vectors stand on the MMA's 8-column side, keys and columns of V on its 16-row side (which operand is which changes no bit). A CTA takes a chunk of 256
+// positions at a time, with nothing in it that waits for a tile before: a warp makes the scores of half a tile; the maxima of all four tiles are exchanged and the
+// probabilities written; then each warp has 16 columns of V and walks the chunk's 16 groups. Keys and values take 96 KB of an SM at most, so that the next kernel can come up
+// beside it.
 //
 // Bytes: K and V once, D + 2 floats for each vector and run.
 #include <cstddef>
@@ -17,26 +18,27 @@ namespace specrt {
 namespace {
 
 template <int dim_, int blocks_> struct Shape {
-  static constexpr int dim = dim_, blocks = blocks_, vectors = 16 * blocks, columns = dim <= 64 ? 64 : 128, warps = 8, consumers = 32 * warps, threads = consumers + 32;
-  static constexpr int stages = 6, tiles_at_once = kChunkTiles, tile_bytes = columns / 64 * kBlockBytes;
+  static constexpr int dim = dim_, blocks = blocks_, vectors = 8 * blocks, columns = dim <= 64 ? 64 : 128, warps = 8, consumers = 32 * warps, threads = consumers + 64;
+  static constexpr int each = 3, stages = 2 * each, tile_bytes = columns / 64 * kBlockBytes;
   static constexpr int row_bytes = kChunk * 2 + 16, query_bytes = dim * 2 + 16;  // of a vector's probabilities and elements; 16 bytes more: ldmatrix reads 8 rows from different banks
+  using Keys = Turn<each, 0>;
+  using Values = Turn<each, each>;
 };
 
 template <typename S> struct Shared {
   unsigned char tiles[S::stages * S::tile_bytes];
   unsigned char probabilities[S::vectors * S::row_bytes];
   unsigned char queries[S::vectors * S::query_bytes];
-  float tops[kChunkTiles][S::vectors][S::warps];           // the greatest score of a tile among a warp's keys
-  float factors[kChunkTiles][S::vectors];                  // of O where a tile joins
+  float tops[S::vectors][S::warps];  // the greatest score among a warp's keys
   uint4 zeros;
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
   int len[S::vectors];
-  int ids[32];  // the producer's
-  int last;                    // all other jobs of the block and KV head are done
+  int first_rows[2][20];  // the producers'
 };
+static_assert(sizeof(Shared<Shape<128, 1>>) <= 113 << 10, "room for the next kernel's CTA");
 
-// What a consumer warp holds: index b is a block of 16 vectors, h the vector lane / 4 + 8 h in it.
+// What a consumer warp holds: index b is a block of 8 vectors, c the vector lane % 4 * 2 + c in it.
 template <typename S> struct Consumer {
   static constexpr int D = S::dim;
   static constexpr uint32_t kOnes = 0x3f803f80u;
@@ -45,37 +47,32 @@ template <typename S> struct Consumer {
   float scale;
   int warp, lane;
   SmallDivisor heads;  // query heads a KV head
-  uint32_t base;  // the shared address of `shared`
-  Turn<S::stages> turn{};  // of the next tile
+  uint32_t base;       // the shared address of `shared`
+  typename S::Keys keys{};  // of the next chunk
+  typename S::Values values{};
   int local[S::blocks][2];  // rows of this thread's vectors
   Row rows[S::blocks][2];
 
   struct State {
-    float m[S::blocks][2], l[S::blocks][4], o[S::blocks][2][4];  // columns 16 warp + 8 n ..; l[0], l[2]: the product with a column of ones
+    float m[S::blocks][2], l[S::blocks][4], o[S::blocks][4];  // o[b][2 h + c]: column 16 warp + lane / 4 + 8 h of V; l[b][c]: the product with ones
   };
 
   __device__ __forceinline__ void barrier() const { ptx::named_barrier(1, S::consumers); }
   __device__ __forceinline__ uint32_t probabilities() const { return base + offsetof(Shared<S>, probabilities); }
-  using At = Turn<S::stages>;
-  __device__ __forceinline__ uint32_t stage_at(At at) const { return base + at.stage * S::tile_bytes; }
-  __device__ __forceinline__ void wait(At at) const { ptx::mbarrier_wait(base + offsetof(Shared<S>, full) + 8 * at.stage, at.parity); }
-  __device__ __forceinline__ void give(At at) const {
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(base + offsetof(Shared<S>, empty) + 8 * at.stage);
+  template <typename At> __device__ __forceinline__ uint32_t stage_at(At at) const { return base + at.stage * S::tile_bytes; }
+  template <typename At> __device__ __forceinline__ void wait(At at, int stages) const {
+    ptx::mbarrier_wait(base + offsetof(Shared<S>, full) + 8 * at.stage, at.parity);
+    if (stages == 2) wait(at.after(1), 1);
   }
-  // Waits for the one or two stages of a tile, calls f with the first, and gives them back.
-  template <typename F> __device__ __forceinline__ void with_tile(const Job& job, int tile, F&& f) {
-    const bool two = job.loads_slots(tile) && job.loads_more(tile);
-    const At first = turn;
-    wait(first);
-    if (two) wait(first.after(1));
-    f(first);
-    give(first);
-    if (two) give(first.after(1));
-    turn = first.after(two ? 2 : 1);
+  template <typename At> __device__ __forceinline__ void give(At at, int stages) const {
+    __syncwarp();
+    if (lane == 0) {
+      ptx::mbarrier_arrive(base + offsetof(Shared<S>, empty) + 8 * at.stage);
+      if (stages == 2) ptx::mbarrier_arrive(base + offsetof(Shared<S>, empty) + 8 * at.after(1).stage);
+    }
   }
   // `first`: the tile's first stage.
-  __device__ __forceinline__ RowAddress address(int place, At first, bool slots) const {
+  template <typename At> __device__ __forceinline__ RowAddress address(int place, At first, bool slots) const {
     return place < 0 ? RowAddress{base + static_cast<uint32_t>(offsetof(Shared<S>, zeros)), -1} : RowAddress{stage_at(first.after(slots ? place / 64 : 0)), place % 64};
   }
 
@@ -100,9 +97,9 @@ template <typename S> struct Consumer {
 #pragma unroll
     for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        local[b][h] = heads.quotient(16 * b + lane / 4 + 8 * h);
-        rows[b][h] = row_at(job, local[b][h]);
+      for (int c = 0; c < 2; ++c) {
+        local[b][c] = heads.quotient(8 * b + lane % 4 * 2 + c);
+        rows[b][c] = row_at(job, local[b][c]);
       }
   }
 
@@ -115,7 +112,7 @@ template <typename S> struct Consumer {
     return row;
   }
 
-  // s = the scores of eight keys; this lane's row address is that of key lane % 8.
+  // s = the scores of 16 keys; this lane's row address is that of key lane % 16.
   __device__ __forceinline__ void score(float (&s)[S::blocks][4], RowAddress key) const {
 #pragma unroll
     for (int b = 0; b < S::blocks; ++b)
@@ -123,191 +120,189 @@ template <typename S> struct Consumer {
       for (int e = 0; e < 4; ++e) s[b][e] = 0.0f;
 #pragma unroll
     for (int k = 0; k < D / 32; ++k) {
-      uint32_t x[4];
-      ptx::ldmatrix_x4(x, key.piece(4 * k + lane / 8));
+      uint32_t x[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) ptx::ldmatrix_x4(x[half], key.piece(4 * k + 2 * half + lane / 16));
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t a[4];
-          ptx::ldmatrix_x4(a, base + offsetof(Shared<S>, queries) + (16 * b + lane % 16) * S::query_bytes + (4 * k + 2 * half + lane / 16) * 16);
-          ptx::mma_m16n8k16_bf16(s[b], a, x[2 * half], x[2 * half + 1]);
-        }
+        uint32_t q[4];
+        ptx::ldmatrix_x4(q, base + offsetof(Shared<S>, queries) + (8 * b + lane % 8) * S::query_bytes + (4 * k + lane / 8) * 16);
+        ptx::mma_m16n8k16_bf16(s[b], x[0], q[0], q[1]);
+        ptx::mma_m16n8k16_bf16(s[b], x[1], q[2], q[3]);
       }
     }
   }
 
-  __device__ __forceinline__ void load_probabilities(uint32_t (&a)[4], int b, int at) const {
-    ptx::ldmatrix_x4(a, probabilities() + (16 * b + lane % 16) * S::row_bytes + at * 2 + lane / 16 * 16);
-  }
-
-  // x = O + P V over the group of 16 positions that begins at `at` in the chunk; this lane's row address is that of value lane % 16. keep: what counts of V's words.
-  __device__ __forceinline__ void accumulate(float (&x)[S::blocks][2][4], int at, RowAddress value, uint32_t keep0 = ~0u, uint32_t keep8 = ~0u) const {
-    uint32_t v[4];
-    ptx::ldmatrix_x4_trans(v, value.piece(2 * warp + lane / 16));
-    v[0] &= keep0, v[1] &= keep8, v[2] &= keep0, v[3] &= keep8;
-#pragma unroll
-    for (int b = 0; b < S::blocks; ++b) {
-      uint32_t a[4];
-      load_probabilities(a, b, at);
-      ptx::mma_m16n8k16_bf16(x[b][0], a, v[0], v[1]);
-      ptx::mma_m16n8k16_bf16(x[b][1], a, v[2], v[3]);
-    }
-  }
-
-  // l += P 1 over that group.
-  __device__ __forceinline__ void accumulate_sums(State& x, int at) const {
-#pragma unroll
-    for (int b = 0; b < S::blocks; ++b) {
-      uint32_t a[4];
-      load_probabilities(a, b, at);
-      ptx::mma_m16n8k16_bf16(x.l[b], a, kOnes, kOnes);
-    }
-  }
-
-  // Scores of this warp's eight keys of a tile, whose stages begin at `first`.
-  __device__ __forceinline__ void score_tile(const Job& job, float (&s)[S::blocks][4], int tile, At first) const {
+  // Scores of 16 keys of a tile from `key` on; the tile's stages begin at `first`.
+  __device__ __forceinline__ void score_tile(const Job& job, float (&s)[S::blocks][4], int tile, int key, typename S::Keys first) const {
+    if (!job.owns(tile) || tile + key < job.own_begin()) return score(s, {stage_at(first), key + lane % 16});
     const bool slots = job.loads_slots(tile);
-    if (!job.owns(tile) || tile + 16 * (warp / 2) < job.own_begin()) return score(s, {stage_at(first), 8 * warp + lane % 8});
-#pragma unroll
-    for (int b = 0; b < S::blocks; ++b)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[b][e] = 0.0f;
 #pragma unroll 1
     for (int r = 0; r < job.block.rows; ++r) {
-      const int place = find_place(p, job, r, row_at(job, r), shared.nodes[r], tile, tile + 8 * warp + lane % 8);
+      const int place = find_place(p, job, r, row_at(job, r), shared.nodes[r], tile, tile + key + lane % 16);
       if (!__any_sync(~0u, place >= 0)) continue;
       float own[S::blocks][4];
       score(own, address(place, first, slots));
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[b][e] = local[b][e / 2] == r ? own[b][e] : s[b][e];
+        for (int e = 0; e < 4; ++e) s[b][e] = local[b][e % 2] == r ? own[b][e] : s[b][e];
     }
   }
 
+  // V of 16 keys as the A operand; this lane's row address is that of value lane / 16 * 8 + lane % 8.
+  __device__ __forceinline__ void load_values(uint32_t (&v)[4], RowAddress value) const { ptx::ldmatrix_x4_trans(v, value.piece(2 * (16 * warp < D ? warp : 0) + lane / 8 % 2)); }
+  // P of two groups of 16 from position `at` of the chunk on.
+  __device__ __forceinline__ void load_probabilities(uint32_t (&x)[4], int b, int at) const {
+    ptx::ldmatrix_x4(x, probabilities() + (8 * b + lane % 8) * S::row_bytes + (at + lane / 8 * 8) * 2);
+  }
+
   // l and O of a tile, whose stages of V begin at `first`.
-  __device__ __forceinline__ void accumulate_tile(const Job& job, State& x, int tile, int in_chunk, At first) const {
-    const bool slots = job.loads_slots(tile), owns = job.owns(tile), has_columns = 16 * warp < D;
-    const int low = job.first_seen - tile, high = (owns ? job.own_begin() : job.block.prefix) - tile;  // of the positions whose keys all rows read in common; others may hold NaN
+  __device__ __forceinline__ void accumulate_tile(const Job& job, State& x, int tile, int in_chunk, typename S::Values first) const {
+    constexpr uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
+    const bool owns = job.owns(tile);
+    const int low = job.first_seen - tile, high = (owns ? job.own_begin() : job.block.prefix) - tile, value = lane / 16 * 8 + lane % 8;  // [low, high): all rows read them in common
     if (low <= 0 && high >= kTile) {
-      uint32_t v[kTile / 16][4];
+      uint32_t v[4][4];
 #pragma unroll
-      for (int g = 0; g < kTile / 16; ++g)
-        ptx::ldmatrix_x4_trans(v[g], RowAddress{stage_at(first), 16 * g + lane % 16}.piece((has_columns ? 2 * warp : 0) + lane / 16));
+      for (int g = 0; g < 4; ++g) load_values(v[g], {stage_at(first), 16 * g + value});
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-        for (int g = 0; g < kTile / 16; ++g) {
+        for (int g = 0; g < 4; g += 2) {
           uint32_t a[4];
           load_probabilities(a, b, in_chunk + 16 * g);
-          ptx::mma_m16n8k16_bf16(x.l[b], a, kOnes, kOnes);
-          ptx::mma_m16n8k16_bf16(x.o[b][0], a, v[g][0], v[g][1]);
-          ptx::mma_m16n8k16_bf16(x.o[b][1], a, v[g][2], v[g][3]);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            ptx::mma_m16n8k16_bf16(x.l[b], ones, a[2 * half], a[2 * half + 1]);
+            ptx::mma_m16n8k16_bf16(x.o[b], v[g + half], a[2 * half], a[2 * half + 1]);
+          }
         }
       return;
     }
 #pragma unroll 1
-    for (int g = max(0, low / 16); g < kTile / 16 && (owns || 16 * g < high); ++g) {  // the others are seen by nobody
-      const int at = in_chunk + 16 * g;
-      accumulate_sums(x, at);
-      if (!has_columns) continue;
-      if (16 * g < high) {
+    for (int g = max(0, low / 16); g < 4 && 16 * g < (owns ? job.block.longest - tile : high); ++g) {  // the others are seen by nobody
+      uint32_t a[S::blocks][4];
+#pragma unroll
+      for (int b = 0; b < S::blocks; ++b) {
+        load_probabilities(a[b], b, in_chunk + 16 * (g & 2));
+        if (g & 1) a[b][0] = a[b][2], a[b][1] = a[b][3];
+        ptx::mma_m16n8k16_bf16(x.l[b], ones, a[b][0], a[b][1]);
+      }
+      uint32_t v[4];
+      if (16 * g < high) {  // V rows nobody sees may hold NaN: zeros
         auto keep = [&](int j) { return (j >= low && j < high ? 0xffffu : 0u) | (j + 1 >= low && j + 1 < high ? 0xffff0000u : 0u); };
-        const int j = 16 * g + lane % 4 * 2;
-        accumulate(x.o, at, {stage_at(first), 16 * g + lane % 16}, keep(j), keep(j + 8));
+        const uint32_t keep0 = keep(16 * g + lane % 4 * 2), keep8 = keep(16 * g + 8 + lane % 4 * 2);
+        load_values(v, {stage_at(first), 16 * g + value});
+        v[0] &= keep0, v[1] &= keep0, v[2] &= keep8, v[3] &= keep8;
+#pragma unroll
+        for (int b = 0; b < S::blocks; ++b) ptx::mma_m16n8k16_bf16(x.o[b], v, a[b][0], a[b][1]);
         continue;
       }
 #pragma unroll 1
       for (int r = 0; r < job.block.rows; ++r) {
-        const int place = find_place(p, job, r, row_at(job, r), shared.nodes[r], tile, tile + 16 * g + lane % 16);
+        const int place = find_place(p, job, r, row_at(job, r), shared.nodes[r], tile, tile + 16 * g + value);
         if (!__any_sync(~0u, place >= 0)) continue;
-        float sum[S::blocks][2][4];
+        load_values(v, address(place, first, job.loads_slots(tile)));
 #pragma unroll
-        for (int b = 0; b < S::blocks; ++b)
+        for (int b = 0; b < S::blocks; ++b) {
+          float sum[4] = {x.o[b][0], x.o[b][1], x.o[b][2], x.o[b][3]};
+          ptx::mma_m16n8k16_bf16(sum, v, a[b][0], a[b][1]);
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[b][n][e] = x.o[b][n][e];
-        accumulate(sum, at, address(place, first, slots));
-#pragma unroll
-        for (int b = 0; b < S::blocks; ++b)
-#pragma unroll
-          for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) x.o[b][n][e] = local[b][e / 2] == r ? sum[b][n][e] : x.o[b][n][e];
+          for (int e = 0; e < 4; ++e) x.o[b][e] = local[b][e % 2] == r ? sum[e] : x.o[b][e];
+        }
       }
     }
   }
 
   __device__ __forceinline__ State chunk(const Job& job, int chunk) {
-    const int chunk_begin = chunk * kChunk, begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), own_key = 8 * warp + lane % 4 * 2;
-    float s[kChunkTiles][S::blocks][4];
+    const int chunk_begin = chunk * kChunk, begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), mine = warp / 2, first_key = warp % 2 * 32, my_tile = chunk_begin + mine * kTile;
+    auto stages_of = [&](int tile) { return job.loads_slots(tile) && job.loads_more(tile) ? 2 : 1; };
+    float s[2][S::blocks][4];
 #pragma unroll 1
-    for (int at = 0; at < kChunkTiles; ++at) {
-      const int tile = chunk_begin + at * kTile;
-      float x[S::blocks][4];
-      if (tile >= begin && tile < end) with_tile(job, tile, [&](At first) { score_tile(job, x, tile, first); });  // else no row sees it
+    for (int tile = begin; tile < end; tile += kTile) {
+      const int stages = stages_of(tile);
+      if (tile == my_tile) {
+        wait(keys, stages);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) score_tile(job, s[k], tile, first_key + 16 * k, keys);
+        give(keys, stages);
+      }
+      keys = keys.after(stages);
+    }
+    float top[S::blocks][2];
+#pragma unroll
+    for (int b = 0; b < S::blocks; ++b)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int low = rows[b][c].low(my_tile), high = rows[b][c].high(my_tile, kTile);  // of a tile that is not there: nothing
+        top[b][c] = SPECRT_MINUS_INF;
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& x = s[k][b][2 * h + c];
+            const int j = first_key + 16 * k + 8 * h + lane / 4;
+            x = j >= low && j < high ? x * scale : SPECRT_MINUS_INF;
+            top[b][c] = fmaxf(x, top[b][c]);
+          }
+      }
+#pragma unroll
+    for (int d = 4; d < 32; d <<= 1)
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int low = rows[b][h].low(tile), high = rows[b][h].high(tile, kTile);
-          float top = SPECRT_MINUS_INF;
+        for (int c = 0; c < 2; ++c) top[b][c] = fmaxf(__shfl_xor_sync(~0u, top[b][c], d), top[b][c]);
+    if (lane < 4)
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float y = own_key + c >= low && own_key + c < high ? x[b][2 * h + c] * scale : SPECRT_MINUS_INF;
-            top = fmaxf(y, top);
+      for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-            for (int i = 0; i < kChunkTiles; ++i) s[i][b][2 * h + c] = i == at ? y : s[i][b][2 * h + c];  // no index that is not a constant: s stays in registers
-          }
-#pragma unroll
-          for (int d = 1; d <= 2; d <<= 1) top = fmaxf(__shfl_xor_sync(~0u, top, d), top);
-          if (lane % 4 == 0) shared.tops[at][16 * b + lane / 4 + 8 * h][warp] = top;
-        }
-    }
+        for (int c = 0; c < 2; ++c) shared.tops[8 * b + 2 * lane + c][warp] = top[b][c];
     barrier();
 
     State x;
     reset(x);
+    float a[kChunkTiles][S::blocks][2];  // by which a tile scales what was before it
 #pragma unroll
-    for (int b = 0; b < S::blocks; ++b)
+    for (int b = 0; b < S::blocks; ++b) {
+      float from[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int vector = 16 * b + lane / 4 + 8 * h;
-        float tops[kChunkTiles];
+      for (int c = 0; c < 2; ++c) {
+        float tops[S::warps];
+        *reinterpret_cast<float4*>(tops) = *reinterpret_cast<const float4*>(&shared.tops[8 * b + lane % 4 * 2 + c][0]);
+        *reinterpret_cast<float4*>(tops + 4) = *reinterpret_cast<const float4*>(&shared.tops[8 * b + lane % 4 * 2 + c][4]);
+        float& m = x.m[b][c];
 #pragma unroll
         for (int i = 0; i < kChunkTiles; ++i) {
-          const float4 t0 = *reinterpret_cast<const float4*>(&shared.tops[i][vector][0]), t1 = *reinterpret_cast<const float4*>(&shared.tops[i][vector][4]);
-          tops[i] = fmaxf(fmaxf(fmaxf(t0.x, t0.y), fmaxf(t0.z, t0.w)), fmaxf(fmaxf(t1.x, t1.y), fmaxf(t1.z, t1.w)));
-        }
-#pragma unroll
-        for (int i = 0; i < kChunkTiles; ++i) {
-          const bool sees = rows[b][h].sees(chunk_begin + i * kTile, kTile);
-          const float top = fmaxf(x.m[b][h], tops[i]), from = sees ? top : 0.0f;  // invisible: exp2(-inf - from) = 0
-          if (warp == 0 && lane % 4 == 0) shared.factors[i][vector] = sees ? ptx::ex2(x.m[b][h] - top) : 1.0f;
-          x.m[b][h] = top;
-          *reinterpret_cast<uint32_t*>(shared.probabilities + vector * S::row_bytes + (i * kTile + own_key) * 2) =
-              ptx::pack_bf16(ptx::ex2(s[i][b][2 * h] - from), ptx::ex2(s[i][b][2 * h + 1] - from));
+          const bool sees = rows[b][c].sees(chunk_begin + i * kTile, kTile);
+          const float next = fmaxf(m, fmaxf(tops[2 * i], tops[2 * i + 1]));
+          a[i][b][c] = sees ? ptx::ex2(m - next) : 1.0f;
+          m = next;
+          if (i == mine) from[c] = sees ? m : 0.0f;  // invisible: exp2(-inf - 0) = 0
         }
       }
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[i] = ptx::pack_bf16(ptx::ex2(s[i / 2][b][i % 2 * 2] - from[0]), ptx::ex2(s[i / 2][b][i % 2 * 2 + 1] - from[1]));
+      ptx::stmatrix_x4_trans(probabilities() + (8 * b + lane % 8) * S::row_bytes + (mine * kTile + first_key + lane / 8 * 8) * 2, pairs);
+    }
     barrier();
 
-#pragma unroll 1
-    for (int tile = begin; tile < end; tile += kTile) {
+#pragma unroll
+    for (int i = 0; i < kChunkTiles; ++i) {
+      const int tile = chunk_begin + i * kTile, stages = stages_of(tile);
+      if (tile < begin || tile >= end) continue;
 #pragma unroll
       for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float a = shared.factors[(tile - chunk_begin) / kTile][16 * b + lane / 4 + 8 * h];
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            x.l[b][e] = x.l[b][e] * a;
-            x.o[b][0][e] = x.o[b][0][e] * a;
-            x.o[b][1][e] = x.o[b][1][e] * a;
-          }
+        for (int e = 0; e < 4; ++e) {
+          x.l[b][e] = x.l[b][e] * a[i][b][e % 2];
+          x.o[b][e] = x.o[b][e] * a[i][b][e % 2];
         }
-      with_tile(job, tile, [&](At first) { accumulate_tile(job, x, tile, tile - chunk_begin, first); });
+      wait(values, stages);
+      accumulate_tile(job, x, tile, i * kTile, values);
+      give(values, stages);
+      values = values.after(stages);
     }
     return x;
   }
@@ -317,7 +312,7 @@ template <typename S> struct Consumer {
     for (int b = 0; b < S::blocks; ++b) {
       x.m[b][0] = x.m[b][1] = SPECRT_MINUS_INF;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x.l[b][e] = x.o[b][0][e] = x.o[b][1][e] = 0.0f;
+      for (int e = 0; e < 4; ++e) x.l[b][e] = x.o[b][e] = 0.0f;
     }
   }
 
@@ -326,67 +321,40 @@ template <typename S> struct Consumer {
 #pragma unroll
     for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (!rows[b][h].sees(chunk * kChunk, kChunk)) continue;
-        const FoldFactors f = fold_factors(run.m[b][h], x.m[b][h]);
-        run.l[b][2 * h] = fold_value(run.l[b][2 * h], x.l[b][2 * h], f);
+      for (int c = 0; c < 2; ++c) {
+        if (!rows[b][c].sees(chunk * kChunk, kChunk)) continue;
+        const FoldFactors f = fold_factors(run.m[b][c], x.m[b][c]);
+        run.l[b][c] = fold_value(run.l[b][c], x.l[b][c], f);
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int c = 0; c < 2; ++c) run.o[b][n][2 * h + c] = fold_value(run.o[b][n][2 * h + c], x.o[b][n][2 * h + c], f);
+        for (int h = 0; h < 2; ++h) run.o[b][2 * h + c] = fold_value(run.o[b][2 * h + c], x.o[b][2 * h + c], f);
       }
   }
 
   // O * (1 / l) where a row sees nothing outside of the run, else a partial result.
   __device__ __forceinline__ void write(const Job& job, const State& x, int run) const {
-    const int column = 16 * warp + lane % 4 * 2;
+    const int column = 16 * warp + lane / 4;
     if (column >= D) return;
 #pragma unroll
     for (int b = 0; b < S::blocks; ++b)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int v = 16 * b + lane / 4 + 8 * h;
-        const Row& row = rows[b][h];
-        if (local[b][h] >= job.block.rows) continue;
-        const int64_t vector = static_cast<int64_t>(job.block.begin + local[b][h]) * p.q_heads + job.kv_head * heads.d + heads.remainder(v);
-        const bool nothing = row.len == 0 && job.run_begin == 0;
-        if (!nothing && !row.sees(job.run_begin, run * kChunk)) continue;
-        if (nothing || sees_one_run(row, run)) {
-          uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * D + column);
-          const float r = 1.0f / x.l[b][2 * h];
-#pragma unroll
-          for (int n = 0; n < 2; ++n)
-            out[4 * n] = nothing ? 0u : to_bf16(x.o[b][n][2 * h] * r).bits | static_cast<uint32_t>(to_bf16(x.o[b][n][2 * h + 1] * r).bits) << 16;
+      for (int c = 0; c < 2; ++c) {
+        const Row& row = rows[b][c];
+        if (local[b][c] >= job.block.rows || !row.sees(job.run_begin, run * kChunk)) continue;
+        const int64_t vector = static_cast<int64_t>(job.block.begin + local[b][c]) * p.q_heads + job.kv_head * heads.d + heads.remainder(8 * b + lane % 4 * 2 + c);
+        if (sees_one_run(row, run)) {
+          bf16* out = static_cast<bf16*>(p.out) + vector * D + column;
+          const float r = 1.0f / x.l[b][c];
+          out[0] = to_bf16(x.o[b][c] * r);
+          out[8] = to_bf16(x.o[b][2 + c] * r);
           continue;
         }
         const Partials part(p, vector);
         const int slot = job.run_begin / kChunk;
-#pragma unroll
-        for (int n = 0; n < 2; ++n) *reinterpret_cast<float2*>(part.o + static_cast<int64_t>(slot) * D + column + 8 * n) = make_float2(x.o[b][n][2 * h], x.o[b][n][2 * h + 1]);
-        if (warp == 0 && lane % 4 == 0) *reinterpret_cast<float2*>(part.ml + 2 * slot) = make_float2(x.m[b][h], x.l[b][2 * h]);
+        float* to = part.o + static_cast<int64_t>(slot) * D + column;
+        to[0] = x.o[b][c];
+        to[8] = x.o[b][2 + c];
+        if (column == 0) *reinterpret_cast<float2*>(part.ml + 2 * slot) = make_float2(x.m[b][c], x.l[b][c]);
       }
-  }
-
-  // The last CTA to have jobs of a block and KV head folds what all have written. An order of integers: whoever it is, the chunks fold ascending.
-  __device__ __forceinline__ void fold(const Job& job, int block_number, int jobs, int run) const {
-    if (job.pieces == 1) return;
-    barrier();
-    if (threadIdx.x == 0) {
-      int* done = plan_counters(p.plan, p.rows) + block_number * p.kv_heads + job.kv_head;
-      __threadfence();
-      const bool last = atomicAdd(done, jobs) + jobs == job.pieces;
-      if (last) *done = 0;  // for the next layer
-      shared.last = last;
-      __threadfence();
-    }
-    barrier();
-    if (!shared.last) return;
-    for (int task = warp; task < 2 * job.block.rows * heads.d; task += S::warps) {
-      const int r = heads.quotient(task / 2);
-      const Row row = row_at(job, r);
-      if (row.len > 0 && !sees_one_run(row, run))
-        fold_half<D, 1>(p, row, static_cast<int64_t>(job.block.begin + r) * p.q_heads + job.kv_head * heads.d + heads.remainder(task / 2), run, task % 2, lane);
-    }
   }
 };
 
@@ -402,7 +370,7 @@ decode_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __gri
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, S::warps);
+      ptx::mbarrier_init(empty + 8 * s, s < S::each ? 2 : S::warps);  // two warps make a tile's scores, all add its values
     }
     ptx::mbarrier_init_fence();
     shared.zeros = make_uint4(0, 0, 0, 0);
@@ -414,26 +382,21 @@ decode_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __gri
   Share share(p, lane);
   if (share.begin == share.end) return;
 
-  if (warp == S::warps) {
-    Producer<S> producer{p, tiles, full, empty, shared.ids, lane};
-    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
+  if (warp >= S::warps) {
+    const int which = warp - S::warps, first = which * S::each;
+    Producer<S> producer{p, which ? &v_pages : &k_pages, which ? &v_slots : &k_slots, tiles + first * S::tile_bytes, full + 8 * first, empty + 8 * first, shared.first_rows[which], lane};
+    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number));
     return;
   }
   Consumer<S> consumer{p, shared, scale, warp, lane, heads, tiles};
   const int run = share.cursor.run;
-  for (int number = share.begin; number < share.end;) {
-    Job job(p, share.cursor, number);
-    consumer.load(job);
-    const int begin = number, end = min(share.end, number + job.pieces - job.piece);  // jobs of this block and KV head
-    while (true) {
-      typename Consumer<S>::State kept;
-      consumer.reset(kept);
-      for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) consumer.join(kept, consumer.chunk(job, chunk), chunk);
-      consumer.write(job, kept, run);
-      if (++number == end) break;
-      job = Job(p, share.cursor, number);
-    }
-    consumer.fold(job, share.cursor.index, end - begin, run);
+  for (int number = share.begin; number < share.end; ++number) {
+    const Job job(p, share.cursor, number);
+    if (number == share.begin || job.piece == 0) consumer.load(job);
+    typename Consumer<S>::State kept;
+    consumer.reset(kept);
+    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) consumer.join(kept, consumer.chunk(job, chunk), chunk);
+    consumer.write(job, kept, run);
   }
 }
 
@@ -441,10 +404,11 @@ template <typename S> void launch_shape(const AttentionParams& p, int ctas, cuda
   const TensorMaps maps(p);
   launch({dim3(ctas), dim3(S::threads), static_cast<int>(sizeof(Shared<S>)), stream, 1, true}, decode_attention_kernel<S>, maps.k_pages, maps.v_pages, maps.k_slots, maps.v_slots, p,
          p.scale * kLog2e);
+  launch_fold(p, stream);
 }
 
 template <int D> void launch_dim(const AttentionParams& p, const TreeShape& shape, int ctas, cudaStream_t stream) {
-  shape.vectors == 16 ? launch_shape<Shape<D, 1>>(p, ctas, stream) : launch_shape<Shape<D, 2>>(p, ctas, stream);
+  shape.vectors == 8 ? launch_shape<Shape<D, 1>>(p, ctas, stream) : launch_shape<Shape<D, 2>>(p, ctas, stream);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ struct AttentionParams {
   float scale;
   int window;                 // 0: none
   const int32_t* num_rows;
-  int32_t* plan;              // bf16 CUDA tree attention: made by attention_plan from the same rows; its counters are in use meanwhile
+  const int32_t* plan;        // bf16 CUDA tree attention: made by attention_plan from the same rows
   float* workspace;           // bf16 CUDA tree attention: O [R, Hq, C, D], then (m, l) [R, Hq, C, 2], C = ceil(max_pages * P / 256)
   void* out;                  // [R, Hq, D]
   int rows, requests, q_heads, kv_heads, head_dim, page, max_pages, pages, path_depth;
@@ -44,20 +44,20 @@ struct AttentionPlanParams {
   const int64_t* ancestors;    // [R] or null
   const int32_t* paths;        // [R, path_depth] or null
   const int32_t* num_rows;
-  int32_t* plan;               // [plan_ints(R, Hkv)]
+  int32_t* plan;               // [plan_ints(R)]
   int rows, requests, q_heads, kv_heads, path_depth;
 };
 
 constexpr int kPlanHeader = 4, kPlanBlock = 8;  // ints
-constexpr int plan_ints(int rows, int kv_heads) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows) + rows * kv_heads; }  // the first 32 blocks are read before their number is known
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
 
 // CTAs of tree attention: as many query vectors of a KV head as a request has, up to 128, since a CTA reads K and V once for all of its own. A function of the capacities.
 struct TreeShape {
-  int vectors, blocks_per_sm, most_rows;  // 16, 32 (decode.cu), 64, 128 (tree.cu)
+  int vectors, blocks_per_sm, most_rows;  // 8, 16 (decode.cu), 64, 128 (tree.cu)
 };
 inline TreeShape tree_shape(int rows, int requests, int group_heads, int path_depth) {
   const int wanted = (rows + requests - 1) / (requests > 0 ? requests : 1) * group_heads;
-  const int vectors = wanted <= 16 ? 16 : wanted <= 32 ? 32 : wanted <= 64 || path_depth ? 64 : 128;
+  const int vectors = wanted <= 8 ? 8 : wanted <= 16 ? 16 : wanted <= 64 || path_depth ? 64 : 128;
   int most = vectors / group_heads;
   if (path_depth) {  // a tile holds the keys of all paths
     const int in_a_tile = kTile / (path_depth < kTile ? path_depth : kTile);

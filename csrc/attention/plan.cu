@@ -94,7 +94,6 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
       blocks[b].nodes = nodes;
     }
   }
-  for (int i = threadIdx.x; i < count * p.kv_heads; i += kThreads) plan_counters(p.plan, p.rows)[i] = 0;
   __syncthreads();
 
   // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.

@@ -20,11 +20,9 @@ struct alignas(16) Block {
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
 
-// A plan in memory: the header, then a block for each row at most, then for each block and KV head how many of its jobs are done (zero between two layers).
+// A plan in memory: the header, then a block for each row at most.
 __device__ __forceinline__ const PlanHeader& plan_header(const int32_t* plan) { return *reinterpret_cast<const PlanHeader*>(plan); }
 __device__ __forceinline__ const Block* plan_blocks(const int32_t* plan) { return reinterpret_cast<const Block*>(plan + kPlanHeader); }
-
-__device__ __forceinline__ int32_t* plan_counters(int32_t* plan, int rows) { return plan + plan_ints(rows, 0); }
 
 // The block that has a job, with its pieces for every KV head; jobs ascend from call to call.
 struct BlockCursor {

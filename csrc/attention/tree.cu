@@ -1,9 +1,10 @@
 // Decode, verify and draft-expansion attention, bf16, on Hopper.
 //
 // A job is a block of rows of one request, a KV head and a run of chunks of 256 positions (plan.cuh). Rows x query heads stand side by side as the 64 vectors of a
-// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp keeps `stages` tiles in flight by tensor copies, one a page. The keys of the
-// rows' paths come as tiles of their own, a copy a slot, from which every row's groups of 16 are read at their logical places (row addresses of ldmatrix).
-// A run folds its chunks where they are; what is not a row's whole answer goes through the workspace to the combine kernel. Which CTA does what changes no bit.
+// warpgroup, or the 128 of two, so that K and V are read once for all of them; few vectors have a kernel of their own (decode.cu). A producer warp each for K and V keeps
+// `each` tiles in flight by tensor copies, one a page. The keys of the rows' paths come as tiles of their own, a copy a slot, from which every row's groups of 16 are read
+// at their logical places (row addresses of ldmatrix). A run folds its chunks where they are; what is not a row's whole answer goes through the workspace to the fold kernel
+// (fold.cu). Which CTA does what changes no bit.
 //
 // Bytes: K and V once a block of rows (the blocks of a request share them through L2), D + 2 floats for each vector and run.
 #include "attention/fold.cuh"
@@ -18,8 +19,9 @@ namespace {
 template <int dim_, int warpgroups_> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
-  static constexpr int tiles_at_once = 1;
-  static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
+  static constexpr int each = warpgroups == 1 ? 2 : 4, stages = 2 * each;  // of K and of V; at least two: a tile that holds paths takes as many
+  using Keys = Turn<each, 0>;
+  using Values = Turn<each, each>;
   static constexpr int producer_registers = 56, consumer_registers = warpgroups == 1 ? 200 : 224;
   static constexpr int tile_bytes = columns / 64 * kBlockBytes;
   // Shared memory: stages; the queries, a tile a warpgroup; O of the run so far, 16 bytes a thread and piece; the rest.
@@ -28,13 +30,14 @@ template <int dim_, int warpgroups_> struct Shape {
 
 template <typename S> struct Rest {
   uint4 zeros;
-  uint64_t full[S::stages], empty[S::stages];
+  uint64_t full[S::stages], empty[S::stages];  // of K, then of V
   uint64_t nodes[S::vectors];  // ancestors of a row
-  int ids[32];                 // the producer's
+  int first_rows[2][20];       // the producers'
   int len[S::vectors];
 };
 
 template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
+static_assert(kSharedBytes<Shape<128, 1>> <= 113 << 10 && kSharedBytes<Shape<128, 2>> <= 227 << 10, "two CTAs an SM, one CTA an SM");
 
 // What a consumer warp holds. Index i: of its vectors lane / 4 + 8 i.
 template <typename S> struct Consumer {
@@ -46,15 +49,15 @@ template <typename S> struct Consumer {
   SmallDivisor heads;  // query heads a KV head
   uint32_t stages;
   Rest<S>& rest;
-  Turn<S::stages> turn{};  // of the next tile
+  typename S::Keys keys{};  // of the next tile
+  typename S::Values values{};
   Row rows[2];
   int local[2];
   Vectors<D> x;
 
-  using At = Turn<S::stages>;
-  __device__ __forceinline__ uint32_t stage_at(At at) const { return stages + at.stage * S::tile_bytes; }
-  __device__ __forceinline__ void wait(At at) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + at.stage), at.parity); }
-  __device__ __forceinline__ void give(At at) const {
+  template <typename At> __device__ __forceinline__ uint32_t stage_at(At at) const { return stages + at.stage * S::tile_bytes; }
+  template <typename At> __device__ __forceinline__ void wait(At at) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + at.stage), at.parity); }
+  template <typename At> __device__ __forceinline__ void give(At at) const {
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + at.stage));
   }
   __device__ __forceinline__ uint32_t queries(int warp) const { return stages + S::queries + warp / 4 * S::tile_bytes; }
@@ -107,7 +110,6 @@ template <typename S> struct Consumer {
   // Tiles that all rows see in full: while the values of one are added, the next one's scores and probabilities are made.
   __device__ __forceinline__ void plain_tiles(int tiles) {
     float a[2];
-    At keys = turn;
     wait(keys);
     x.reset_scores();
     ptx::wgmma_fence();
@@ -120,14 +122,13 @@ template <typename S> struct Consumer {
     x.join(a);
 #pragma unroll 1
     for (; tiles > 1; --tiles) {
-      const At values = keys.after(1);
-      keys = keys.after(2);
+      keys = keys.after(1);
       wait(keys);
+      wait(values);
       x.reset_scores();
       ptx::wgmma_fence();
       x.start_scores(queries(warp), stage_at(keys));
       ptx::wgmma_commit();
-      wait(values);
       x.start_values(stage_at(values));
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
@@ -139,9 +140,9 @@ template <typename S> struct Consumer {
       ptx::wgmma_wait<0>();
       ptx::wgmma_results(x.o);
       give(values);
+      values = values.after(1);
       x.join(a);
     }
-    const At values = keys.after(1);
     wait(values);
     ptx::wgmma_fence();
     x.start_values(stage_at(values));
@@ -149,7 +150,8 @@ template <typename S> struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::wgmma_results(x.o);
     give(values);
-    turn = keys.after(2);
+    keys = keys.after(1);
+    values = values.after(1);
   }
 
   // Any other tile.
@@ -158,7 +160,7 @@ template <typename S> struct Consumer {
     const bool shared_keys = tile < job.block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
     const int warp_rows_begin = heads.quotient(first_vector), warp_rows_end = min(heads.quotient(first_vector + 15) + 1, job.block.rows);
     // f(places of lane's key, row in the group, for kOwnRows rows, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
-    auto each_own = [&](int key, At first, auto&& f) {
+    auto each_own = [&](int key, auto first, auto&& f) {
 #pragma unroll 1
       for (int g = max(0, (job.own_begin() - tile) / 16); g < 4 && tile + 16 * g < job.block.longest; ++g)
 #pragma unroll 1
@@ -177,7 +179,6 @@ template <typename S> struct Consumer {
         }
     };
 
-    const At keys = turn, values = turn.after(slots + more);
     if (slots) wait(keys);
     x.reset_scores();
     if (shared_keys) {
@@ -228,7 +229,8 @@ template <typename S> struct Consumer {
     __syncwarp();
     if (slots) give(values);
     if (more) give(values.after(slots));
-    turn = values.after(slots + more);
+    keys = keys.after(slots + more);
+    values = values.after(slots + more);
   }
 
   __device__ __forceinline__ void chunk(const Job& job, int chunk) {
@@ -248,7 +250,7 @@ template <typename S> struct Consumer {
   }
 
   __device__ __forceinline__ void run(const Job& job, int run) {
-    float4* kept = reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x;
+    float4* kept = reinterpret_cast<float4*>(shared + S::kept) + warp * S::pieces * 32 + lane;
     float kept_m[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, kept_l[2] = {0.0f, 0.0f};
 #pragma unroll 1
     for (int number = job.chunk_begin; number < job.chunk_end; ++number) {
@@ -272,7 +274,7 @@ template <typename S> struct Consumer {
         }
 #pragma unroll
         for (int n = 0; n < S::pieces; ++n) {
-          const float4 v = kept[n * S::consumers];
+          const float4 v = kept[n * 32];
           const float before[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
           for (int e = 0; e < 4; ++e) x.o[n][e] = sees[e / 2] ? fold_value(before[e], x.o[n][e], f[e / 2]) : before[e];
@@ -280,32 +282,47 @@ template <typename S> struct Consumer {
       }
       if (number + 1 < job.chunk_end)
 #pragma unroll
-        for (int n = 0; n < S::pieces; ++n) kept[n * S::consumers] = make_float4(x.o[n][0], x.o[n][1], x.o[n][2], x.o[n][3]);
+        for (int n = 0; n < S::pieces; ++n) kept[n * 32] = make_float4(x.o[n][0], x.o[n][1], x.o[n][2], x.o[n][3]);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int vector = first_vector() + lane / 4 + 8 * i;
-      if (vector < valid(job) && rows[i].sees(job.run_begin, run * kChunk))
-        write(static_cast<int64_t>(job.block.begin + local[i]) * p.q_heads + job.kv_head * heads.d + heads.remainder(vector), job.run_begin / kChunk, sees_one_run(rows[i], run),
-              kept_m[i], kept_l[i], i);
-    }
+    write(job, run, kept_m, kept_l);
   }
 
-  // O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
-  __device__ __forceinline__ void write(int64_t vector, int slot, bool whole, float m, float l, int i) const {
-    if (whole) {
-      uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * D) + lane % 4;
-      const float r = 1.0f / l;
+  // O * (1 / l) where a row sees nothing outside of the run, else a partial (m, l, O). Through this warp's part of shared memory (16 vectors of S::columns floats, 16-byte
+  // pieces permuted so that writing and reading meet different banks): whole rows go out at once.
+  __device__ __forceinline__ void write(const Job& job, int run, const float (&m)[2], const float (&l)[2]) const {
+    if (!works(job)) return;
+    const int lane = opaque(this->lane);
+    float* mine = reinterpret_cast<float*>(shared + S::kept) + warp * 16 * S::columns;
+    auto at = [&](int v, int piece) { return mine + v * S::columns + (piece ^ v % 8 * 2) * 4; };
+    auto vector_of = [&](int v, int r) { return static_cast<int64_t>(job.block.begin + r) * p.q_heads + job.kv_head * heads.d + heads.remainder(first_vector() + v); };
+    __syncwarp();
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-        out[4 * n] = to_bf16(x.o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(x.o[n][2 * i + 1] * r).bits) << 16;
-      return;
+    for (int i = 0; i < 2; ++i) {
+      const int v = lane / 4 + 8 * i;
+      const bool whole = sees_one_run(rows[i], run), sees = rows[i].sees(job.run_begin, run * kChunk);
+      const float r = 1.0f / l[i];
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        const float o0 = x.o[n][2 * i], o1 = x.o[n][2 * i + 1];
+        *reinterpret_cast<float2*>(at(v, 2 * n + lane % 4 / 2) + lane % 2 * 2) = whole ? make_float2(o0 * r, o1 * r) : make_float2(o0, o1);
+      }
+      if (sees && !whole && lane % 4 == 0) *reinterpret_cast<float2*>(Partials(p, vector_of(v, local[i])).ml + 2 * (job.run_begin / kChunk)) = make_float2(m[i], l[i]);
     }
-    const Partials part(p, vector);
-    float* to = part.o + static_cast<int64_t>(slot) * D + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(x.o[n][2 * i], x.o[n][2 * i + 1]);
-    if (lane % 4 == 0) *reinterpret_cast<float2*>(part.ml + 2 * slot) = make_float2(m, l);
+    __syncwarp();
+    constexpr int kPieces = D / 4;
+#pragma unroll 4
+    for (int j = lane; j < 16 * kPieces; j += 32) {
+      const int v = j / kPieces, piece = j % kPieces, r = heads.quotient(first_vector() + v);
+      const Row row = row_at(job, r);
+      if (!row.sees(job.run_begin, run * kChunk)) continue;  // also where there is no row
+      const float4 o = *reinterpret_cast<const float4*>(at(v, piece));
+      const int64_t vector = vector_of(v, r);
+      if (sees_one_run(row, run))
+        *reinterpret_cast<uint2*>(static_cast<bf16*>(p.out) + vector * D + piece * 4) =
+            make_uint2(to_bf16(o.x).bits | static_cast<uint32_t>(to_bf16(o.y).bits) << 16, to_bf16(o.z).bits | static_cast<uint32_t>(to_bf16(o.w).bits) << 16);
+      else
+        *reinterpret_cast<float4*>(Partials(p, vector).o + static_cast<int64_t>(job.run_begin / kChunk) * D + piece * 4) = o;
+    }
   }
 };
 
@@ -335,11 +352,13 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
 
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
-    if (warp > S::warps) return;
-    Producer<S> producer{p, stages, full, empty, rest.ids, lane};
-    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
+    const int which = warp - S::warps, first = which * S::each;
+    if (which > 1) return;
+    Producer<S> producer{p, which ? &v_pages : &k_pages, which ? &v_slots : &k_slots, stages + first * S::tile_bytes, full + 8 * first, empty + 8 * first, rest.first_rows[which], lane};
+    for (int number = share.begin; number < share.end; ++number) producer.run(Job(p, share.cursor, number));
     return;
   }
+
   ptx::take_registers<S::consumer_registers>();
   Consumer<S> consumer{p, shared, scale, warp, lane, heads, stages, rest};
   for (int number = share.begin; number < share.end; ++number) {
@@ -349,27 +368,11 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   }
 }
 
-// A warp for each half of a vector.
-constexpr int kCombineWarps = 4;
-
-template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams p) {
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32, vector = task / 2;
-  const int r = static_cast<int>(vector / p.q_heads);
-  ptx::launch_dependents();
-  ptx::grid_dependency_wait();
-  if (r >= p.rows) return;
-  const int rows = *p.num_rows, run = plan_header(p.plan).run;  // all loads at once
-  const Row row = describe_row(p, r);
-  if (r >= rows || (row.len > 0 && sees_one_run(row, run))) return;  // written where it was computed
-  fold_half<D, 2>(p, row, vector, run, task % 2, threadIdx.x % 32);
-}
-
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
   const TensorMaps maps(p);
   launch({dim3(tree_ctas(p, shape)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, maps.k_pages, maps.v_pages, maps.k_slots, maps.v_slots, p,
          p.scale * kLog2e);
-  const int64_t tasks = static_cast<int64_t>(p.rows) * p.q_heads * 2;
-  launch({dim3(static_cast<unsigned>((tasks + kCombineWarps - 1) / kCombineWarps)), dim3(kCombineWarps * 32), 0, stream, 1, true}, combine_kernel<S::dim>, p);
+  launch_fold(p, stream);
 }
 
 template <int D> void launch_dim(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {

@@ -46,13 +46,14 @@ struct Share {
 
   __device__ Share(const AttentionParams& p, int lane) : Share(p, plan_header(p.plan), plan_blocks(p.plan)[lane], lane) {}
 
- private:
-  __device__ Share(const AttentionParams& p, const PlanHeader& header, const Block& mine, int lane)
-      : begin(before(blockIdx.x, header.pieces * p.kv_heads)), end(before(blockIdx.x + 1, header.pieces * p.kv_heads)), cursor(p.plan, header, mine, p.kv_heads, begin, lane) {}
   __device__ static int before(unsigned cta, unsigned jobs) {
     const unsigned each = jobs / gridDim.x;
     return static_cast<int>(cta * each + min(cta, jobs - each * gridDim.x));
   }
+
+ private:
+  __device__ Share(const AttentionParams& p, const PlanHeader& header, const Block& mine, int lane)
+      : begin(before(blockIdx.x, header.pieces * p.kv_heads)), end(before(blockIdx.x + 1, header.pieces * p.kv_heads)), cursor(p.plan, header, mine, p.kv_heads, begin, lane) {}
 };
 
 constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than in whole pages
@@ -89,23 +90,24 @@ struct Job {
   __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
 };
 
-// A stage of a ring of N, and the parity of the phase in which it is filled.
-template <int N> struct Turn {
-  int stage = 0;
+// One of the N stages from `First` on, taken in turn, and the parity of the phase in which it is filled.
+template <int N, int First> struct Turn {
+  int stage = First;
   uint32_t parity = 0;
   __device__ __forceinline__ Turn after(int stages) const {
-    const bool around = stage + stages >= N;
+    const bool around = stage + stages >= First + N;
     return {stage + stages - (around ? N : 0), parity ^ (around ? 1u : 0u)};
   }
 };
 
-// The producer, a warp: the tiles of a job, each of its stages filled as soon as it is free; of `tiles_at_once` tiles the keys, then the values.
+// A producer, a warp for K and one for V: the tiles of a job, each of its stages filled as soon as it is free.
 template <typename S> struct Producer {
   const AttentionParams& p;
+  const CUtensorMap *pages, *slots;
   uint32_t stages, full, empty;
-  int* ids;  // in shared memory, 32: the pages of a chunk and of the tile after it
+  int* first_rows;  // in shared memory, 20: where the pages of a chunk and of the tile after it begin in the pool
   int lane, page_shift = exponent(p.page);
-  Turn<S::stages> turn{};
+  Turn<S::each, 0> turn{};
 
   // Waits until the next stage is free, and expects its bytes. By one lane.
   __device__ __forceinline__ void expect(int bytes) const {
@@ -113,17 +115,17 @@ template <typename S> struct Producer {
     ptx::mbarrier_arrive_expect(full + 8 * turn.stage, bytes);
   }
 
-  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns, all by one lane.
-  __device__ __forceinline__ void tile(const Job& job, const CUtensorMap* map, int tile, int first_page) {
+  // Slots tile .. tile + 63: a copy a page and 64 columns, all by one lane.
+  __device__ __forceinline__ void tile(const Job& job, int tile, int first_page) {
     if (lane == 0) {
       const int begin = max(0, job.first_seen - tile) >> page_shift, end = min(kTile, job.slots_end() - tile + p.page - 1) >> page_shift;
       expect((end - begin) * p.page * (S::columns * 2));
 #pragma unroll 1
       for (int page = begin; page < end; ++page) {
-        const int row = (ids[(tile >> page_shift) - first_page + page] * p.kv_heads + job.kv_head) * p.page;
+        const int row = first_rows[(tile >> page_shift) - first_page + page];
         const uint32_t to = stages + turn.stage * S::tile_bytes + page * p.page * 128;
 #pragma unroll
-        for (int block = 0; block < S::columns / 64; ++block) ptx::tma_load(to + block * kBlockBytes, map, block * 64, row, full + 8 * turn.stage);
+        for (int block = 0; block < S::columns / 64; ++block) ptx::tma_load(to + block * kBlockBytes, pages, block * 64, row, full + 8 * turn.stage);
       }
     }
     turn = turn.after(1);
@@ -135,20 +137,21 @@ template <typename S> struct Producer {
     const int most = min(kTile, p.path_depth), r = entry / most, d = max(tile, job.block.prefix) + entry % most - job.block.prefix;
     if (r >= job.block.rows || d >= p.path_depth || d + job.block.prefix >= tile + kTile) return -1;
     const int32_t* path = p.paths + static_cast<int64_t>(job.block.begin + r) * p.path_depth;
+#pragma unroll 1
     for (int i = 0; i <= d; ++i)
       if (path[i] < 0) return -1;
     return job.block.prefix + path[d];
   }
 
-  __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
-    const int slots = __popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0));
-    if (lane == 0) expect(slots * S::columns * 2);
+  __device__ void own(const Job& job, const int (&rows)[2]) {
+    const int count = __popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0));
+    if (lane == 0) expect(count * S::columns * 2);
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (rows[half] >= 0)
         for (int block = 0; block < S::columns / 64; ++block)
-          ptx::tma_load(stages + turn.stage * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * turn.stage);
+          ptx::tma_load(stages + turn.stage * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, slots, block * 64, rows[half], full + 8 * turn.stage);
     turn = turn.after(1);
   }
 
@@ -157,7 +160,7 @@ template <typename S> struct Producer {
     return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + (slot >> page_shift)] * p.kv_heads + job.kv_head) * p.page + (slot & (p.page - 1));
   }
 
-  __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
+  __device__ void run(const Job& job) {
     const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
     uint64_t wanted = 0;
     if (p.ancestors && !job.many_nodes && job.chunk_end * kChunk > job.own_begin()) {
@@ -165,33 +168,30 @@ template <typename S> struct Producer {
       const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
       wanted = static_cast<uint64_t>(high) << 32 | low;
     }
-    auto ids_of = [&](int chunk) {
+    auto page_of = [&](int chunk) {
       const int mine = (chunk * kChunk >> page_shift) + lane;
       return chunk < job.chunk_end && lane < (kChunk + kTile) >> page_shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > job.first_seen ? table[mine] : 0;
     };
-    int next_ids = ids_of(job.chunk_begin);
+    int next = page_of(job.chunk_begin);
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk >> page_shift;
+      const int end = job.tiles_end(chunk), first_page = chunk * kChunk >> page_shift;
       __syncwarp();
-      ids[lane] = next_ids;
+      if (lane < 20) first_rows[lane] = (next * p.kv_heads + job.kv_head) * p.page;
       __syncwarp();
-      next_ids = ids_of(chunk + 1);
-      for (int from = begin; from < end; from += S::tiles_at_once * kTile)
-        for (int which = 0; which < 2; ++which) {
-          const CUtensorMap* pages = which ? v_pages : k_pages;
-          for (int at = from; at < min(end, from + S::tiles_at_once * kTile); at += kTile) {
-            if (job.loads_slots(at)) tile(job, pages, at, first_page);
-            if (!job.loads_more(at)) continue;
-            if (job.many_nodes) {
-              tile(job, pages, at + kTile, first_page);
-              continue;
-            }
-            int rows[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
-            own(job, which ? v_slots : k_slots, rows);
-          }
+      next = page_of(chunk + 1);
+#pragma unroll 1
+      for (int at = job.tiles_begin(chunk); at < end; at += kTile) {
+        if (job.loads_slots(at)) tile(job, at, first_page);
+        if (!job.loads_more(at)) continue;
+        if (job.many_nodes) {
+          tile(job, at + kTile, first_page);
+          continue;
         }
+        int rows[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
+        own(job, rows);
+      }
     }
   }
 };
@@ -241,7 +241,7 @@ inline int tree_ctas(const AttentionParams& p, const TreeShape& shape) {
   return static_cast<int>(jobs < slots ? jobs : slots);
 }
 
-// Blocks of 16 or 32 vectors (decode.cu).
+// Blocks of 8 or 16 vectors (decode.cu).
 void launch_decode_attention(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream);
 
 }  // namespace specrt

@@ -167,11 +167,7 @@ template <int D> struct Vectors {
         uint32_t b[4];
         ptx::ldmatrix_x4_trans(b, values[r].piece(2 * n + lane / 16));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[r][half][e] = o[2 * n + half][e];
-          ptx::mma_m16n8k16_bf16(x[r][half], a, b[2 * half], b[2 * half + 1]);
-        }
+        for (int half = 0; half < 2; ++half) ptx::mma_m16n8k16_bf16(x[r][half], a, b[2 * half], b[2 * half + 1], o[2 * n + half]);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half)

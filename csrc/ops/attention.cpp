@@ -35,9 +35,9 @@ AttentionParams describe(Checker& check, Sym& R, const Tensor& q, const Tensor& 
           static_cast<int>(pages), 0};
 }
 
-void check_plan(Checker& check, int64_t ints, int64_t rows, int64_t kv_heads) {
-  const int64_t need = plan_ints(static_cast<int>(rows), static_cast<int>(kv_heads));
-  check.require(ints >= need, "plan", "at least " + std::to_string(need) + " ints (ops.attention_workspace for as many rows and heads)");
+void check_plan(Checker& check, int64_t ints, int64_t rows) {
+  const int64_t need = plan_ints(static_cast<int>(rows));
+  check.require(ints >= need, "plan", "at least " + std::to_string(need) + " ints (ops.attention_workspace for as many rows)");
 }
 
 void attention_plan(Tensor row_request, Tensor row_prefix, std::optional<Tensor> ancestors, std::optional<Tensor> paths, Tensor num_rows, int64_t requests,
@@ -54,7 +54,7 @@ void attention_plan(Tensor row_request, Tensor row_prefix, std::optional<Tensor>
   check.aligned("plan", plan);
   check.require(requests > 0, "requests", "a positive number");
   check.require(kv_heads > 0 && q_heads % kv_heads == 0, "q_heads", "a multiple of the KV heads, " + std::to_string(kv_heads) + ", not " + std::to_string(q_heads));
-  if (check.cuda()) check_plan(check, L, R, kv_heads);
+  if (check.cuda()) check_plan(check, L, R);
   if (R == 0) return;
   const AttentionPlanParams p{in<int32_t>(row_request), in<int32_t>(row_prefix), in<int64_t>(ancestors), in<int32_t>(paths), in<int32_t>(num_rows), inout<int32_t>(plan),
                               static_cast<int>(R), static_cast<int>(requests), static_cast<int>(q_heads), static_cast<int>(kv_heads),
@@ -74,7 +74,7 @@ void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, 
   check("workspace", workspace, {W}, {kF32});
   check.aligned("workspace", workspace);
   if (check.cuda()) {
-    check_plan(check, L, R, p.kv_heads);
+    check_plan(check, L, R);
     const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, need = R * p.q_heads * chunks * (p.head_dim + 2);
     check.require(W >= need, "workspace", "at least " + std::to_string(need) + " floats (ops.attention_workspace with max_len >= max_pages * P)");
   }
@@ -82,7 +82,7 @@ void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, 
   p.ancestors = in<int64_t>(ancestors);
   p.paths = in<int32_t>(paths);
   p.path_depth = paths.has_value() ? static_cast<int>(depth) : 0;
-  p.plan = inout<int32_t>(plan);
+  p.plan = in<int32_t>(plan);
   p.workspace = inout<float>(workspace);
   SPECRT_LAUNCH(tree_attention, check, p);
 }

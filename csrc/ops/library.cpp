@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   m.def(
       "tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request"
       ", Tensor row_prefix, Tensor? ancestors, Tensor? paths, float scale, int window, Tensor num_rows"
-      ", Tensor(a!) plan, Tensor(b!) workspace, Tensor(c!) out) -> ()");
+      ", Tensor plan, Tensor(a!) workspace, Tensor(b!) out) -> ()");
   m.def(
       "prefill_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request"
       ", Tensor row_prefix, float scale, int window, Tensor num_rows, Tensor(a!) out) -> ()");
