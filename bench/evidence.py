@@ -70,6 +70,10 @@ JUDGED: dict[str, tuple[Limit, Limit]] = {
     **pairs("value", "round_gpu_idle_b1", (20,), (5,)),
     **pairs("value", "sampling_b32_v128k", (60,), (30,)),
     **pairs("share", "llama1b_decode_step_b1", (0.78,), (0.88,)),
+    **pairs("value", "eagle3_chain4_b1", (7.0,), (6.3,)),
+    **pairs("value", "eagle3_chain4_b8", (7.6,), (6.8,)),
+    **pairs("value", "eagle3_chain4_b32", (8.6,), (7.6,)),
+    **pairs("value", "eagle3_tree60_b1", (7.2,), (6.4,)),
 }
 
 
