@@ -8,7 +8,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/named_barrier.cuh"
-#include "ptx/tma.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace specrt {
 

@@ -155,6 +155,15 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           }
         }
       }
+      if (T::share > 1)  // the other's last arrivals at these barriers come before this CTA ends
+#pragma unroll 1
+        for (int i = 0; i < num_stages; ++i) {
+          ptx::mbarrier_wait(empty + 8 * s, parity);
+          if (++s == num_stages) {
+            s = 0;
+            parity ^= 1;
+          }
+        }
     }
     __syncwarp();
     if (T::cluster > 1 && !T::own_inbox) ptx::cluster_arrive_relaxed();
@@ -196,7 +205,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           ptx::wgmma_commit();
           ptx::wgmma_wait<T::lag>();
           if (T::lag == 0) release(s);
-          else if (range > 0 || step > 0) release((s == 0 ? num_stages : s) - 1);
+          else if (step > 0 || (range > 0 && middle > 0)) release((s == 0 ? num_stages : s) - 1);
           if (++s == num_stages) {
             s = 0;
             parity ^= 1;
@@ -271,7 +280,7 @@ template <typename T> void launch_tile(const LinearParams& p, cudaStream_t strea
   const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
   const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
-  const int budget = T::many ? (ctas <= sms ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
+  const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_kernel<T>, x, p, stages);

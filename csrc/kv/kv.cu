@@ -16,8 +16,8 @@ template <typename T> __global__ void __launch_bounds__(kWarps * 32) rope_append
   ptx::launch_dependents();  // attention may come up meanwhile
   const int r = blockIdx.x, lane = threadIdx.x % 32, heads = p.q_heads + 2 * p.kv_heads, head = blockIdx.y * kWarps + threadIdx.x / 32, half = p.head_dim / 2;
   const bool is_q = head < p.q_heads, is_k = !is_q && head < p.q_heads + p.kv_heads;
-  const int num_rows = *p.num_rows, position = p.positions[r];
-  const int64_t slot = p.slots[r];
+  const int num_rows = __ldcg(p.num_rows), position = __ldcg(p.positions + r);  // from L2: what this SM holds of them may be of another pass until the wait
+  const int64_t slot = __ldcg(reinterpret_cast<const long long*>(p.slots) + r);
   const bool known = position >= 0 && position < p.max_position;
   const T* norm = static_cast<const T*>(is_q ? p.q_norm : p.k_norm);
   float c[kPairs], s[kPairs];

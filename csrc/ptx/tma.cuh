@@ -16,9 +16,6 @@ __device__ __forceinline__ uint64_t evict_last_policy() {
 // Fetches the map itself ahead of its first use.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
-// Brings the 32 bytes around an address to L2.
-__device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory"); }
-
 // Copies the map's box at (column, row) to the shared address `to`; what lies outside the matrix becomes zeros and counts as bytes too.
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, uint64_t policy) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map),

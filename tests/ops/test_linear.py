@@ -37,6 +37,15 @@ def test_linear_matches_float64(device, dtype, out_dtype, m, n, k):
     assert_close(linear(x, ops.pack_linear(w), b, n, out_dtype), want + b.double(), TOLERANCE[out_dtype])
 
 
+def test_many_tiles_of_a_single_step(device):
+    """On CUDA: more than four tiles for each cluster, the ranges in turn, the first of them empty."""
+    x, w, _ = inputs(3000, 5640, 56, BF16, device)
+    packed = ops.pack_linear(w)
+    every = linear(x, packed, None, 5640, BF16)
+    assert_close(every, x.double() @ w.double().T, TOLERANCE[BF16])
+    assert_bits(linear(x[-3:].clone(), packed, None, 5640, BF16), every[-3:])
+
+
 @pytest.mark.parametrize("dtype, k", [(F32, 1), (F32, 577), (BF16, 1), (BF16, 577)])
 def test_odd_k_on_the_cpu(dtype, k):
     x, w, b = inputs(7, 65, k, dtype, "cpu")
