@@ -47,6 +47,7 @@ class Trainer:
         c = source.config
         self.device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = getattr(torch, s.dtype)
+        self.mixed = self.device.type == "cuda" and self.dtype == torch.bfloat16  # matrix products in bfloat16, weights in float32
         self.data, samples = read_samples(s.data, c.vocab_size, min(s.max_length, c.max_position_embeddings // 64 * 64))
         self.samples, self.held_out = split(samples, s.held_out)
         if s.draft_vocab_size is not None and s.draft_vocab_size > c.vocab_size:
@@ -103,10 +104,9 @@ class Trainer:
         """What the head says of a batch's rows, step by step."""
         features, states = self.rows.read(batch.ids)
         teacher, inside = self.rows.teach(states.flatten(0, 1)[batch.slots + 1])
-        mixed = self.device.type == "cuda" and self.dtype == torch.bfloat16
         count, found = len(batch.slots), []
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            for s, hidden in enumerate(self.network.unroll(batch.ids, features if mixed else features.float(), self.settings.unroll)):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            for s, hidden in enumerate(self.network.unroll(batch.ids, features if self.mixed else features.float(), self.settings.unroll)):
                 n = max(count - s, 0)  # rows whose text is over by then are not counted
                 mine = hidden.flatten(0, 1)[batch.slots[:n]]
                 counted = (batch.left[:n] > s).float()

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from specrt import LLM, SamplingParams
+from specrt.train.batches import make_batch
 from specrt.train.objectives import StepRows, loss_of, row_scores
 from specrt.train.samples import Sample, read_samples, split
 from specrt.train.settings import Settings
 from specrt.train.trainer import Trainer
 from specrt.train.vocabulary import draft_vocabulary
 from specrt.weights.hf import SafetensorsSource
+from tests.kit.compare import relative_error
 from tests.kit.tiny import CONFIGS, write_folder
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -67,6 +69,22 @@ def test_a_run_learns_and_writes_a_head_that_drafts(tmp_path, target, data, meth
     assert on.token_ids == off.token_ids and on.stats.num_draft_tokens > 0
     card = (tmp_path / "head" / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0") and f"acceptance length, 2 held-out prompts | {best:.3f}" in card and "c0 (" in card
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision_stays_near(tmp_path, target, data, method):
+    """What a GPU computes in bfloat16, here under the CPU's autocast: loss and gradients, in float32 weights."""
+    trainer = Trainer(settings(target, data, tmp_path, method, dtype="bfloat16"))
+    found = []
+    for trainer.mixed in (False, True):
+        batch = make_batch([trainer.samples[i] for i in trainer._batch_at(0)])
+        loss = loss_of("ce", trainer.forward(batch), 0.8)
+        trainer.network.zero_grad()
+        loss.backward()
+        found.append((float(loss.detach()), torch.cat([p.grad.flatten() for p in trainer.network.parameters()])))
+    (wide, gradient), (narrow, rounded) = found
+    assert rounded.dtype == torch.float32 and abs(narrow - wide) < 0.01 * wide and narrow != wide
+    assert relative_error(rounded, gradient) < 0.05
 
 
 def test_published_names_and_shapes(tmp_path, target, data):
