@@ -25,7 +25,8 @@ _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 class SpeculativeConfig:
     """One drafter and how its drafts are verified. Made by ``parse``, which fills in and checks everything.
 
-    A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included).
+    A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included). A static tree is
+    given by choices, the ranks of each node's path from the root (MEDUSA's lists): (0, 2) is the third best child of the best; the three tree keys follow from it.
     eagle_aux_hidden_state_layer_ids (residual-stream boundaries) and norm_output override what an EAGLE-3 (P-EAGLE) head's config says,
     mask_token_id what a P-EAGLE head's does."""
 
@@ -45,6 +46,12 @@ class SpeculativeConfig:
     eagle_aux_hidden_state_layer_ids: tuple[int, ...] | None = None
     norm_output: bool | None = None
     mask_token_id: int | None = None
+    choices: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def beam_width(self) -> int:
+        """Nodes of a level that are expanded (of a tree that is re-ranked)."""
+        return _static_width(self.choices) if self.choices is not None else self.eagle_topk if self.is_tree else 1
 
     @property
     def is_tree(self) -> bool:
@@ -72,7 +79,8 @@ class SpeculativeConfig:
         known_keys("speculative_config", given, [f.name for f in fields(cls)])
         given = {key: value for key, value in given.items() if value is not None}
         values = _drafter(given) | _verification(given)
-        values |= _tree(values["method"], given) if any(key in given for key in _TREE_KEYS) else _chain(values["method"], given)
+        shape = _static_tree if "choices" in given else _tree if any(key in given for key in _TREE_KEYS) else _chain
+        values |= shape(values["method"], given)
         config = cls(**values)
         _check_verifiable(config, given)
         return config
@@ -166,6 +174,29 @@ def _tree(method: str, given: dict[str, Any]) -> dict[str, Any]:
     return {"num_steps": steps, "eagle_topk": topk, "num_draft_tokens": nodes}
 
 
+def _static_tree(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    key, paths = _key("choices"), given["choices"]
+    other = next((name for name in ("num_speculative_tokens", *_TREE_KEYS) if name in given), None)
+    if other is not None:
+        raise ValueError(f"{_key(other)} and choices (a static tree, which says it all) exclude each other; give one or the other")
+    if method == "ngram":
+        raise ValueError(f"{key} has no meaning for method 'ngram', whose trees are what it finds; leave it out")
+    if not isinstance(paths, (list, tuple)) or not 1 <= len(paths) < MAX_NODES or not all(isinstance(path, (list, tuple)) and path for path in paths):
+        raise refuse(key, paths, f"a list of 1 to {MAX_NODES - 1} paths, each a list of ranks, for example [[0], [0, 0], [1]]")
+    tree = tuple(sorted(tuple(integer(key, rank, 0, MAX_NODES - 2) for rank in path) for path in paths))
+    missing = next((path for path in tree if len(path) > 1 and path[:-1] not in tree), None)
+    if missing is not None or len(set(tree)) < len(tree):
+        raise refuse(key, paths, "a tree: no path twice, and with every path the one it goes on from" + (f" ({list(missing[:-1])} for {list(missing)})" if missing else ""))
+    topk = max(max(map(max, tree)) + 1, _static_width(tree))
+    return {"choices": tree, "num_steps": max(map(len, tree)), "eagle_topk": topk, "num_draft_tokens": 1 + len(tree)}
+
+
+def _static_width(tree: tuple[tuple[int, ...], ...]) -> int:
+    """Most nodes of a level that have children."""
+    parents = {path[:-1] for path in tree if len(path) > 1}
+    return max((sum(len(parent) == level for parent in parents) for level in range(1, max(map(len, tree)))), default=1)
+
+
 def _most_nodes(method: str, steps: int, topk: int) -> int:
     if method == "ngram":  # a trie: up to topk children a node
         return 1 + sum(topk ** min(depth, 6) for depth in range(1, steps + 1))
@@ -193,6 +224,8 @@ def _check_verifiable(config: SpeculativeConfig, given: dict[str, Any]) -> None:
         raise refuse(_key("synthetic_acceptance_length"), config.synthetic_acceptance_length, f"at most the draft's depth + 1 = {longest}")
     if not (config.unranked_tree_only and config.is_tree):
         return
+    if config.choices is not None:
+        raise ValueError(f"{_key('choices')}: a static tree branches below other children than the first drawn, which rejection_sample_method 'standard' does not take; use 'exact'")
     whole = 1 + config.num_steps * config.eagle_topk
     if config.num_draft_tokens != whole:
         raise ValueError(f"{_key('num_draft_tokens')} = {config.num_draft_tokens} re-ranks the tree after its nodes were drawn, which is biased under "

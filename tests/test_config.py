@@ -50,6 +50,33 @@ def test_heads():
     assert parse(method="eagle", model="some/head").max_depth == 4
 
 
+def test_static_trees():
+    config = parse(**EAGLE3, choices=[[1], (0,), [0, 3], [0, 3, 0], [1, 0]])
+    assert config.choices == ((0,), (0, 3), (0, 3, 0), (1,), (1, 0)) and config.is_tree
+    assert (config.num_steps, config.eagle_topk, config.num_draft_tokens, config.beam_width, config.max_depth) == (3, 4, 6, 2, 3)
+    wide = parse(**DRAFT, choices=[[i] for i in range(4)] + [[i, 0] for i in range(4)])
+    assert (wide.eagle_topk, wide.beam_width, wide.num_steps) == (4, 4, 2) and parse(**DRAFT, choices=[[0]]).beam_width == 1
+    assert parse(**EAGLE3, num_draft_tokens=32).beam_width == 4 and parse(**EAGLE3).beam_width == 1
+
+
+@pytest.mark.parametrize("choices, words", [
+    ([], "1 to 63 paths"), ("[[0]]", "1 to 63 paths"), ([[0], []], "1 to 63 paths"), ([[i] for i in range(64)], "1 to 63 paths"), ([0, 1], "1 to 63 paths"), ([[0], [0.5]], "choices"),
+    ([[0], [-1]], "choices"), ([[0], [1, 0]], r"\[1\] for \[1, 0\]"), ([[0], [0]], "no path twice")])
+def test_choices_that_are_no_tree(choices, words):
+    with pytest.raises(ValueError, match=words):
+        parse(**EAGLE3, choices=choices)
+
+
+def test_choices_exclude_other_shapes():
+    for given in (dict(num_speculative_tokens=3), dict(num_steps=2), dict(num_draft_tokens=8)):
+        with pytest.raises(ValueError, match="choices .*exclude each other"):
+            parse(**EAGLE3, choices=[[0]], **given)
+    with pytest.raises(ValueError, match="no meaning for method 'ngram'"):
+        parse(**NGRAM, choices=[[0]])
+    with pytest.raises(ValueError, match="choices.*'standard'"):
+        parse(**EAGLE3, choices=[[0], [1]], rejection_sample_method="standard")
+
+
 def test_synthetic():
     config = parse(**DRAFT, rejection_sample_method="synthetic", synthetic_acceptance_length=3)
     assert config.synthetic_acceptance_length == 3.0

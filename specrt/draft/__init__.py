@@ -81,7 +81,7 @@ def growth(config: Any) -> dict[str, Any]:
     topk = config.eagle_topk if config.is_tree else 1
     levels = config.num_steps if config.is_tree else config.num_speculative_tokens
     noise = -1 if not sampled else ops.NOISE_DRAFT if rejection else ops.NOISE_SHARED
-    return dict(levels=levels, beam_width=1 if rejection else topk, topk=topk, noise=noise, keep_logits=rejection and sampled)
+    return dict(levels=levels, beam_width=1 if rejection else config.beam_width, topk=topk, noise=noise, keep_logits=rejection and sampled, choices=config.choices)
 
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "peagle": _head("peagle"),

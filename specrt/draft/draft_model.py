@@ -16,13 +16,15 @@ from specrt.round.state import RoundState, SpanRows
 
 
 class DraftModelDrafter(Drafter):
-    """levels: most depth; beam_width, topk: see Expansion; noise: ops.NOISE_* or -1; keep_logits: store q for rejection sampling.
+    """levels: most depth; beam_width, topk, choices: see Expansion; noise: ops.NOISE_* or -1; keep_logits: store q for rejection sampling.
 
     ``consumed`` int32 [B] counts the tokens whose KV the draft pool holds. A round first feeds what was committed since (the accepted drafts and the new token; after a fully
     accepted chain that includes the last draft, whose KV no step has written), then grows the tree in scratch slots behind it; scratch KV is always thrown away."""
 
-    def __init__(self, model: DenseModel, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
+    def __init__(self, model: DenseModel, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
+                 choices: tuple[tuple[int, ...], ...] | None = None):
         self.model, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = model, levels, beam_width, topk, noise, keep_logits
+        self.choices = choices
         self.scratch_slots = 1 + (levels - 1) * beam_width
         self.max_positions = model.config.max_position_embeddings
 
@@ -38,7 +40,7 @@ class DraftModelDrafter(Drafter):
         span_rows = state.rows
         rows = max(span_rows, state.batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace)
+        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, choices=self.choices)
         self.span = SpanRows(state.batch, span_rows, device)
         sp = self.span
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,

@@ -18,10 +18,13 @@ class Expansion:
     the network on ``batch`` and call ``level``; ``select`` ends it.
 
     lag: how far the network's position stands behind its token's. 0: a language model. 1: a head that takes a token with the feature of the token before it, at that
-    one's position (drafters.md 0.1): its keys of the committed tokens are one fewer, and the scratch begins one slot earlier."""
+    one's position (drafters.md 0.1): its keys of the committed tokens are one fewer, and the scratch begins one slot earlier.
+
+    choices: a static tree, sorted paths of ranks. Its nodes get scores by their place alone (``_static_scores``), so that the beam is those that have children, and the
+    best candidates at the end are the tree."""
 
     def __init__(self, state: RoundState, page_size: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
-                 workspace: ops.AttentionWorkspace, lag: int = 0):
+                 workspace: ops.AttentionWorkspace, lag: int = 0, choices: tuple[tuple[int, ...], ...] | None = None):
         self.lag = lag
         self.state, self.page_size, self.levels, self.beam_width, self.topk, self.noise = state, page_size, levels, beam_width, topk, noise
         batch, device = state.batch, state.device
@@ -45,6 +48,7 @@ class Expansion:
                               slot=torch.zeros(rows, dtype=torch.int64, device=device), num_rows=torch.zeros(1, **i32), block_table=state.block_table,
                               workspace=workspace, paths=torch.full((rows, max(levels, 1)), -1, **i32))
         self.base = torch.zeros_like(state.seq_lens) if lag else state.seq_lens  # seq_lens - lag
+        self.static = None if choices is None else [t.repeat(batch, 1).to(device) for t in _static_scores(choices, levels, beam_width, topk)]
         # Row B is a bin for rows that are not in use.
         self.kept = torch.empty(batch + 1, levels, state.vocab, dtype=torch.float32, device=device) if keep_logits else None
 
@@ -95,5 +99,22 @@ class Expansion:
 
     def _grow(self, level: int, token: Tensor, score: Tensor, max_depth: Tensor) -> None:
         s, b = self.state, self.batch
+        if self.static is not None:
+            score = torch.where(torch.isneginf(score), score, self.static[level - 1][: score.shape[0]])  # a token that is missing stays so
         ops.tree_expand(level, self.beam_width, token, score, max_depth, self.base, s.block_table, self.page_size, self.cand_token, self.cand_parent, self.cand_score,
                         self.beam, b.request, b.token, b.position, b.prefix, b.slot, b.paths, b.num_rows)
+
+
+def _static_scores(choices: tuple[tuple[int, ...], ...], levels: int, beam_width: int, topk: int) -> list[Tensor]:
+    """For each level float32 [1 (level 1) or W, k]: what a child adds to its parent's score, by the parent's place in the beam and the child's rank: 0 for a node that has children,
+    -1 for a leaf, -inf for what is not in the tree. Ties go to the lower index, so the beam holds the nodes with children in the order of their paths."""
+    parents = {path[:-1] for path in choices}
+    tables, beam = [], [()]
+    for level in range(1, levels + 1):
+        table = torch.full((1 if level == 1 else beam_width, topk), float("-inf"))
+        for path in choices:
+            if len(path) == level:
+                table[beam.index(path[:-1]), path[-1]] = 0.0 if path in parents else -1.0
+        tables.append(table)
+        beam = [path for path in choices if len(path) == level and path in parents]
+    return tables

@@ -20,14 +20,15 @@ from specrt.round.state import RoundState, SpanRows
 
 
 class HeadDrafter(Drafter):
-    """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits: as DraftModelDrafter's.
+    """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits, choices: as DraftModelDrafter's.
 
     ``root_hidden`` and ``root_feature`` [B + 1, h] are the outputs of each slot's last true row, from which the next tree grows; the last row is a bin. A request of one
     token has no such row before its first round, which is therefore one without drafts."""
 
-    def __init__(self, model: HeadModel, boundaries: tuple[int, ...], levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
+    def __init__(self, model: HeadModel, boundaries: tuple[int, ...], levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
+                 choices: tuple[tuple[int, ...], ...] | None = None):
         self.model, self.features = model, boundaries
-        self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = levels, beam_width, topk, noise, keep_logits
+        self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, self.choices = levels, beam_width, topk, noise, keep_logits, choices
         self.scratch_slots = (levels - 1) * beam_width
 
     def bytes_per_page(self, page_size: int) -> int:
@@ -42,7 +43,7 @@ class HeadDrafter(Drafter):
         span_rows = batch * self._rows_a_slot(min(self.levels, state.nodes - 1))
         rows = max(span_rows, batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, lag=1)
+        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices)
         sp = self.span = SpanRows(batch, span_rows, device)
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
                                    block_table=state.block_table, workspace=workspace)

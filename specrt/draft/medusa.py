@@ -15,17 +15,19 @@ from specrt.round.state import RoundState
 
 
 class MedusaDrafter(Drafter):
-    """boundary: the target's last; levels, beam_width, topk, noise, keep_logits: as DraftModelDrafter's. ``root_state`` [B + 1, H]: the target's final-normed state at each
+    """boundary: the target's last; levels, beam_width, topk, noise, keep_logits, choices: as DraftModelDrafter's. ``root_state`` [B + 1, H]: the target's final-normed state at each
     slot's last committed token; the last row is a bin. A request of one token has none before its first round, which is one without drafts."""
 
-    def __init__(self, model: MedusaModel, boundary: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool):
+    def __init__(self, model: MedusaModel, boundary: int, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
+                 choices: tuple[tuple[int, ...], ...] | None = None):
         self.model, self.features = model, (boundary,)
-        self.levels, self.beam_width, self.topk, self.noise, self.keep_logits = levels, beam_width, topk, noise, keep_logits
+        self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, self.choices = levels, beam_width, topk, noise, keep_logits, choices
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
         m, device = self.model, state.device
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, ops.attention_workspace(0, 1, 1, 1, device))
+        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, ops.attention_workspace(0, 1, 1, 1, device),
+                                   choices=self.choices)
         self.root_state = torch.zeros(state.batch + 1, m.hidden_size, dtype=m.dtype, device=device)
         self.own_logits = torch.empty(state.batch, m.vocab, dtype=torch.float32, device=device)
         self.slot_logits = torch.empty(state.batch, state.vocab, dtype=torch.float32, device=device)

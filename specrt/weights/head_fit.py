@@ -82,6 +82,8 @@ def _check_boundaries(head: Head, target: ModelConfig, layer_ids: tuple[int, ...
         raise ValueError(f"eagle_aux_hidden_state_layer_ids = {list(layer_ids)}: head {head.origin!r} takes "
                          + ("the target's last state, not captured layers; leave it out" if c.final_feature else f"{c.num_aux} captured layers"))
     boundaries = c.boundaries(layers, layer_ids)
+    if not c.final_feature and len(boundaries) != c.num_aux:
+        raise ValueError(f"head {head.origin!r}: num_aux_hidden_states = {c.num_aux}, and there are no eagle_aux_hidden_state_layer_ids that say which; give them in speculative_config")
     read = "given" if layer_ids is not None else c.ids_read
     if any(not 0 <= j <= layers for j in boundaries):
         raise ValueError(f"head {head.origin!r}: eagle_aux_hidden_state_layer_ids resolve to boundaries {list(boundaries)} ({read}); they must be from 0 to the target's {layers} layers")

@@ -106,8 +106,9 @@ def test_what_is_proposed_is_what_the_formulas_say(device, folders):
             check_candidates(s, round_.target, drafter, request)
 
 
-def check_candidates(s: Shape, target, drafter: HeadDrafter, request) -> None:
-    known, grow, slot = request.prompt + request.output, drafter.expansion, request.slot
+def reference_root(s: Shape, target, drafter: HeadDrafter, request) -> tuple[Reference, tuple]:
+    """The network's reading, and what a request's tree grows from: (log-probabilities, feature, slots so far, score)."""
+    known = request.prompt + request.output
     features = {j: torch.empty(len(known), 128, device=target.device) for j in drafter.features}
     Sequence(target).prefill(known, features)
     source = random_tensors(ModelConfig.from_hf(TARGET))
@@ -115,9 +116,14 @@ def check_candidates(s: Shape, target, drafter: HeadDrafter, request) -> None:
     past: list = []
     for i in range(len(known) - 1):
         z, feature, past = reference.slot(known[i + 1], reference.combine([features[j][i] for j in drafter.features]), i, past)
-    root = (reference.over_target(z, 300), feature, past, 0.0)
+    return reference, (reference.over_target(z, 300), feature, past, 0.0)
+
+
+def check_candidates(s: Shape, target, drafter: HeadDrafter, request) -> None:
+    grow, slot = drafter.expansion, request.slot
+    reference, root = reference_root(s, target, drafter, request)
     if s.family == "peagle":
-        levels = [root[0], *(reference.over_target(z, 300) for z in reference.masked(TREE["num_steps"] - 1, MASK, past))]
+        levels = [root[0], *(reference.over_target(z, 300) for z in reference.masked(TREE["num_steps"] - 1, MASK, root[2]))]
         check_levels(levels, *(t[slot].tolist() for t in (grow.cand_token, grow.cand_parent, grow.cand_score)))
         return
     nodes: dict[int, tuple] = {}
@@ -145,6 +151,35 @@ def grown(reference: Reference, nodes: dict, c: int, tokens: list[int], parents:
     z, following, longer = reference.slot(tokens[c], feature, len(past), past)
     nodes[c] = reference.over_target(z, 300), following, longer, score + float(logp[tokens[c]])
     return nodes[c]
+
+
+CHOICES = [[0], [1], [4], [0, 0], [0, 2], [1, 0], [1, 1], [0, 0, 0], [0, 2, 1], [1, 1, 0], [0, 0, 0, 0], [0, 2, 1, 3]]
+
+
+def test_a_static_tree_is_the_one_that_was_asked_for(device, folders):
+    """Its nodes' ranks among their siblings, read off the formulas, are the given paths; whatever the scores."""
+    s, paths = folders
+    with engine(paths, s, dict(choices=CHOICES), device=device, enforce_eager=True)[0] as llm:
+        round_, drafter = llm._engine.round, llm._engine.round.drafters[s.family]
+        round_.lookahead = 0
+        requests = start(llm, PROMPTS, SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+        for _ in range(4):
+            llm._engine.step()
+        round_.propose(round_.shape())
+        for request in requests:
+            reference, root = reference_root(s, round_.target, drafter, request)
+            masked = reference.masked(3, MASK, root[2]) if s.family == "peagle" else []
+            tokens, parents = round_.tree(request.slot)
+            found, nodes = {0: ()}, {0: root}
+            for node in range(1, len(tokens)):
+                logp, feature, past, _ = nodes[parents[node]]
+                found[node] = (*found[parents[node]], int((logp > logp[tokens[node]]).sum()))
+                if s.family == "peagle":
+                    nodes[node] = reference.over_target(masked[len(found[node]) - 1], 300) if len(found[node]) < 4 else None, None, past, 0.0
+                else:
+                    z, following, longer = reference.slot(tokens[node], feature, len(past), past)
+                    nodes[node] = reference.over_target(z, 300), following, longer, 0.0
+            assert sorted(found.values()) == sorted([(), *map(tuple, CHOICES)])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -99,7 +99,7 @@ def test_what_is_proposed_is_what_the_formulas_say(tmp_path, device, target, for
             assert max(depth for _, depth in path.values()) == 4
 
 
-@pytest.mark.parametrize("shape", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("shape", [CHAIN, TREE, dict(choices=[[0], [1], [0, 0], [2], [1, 0], [0, 0, 5], [0, 0, 0]])], ids=["chain", "tree", "static"])
 def test_after_any_round_the_state_is_that_of_a_fresh_prompt(tmp_path, device, target, shape):
     spec = dict(method="medusa", model=str(write_medusa(tmp_path / "h", medusa_tensors())), **shape)
     accepted = set()
@@ -119,6 +119,16 @@ def test_after_any_round_the_state_is_that_of_a_fresh_prompt(tmp_path, device, t
                 assert_bits(llm._engine.round.drafters["medusa"].root_state[request.slot], fresh._engine.round.drafters["medusa"].root_state[again.slot])
                 fresh._engine.abort(again)
     assert accepted & {1, 2, 3}
+
+
+def test_drafts_do_not_depend_on_who_else_is_in_the_batch(tmp_path, device, target):
+    wishes = [{"num_steps": 2}, None, {"num_steps": 3, "num_draft_tokens": 8}, {"num_steps": 1}]
+    params = [SamplingParams(temperature=1.0, seed=3 + i, max_tokens=30, ignore_eos=True, speculative=wish) for i, wish in enumerate(wishes)]
+    prompts = [[(5 * i + j) % 300 for j in range(12 + 7 * i)] for i in range(4)]
+    facts = lambda out: (out.token_ids, out.stats.num_rounds, out.stats.num_draft_tokens_per_pos, out.stats.num_accepted_tokens_per_pos)  # noqa: E731
+    spec = dict(method="medusa", model=str(write_medusa(tmp_path / "h", medusa_tensors())), **TREE)
+    with make(target, device=device, max_model_len=128, max_batch_size=4, speculative_config=spec) as llm:
+        assert [facts(out) for out in llm.generate(prompts, params)] == [facts(llm.generate(p, q)[0]) for p, q in zip(prompts, params)]
 
 
 def test_rejection_sampling_takes_its_chains_and_trees(tmp_path, device, target):

@@ -52,6 +52,7 @@ def reference(model, device, dtype):
 HEADS = [Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, own_embedding=True, layers=2, fc_norm=True, norm_output=True),
          Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True), Shape("mtp", vocab=VOCAB, hidden=576, target_hidden=576, bias=True),
          Shape("peagle", vocab=VOCAB, hidden=576, target_hidden=576, draft=200)]
+STATIC = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0, 0]]
 EAGLE3 = dict(method="eagle3", model="eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
 TREE = dict(num_steps=6, eagle_topk=3, num_draft_tokens=14)
 VARIANTS = {
@@ -83,6 +84,9 @@ VARIANTS = {
     "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64, quantization="fp8"), dict(enforce_eager=True, page_size=16)),
     "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
     "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
+    "eagle3-static-late": (dict(**EAGLE3, choices=STATIC), dict(late=True, page_size=16)),
+    "draft-self-static": (dict(method="draft_model", model="target", choices=STATIC), {}),
+    "medusa-static": (dict(method="medusa", model="medusa", choices=STATIC), {}),
     "peagle-chain": (dict(EAGLE3, method="peagle", model="peagle", num_speculative_tokens=4), dict(page_size=16)),
     "peagle-tree-late": (dict(EAGLE3, method="peagle", model="peagle", **TREE), dict(late=True, chunk=7)),
     "mtp-chain": (dict(method="mtp", model="mtp", num_speculative_tokens=1), {}),

@@ -177,6 +177,14 @@ def test_layer_ids_that_the_target_has_not(tmp_path, config, match):
         fit(opened(tmp_path, config=config), TARGET, "t")
 
 
+def test_more_captured_layers_than_the_default_names(tmp_path):
+    s = Shape(num_aux=4)
+    head = opened(tmp_path, config=original_config(s, num_aux_hidden_states=4), tensors=head_tensors(s))
+    with pytest.raises(ValueError, match="num_aux_hidden_states = 4, and there are no eagle_aux_hidden_state_layer_ids"):
+        fit(head, TARGET, "t")
+    assert fit(head, TARGET, "t", layer_ids=(2, 5, 7, 9)) == []
+
+
 def test_layer_ids_that_are_given(tmp_path):
     head = opened(tmp_path, config=original_config(S, [1, 6, 12]))
     assert fit(head, TARGET, "t", layer_ids=(1, 6, 12)) == []
