@@ -40,7 +40,7 @@ def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     from specrt.train.objectives import OBJECTIVES
 
     parser.add_argument("--model", default="smollm2-135m", help="the target")
-    parser.add_argument("--data", required=True, metavar="FILE", help="samples of `specrt train capture`")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="samples of `specrt train capture`")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the head, its card, log.jsonl and the state to resume from")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--init-from", metavar="HEAD", help="fine-tune this head (folder or hub name)")
@@ -112,8 +112,7 @@ def _run_method(args: argparse.Namespace) -> int:
     from specrt.train.trainer import Trainer
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
-    if "layer_ids" in given:
-        given["layer_ids"] = tuple(given["layer_ids"])
+    given |= {name: tuple(given[name]) for name in ("data", "layer_ids") if name in given}
     trainer = Trainer(Settings.make(given | {"method": args.what}), args.resume)
     console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:

@@ -21,9 +21,9 @@ class Acceptance:
     by_position: list[float]
 
 
-def measure(head: Path, s: Settings, held_out: list[Sample], device: str) -> Acceptance:
+def measure(head: Path, s: Settings, held_out: list[Sample], device: str, max_positions: int) -> Acceptance:
     """Greedy answers to the held-out prompts, drafted by the head in ``head``."""
-    longest = max(x.prompt for x in held_out) + s.eval_tokens
+    longest = min(max(x.prompt for x in held_out) + s.eval_tokens, max_positions)
     config = {"method": s.family, "model": str(head), "num_speculative_tokens": s.draft_tokens}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the head's vocabulary and config, which are what they were made to be

@@ -37,10 +37,11 @@ def write_head(folder: Path, head: Head | MedusaHead, network: nn.Module, dtype:
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")  # a reader never sees half a file
 
 
-def write_card(folder: Path, s: Settings, data: dict[str, Any], samples: list[Sample], facts: dict[str, Any]) -> None:
+def write_card(folder: Path, s: Settings, data: list[dict[str, Any]], samples: list[Sample], facts: dict[str, Any]) -> None:
     """README.md. data: how the samples were made; facts: rows of the table about this run."""
     tokens = sum(len(x.ids) - x.prompt for x in samples)
     categories = ", ".join(f"{name} ({count})" for name, count in Counter(x.category for x in samples).most_common())
+    files = "\n".join(f"* {h.get('prompts')}, answered at the temperatures {h.get('temperatures')} ({h.get('repeats')} a prompt), at most {h.get('max_tokens')} tokens each" for h in data)
     rows = {"target": s.model, "method": s.family, "started from": s.init_from or "new weights", "objective": f"{s.objective}, {s.unroll} steps, decay {s.decay:g}",
             "optimiser": f"AdamW, lr {s.lr:g}, warm-up {s.warmup:g} then cosine, clip {s.clip:g}", "batch": f"{s.batch_tokens} positions, texts of at most {s.max_length}"} | facts
     method = json.dumps({"method": s.family, "model": "<this folder>", "num_speculative_tokens": s.draft_tokens})
@@ -59,8 +60,10 @@ It drafts; what is generated is the target's, token for token.
 
 ## Data
 
-{len(samples)} texts, {tokens} answer tokens. The answers are the target's own ({data.get('model')}), at the temperatures {data.get('temperatures')}, at most {data.get('max_tokens')} tokens each;
-the prompts are of {data.get('prompts')}: {categories}. {s.held_out} prompts were kept from training.
+{len(samples)} texts, {tokens} answer tokens; {s.held_out} prompts were kept from training. By kind: {categories}.
+The answers are the target's own ({data[0].get('model')}). Prompts:
+
+{files}
 
 ## Training
 

@@ -103,6 +103,16 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return rows[0], rows[1:]
 
 
+def read_files(paths: tuple[str, ...], vocab_size: int, max_length: int) -> tuple[list[dict[str, Any]], list[Sample]]:
+    """``read_samples`` of several files, one after the other; ValueError also where they are not of one model."""
+    read = [read_samples(path, vocab_size, max_length) for path in paths]
+    headers = [header for header, _ in read]
+    models = list(dict.fromkeys(h.get("model") for h in headers))
+    if len(models) > 1:
+        raise ValueError(f"the samples are of different models: {', '.join(map(repr, models))}")
+    return headers, [sample for _, samples in read for sample in samples]
+
+
 def read_samples(path: str | Path, vocab_size: int, max_length: int) -> tuple[dict[str, Any], list[Sample]]:
     """(how they were made, the samples, cut to ``max_length`` tokens). ValueError if the file is no such file, made with another vocabulary, or has nothing to learn from."""
     header, rows = _read(Path(path))

@@ -15,7 +15,7 @@ _DEFAULTS = {"eagle3": (7, 0.8, 1e-4, 1), "eagle3.1": (7, 0.8, 1e-4, 1), "peagle
 
 @dataclass(frozen=True)
 class Settings:
-    """method: of METHODS; "eagle3.1" is eagle3 with fc_norm and norm_output. data: a file of ``specrt train capture``. init_from: a head to go on from, whose shape and vocabulary
+    """method: of METHODS; "eagle3.1" is eagle3 with fc_norm and norm_output. data: files of ``specrt train capture``. init_from: a head to go on from, whose shape and vocabulary
     stay; else draft_vocab_size (None: the target's), layers, intermediate_size (None: the target's), layer_ids (None: [2, L/2, L-3]) and the norm flags make a new one.
     unroll: steps of the training-time test (P-EAGLE's depths, MEDUSA's heads); decay: weight of each against the one before. batch_tokens: padded positions a step; max_length:
     texts are cut to it. warmup: share of all steps. held_out: prompts kept from training, on which the acceptance length is measured every eval_every steps (None: each epoch)
@@ -23,7 +23,7 @@ class Settings:
 
     method: str
     model: str
-    data: str
+    data: tuple[str, ...]
     output: str
     init_from: str | None = None
     device: str | None = None

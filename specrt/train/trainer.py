@@ -24,9 +24,9 @@ from specrt.train.network import head_network
 from specrt.train.new_head import output_rows, write_new_head
 from specrt.train.objectives import StepRows, loss_of, row_scores
 from specrt.train.publish import write_card, write_head
-from specrt.train.samples import read_samples, split
+from specrt.train.samples import read_files, split
 from specrt.train.settings import Settings
-from specrt.train.target import TargetRows
+from specrt.train.target import PAGE, TargetRows
 from specrt.train.vocabulary import coverage, draft_vocabulary
 from specrt.weights.checkpoint import open_checkpoint
 from specrt.weights.head import Head, open_head
@@ -48,7 +48,8 @@ class Trainer:
         self.device = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = getattr(torch, s.dtype)
         self.mixed = self.device.type == "cuda" and self.dtype == torch.bfloat16  # matrix products in bfloat16, weights in float32
-        self.data, samples = read_samples(s.data, c.vocab_size, min(s.max_length, c.max_position_embeddings // 64 * 64))
+        self.max_positions = c.max_position_embeddings
+        self.data, samples = read_files(s.data, c.vocab_size, min(s.max_length, self.max_positions // PAGE * PAGE))
         self.samples, self.held_out = split(samples, s.held_out)
         if s.draft_vocab_size is not None and s.draft_vocab_size > c.vocab_size:
             raise ValueError(f"draft_vocab_size = {s.draft_vocab_size} is more than the target's {c.vocab_size} tokens")
@@ -173,7 +174,7 @@ class Trainer:
         mean = {name: torch.stack([m[name] for m in since]).mean(0).tolist() for name in since[0]}
         with tempfile.TemporaryDirectory() as folder:
             write_head(Path(folder), self.head, self.network, self.dtype)
-            found = measure(Path(folder), self.settings, self.held_out, str(self.device))
+            found = measure(Path(folder), self.settings, self.held_out, str(self.device), self.max_positions)
         better = found.length > self.best
         row = {"step": self.step, "of": self.total, **mean, "acceptance_length": found.length, "acceptance": found.by_position, "best": better}
         if better:

@@ -10,7 +10,7 @@ import torch
 from specrt import LLM, SamplingParams
 from specrt.train.batches import make_batch
 from specrt.train.objectives import StepRows, loss_of, row_scores
-from specrt.train.samples import Sample, read_samples, split
+from specrt.train.samples import Sample, read_files, read_samples, split
 from specrt.train.settings import Settings
 from specrt.train.trainer import Trainer
 from specrt.train.vocabulary import draft_vocabulary
@@ -46,7 +46,7 @@ def data(target, tmp_path_factory):
 
 
 def settings(target, data, output, method="eagle3", **more) -> Settings:
-    return Settings.make(dict(method=method, model=target, data=data, output=str(output)) | SMALL | (METHODS[method] if "init_from" not in more else {}) | more)
+    return Settings.make(dict(method=method, model=target, data=(data,), output=str(output)) | SMALL | (METHODS[method] if "init_from" not in more else {}) | more)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -180,7 +180,7 @@ WRONG = [(dict(method="eagle2"), "method = 'eagle2'"), (dict(objective="mse"), "
 @pytest.mark.parametrize("given, message", WRONG, ids=[m for _, m in WRONG])
 def test_wrong_settings_are_named(given, message):
     with pytest.raises(ValueError, match=message):
-        Settings.make(dict(method="eagle3", model="m", data="d", output="o") | given)
+        Settings.make(dict(method="eagle3", model="m", data=("d",), output="o") | given)
 
 
 def test_what_does_not_fit_is_refused(tmp_path, target, data):
@@ -195,6 +195,11 @@ def test_what_does_not_fit_is_refused(tmp_path, target, data):
     (tmp_path / "other.jsonl").write_text(json.dumps(HOW) + "\n" + json.dumps({"id": "0", "category": "a", "prompt": 1, "ids": [1, 2, 3, 999]}))
     with pytest.raises(ValueError, match="holds token 999, and the model has 300"):
         read_samples(tmp_path / "other.jsonl", 300, 64)
+    headers, samples = read_files((data, data), 300, 64)
+    assert [h["model"] for h in headers] == [target] * 2 and len(samples) == 2 * len(read_samples(data, 300, 64)[1])
+    (tmp_path / "other.jsonl").write_text(json.dumps(HOW) + "\n" + json.dumps({"id": "0", "category": "a", "prompt": 1, "ids": [1, 2, 3]}))
+    with pytest.raises(ValueError, match="of different models: .*, 'tiny'"):
+        read_files((data, str(tmp_path / "other.jsonl")), 300, 64)
     Trainer(settings(target, data, tmp_path / "d")).run(stop_after=1)
     with pytest.raises(ValueError, match="holds a head or a run already"):
         Trainer(settings(target, data, tmp_path / "d"))
