@@ -122,6 +122,9 @@ def _run_method(args: argparse.Namespace) -> int:
             shares = " ".join(f"{a:.2f}" for a in row["acceptance"])
             console.print(f"step {row['step']}: loss {row['loss']:.3f}, acceptance length {row['acceptance_length']:.3f} ({shares})" + (", the best so far" if row["best"] else ""), highlight=False)
 
-        best = trainer.run(report, lambda n: progress.advance(task, n))
+        def advance(steps: int, loss: float | None) -> None:
+            progress.update(task, advance=steps, **({} if loss is None else {"description": f"{args.what}, loss {loss:.3f}"}))
+
+        best = trainer.run(report, advance)
     console.print(f"{args.output}: acceptance length {best:.3f} on held-out prompts", highlight=False)
     return 0

@@ -34,6 +34,7 @@ from specrt.weights.head_fit import fit
 from specrt.weights.medusa import MedusaHead, fit_medusa, open_medusa
 
 _STATE = "train.pt"
+_SHOWN = 20  # steps between losses shown
 
 
 class Trainer:
@@ -152,17 +153,19 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------- the run
 
-    def run(self, report: Callable[[dict[str, Any]], None] = lambda row: None, advance: Callable[[int], None] = lambda n: None, stop_after: int | None = None) -> float:
-        """Trains to the end, or until measurements get no better; returns the best acceptance length. report gets every row of the log; stop_after: steps of this call."""
+    def run(self, report: Callable[[dict[str, Any]], None] = lambda row: None, advance: Callable[[int, float | None], None] = lambda steps, loss: None,
+            stop_after: int | None = None) -> float:
+        """Trains to the end, or until measurements get no better; returns the best acceptance length. report gets every row of the log, advance the steps done and now and then
+        the loss; stop_after: steps of this call."""
         s = self.settings
         ends = set(range(s.eval_every, self.total, s.eval_every)) if s.eval_every else {sum(map(len, self._plans[: e + 1])) for e in range(s.epochs)}
         ends.add(self.total)
-        advance(self.step)
+        advance(self.step, None)
         last = self.total if stop_after is None else min(self.step + stop_after, self.total)
         since: list[dict[str, Tensor]] = []
         while self.step < last and self.worse < s.patience:
             since.append(self.train_step())
-            advance(1)
+            advance(1, float(since[-1]["loss"]) if self.step % _SHOWN == 0 else None)  # reading it waits for the device
             if self.step in ends:
                 self._measure(since, report)
                 since = []
