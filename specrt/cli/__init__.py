@@ -1,4 +1,4 @@
-"""The shell: ``specrt generate | chat | bench | inspect``. Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr), 130 interrupted."""
+"""The shell: ``specrt generate | chat | bench | inspect | train``. Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr), 130 interrupted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 from typing import NoReturn
 
-from specrt.cli import bench, chat, generate, inspect
+from specrt.cli import bench, chat, generate, inspect, train
 
-COMMANDS = {"generate": generate, "chat": chat, "bench": bench, "inspect": inspect}
+COMMANDS = {"generate": generate, "chat": chat, "bench": bench, "inspect": inspect, "train": train}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,57 @@
+"""Objectives: from what each slot says at each step, against what the target says, to a loss.
+
+Rows are slots whose next tokens belong to an answer; row k at step s is compared with the target's row k + s of the same text. Of a row: its soft cross entropy with the target's
+distribution over the head's vocabulary, and alpha = sum min(p, q), the probability that exact sampling accepts the draft, with p the target's whole distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+OBJECTIVES = ("ce", "lk", "length")
+_LK_DECAY = 3.0  # eta of arXiv:2602.23881
+
+
+@dataclass
+class StepRows:
+    """One step over N rows: cross entropy and alpha (0 where not ``counted``), whether the likeliest token is the target's; counted: the target's row is of the text;
+    taught: and its likeliest token is one the head can say."""
+
+    ce: Tensor
+    alpha: Tensor
+    hit: Tensor
+    counted: Tensor
+    taught: Tensor
+
+
+def row_scores(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(ce, alpha, hit) of rows [N, D]; teacher: log-probabilities of the target's whole distribution."""
+    logq = log_softmax(logits, -1)
+    ce = -(torch.softmax(teacher, -1) * logq).sum(-1)
+    return ce, torch.minimum(teacher.exp(), logq.exp()).sum(-1), logits.argmax(-1) == teacher.argmax(-1)
+
+
+def loss_of(objective: str, steps: list[StepRows], decay: float) -> Tensor:
+    """ce: soft cross entropy, step s weighted decay^s. lk: of each step, w ce + (1 - w)(1 - alpha) with w = exp(-3 alpha): first towards the target, then towards being
+    accepted. length: the same of whole chains, with 1 - E[accepted tokens] / S in place of 1 - alpha, where E = sum over s of alpha_0 ... alpha_s."""
+    ce = [_mean(s.ce, s.taught) for s in steps]
+    alpha = [_mean(s.alpha, s.counted) for s in steps]
+    weights = [decay**i for i in range(len(steps))]
+    if objective == "ce":
+        return sum(w * x for w, x in zip(weights, ce))
+    near = [torch.exp(-_LK_DECAY * a.detach()) for a in alpha]
+    if objective == "lk":
+        return sum(w * (n * x + (1 - n) * (1 - a)) for w, n, x, a in zip(weights, near, ce, alpha))
+    alive, expected = torch.ones_like(steps[0].alpha), torch.zeros_like(steps[0].alpha)
+    for s in steps:
+        alive = alive * s.alpha
+        expected = expected + alive
+    chain = 1 - _mean(expected, steps[0].counted) / len(steps)
+    return sum(w * n * x for w, n, x in zip(weights, near, ce)) + (1 - near[0]) * len(steps) * chain
+
+
+def _mean(x: Tensor, where: Tensor) -> Tensor:
+    return (x * where).sum() / where.sum().clamp_min(1)
