@@ -18,6 +18,7 @@ _LOOKUP = (2, 4)  # prompt_lookup_min, prompt_lookup_max
 _DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
 _NEED_MODEL = {"draft_model": "a path, a hub name or 'smollm2-135m'", "eagle": "the folder of an EAGLE head or a hub name", "eagle3": "the folder of an EAGLE-3 head or a hub name",
                "peagle": "the folder of a P-EAGLE head or a hub name", "medusa": "the folder of MEDUSA heads or a hub name"}
+_NO_WEIGHTS = {"ngram": "which needs no model", "layerskip": "which drafts with the target's own layers"}
 _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 
 
@@ -28,7 +29,7 @@ class SpeculativeConfig:
     A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included). A static tree is
     given by choices, the ranks of each node's path from the root (MEDUSA's lists): (0, 2) is the third best child of the best; the three tree keys follow from it.
     eagle_aux_hidden_state_layer_ids (residual-stream boundaries) and norm_output override what an EAGLE-3 (P-EAGLE) head's config says,
-    mask_token_id what a P-EAGLE head's does."""
+    mask_token_id what a P-EAGLE head's does. exit_layer: how many of the target's layers draft (LayerSkip); None: what its files say."""
 
     method: str
     model: str | None = None
@@ -46,6 +47,7 @@ class SpeculativeConfig:
     eagle_aux_hidden_state_layer_ids: tuple[int, ...] | None = None
     norm_output: bool | None = None
     mask_token_id: int | None = None
+    exit_layer: int | None = None
     choices: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -102,8 +104,8 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
     method = choice(_key("method"), given["method"], _methods())
     values: dict[str, Any] = {"method": method}
     if "model" in given:
-        if method == "ngram":
-            raise ValueError(f"{_key('model')} = {given['model']!r:.100} has no meaning for method 'ngram', which needs no model; leave it out")
+        if method in _NO_WEIGHTS:
+            raise ValueError(f"{_key('model')} = {given['model']!r:.100} has no meaning for method {method!r}, {_NO_WEIGHTS[method]}; leave it out")
         if not isinstance(given["model"], (str, Path)) or not str(given["model"]):
             raise refuse(_key("model"), given["model"], "a path, a hub name or 'smollm2-135m'")
         values["model"] = str(given["model"])
@@ -112,8 +114,8 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
     values |= _head(method, given)
     values |= _lookup(method, given)
     if "quantization" in given:
-        if method == "ngram":
-            raise ValueError(f"{_key('quantization')} = {given['quantization']!r} has no meaning for method 'ngram', which has no weights; leave it out")
+        if method in _NO_WEIGHTS:
+            raise ValueError(f"{_key('quantization')} = {given['quantization']!r} has no meaning for method {method!r}, {_NO_WEIGHTS[method]}; leave it out")
         values["quantization"] = choice(_key("quantization"), given["quantization"], ["fp8", None])
     if "draft_tensor_parallel_size" in given:
         integer(_key("draft_tensor_parallel_size"), given["draft_tensor_parallel_size"], 1, 1)
@@ -125,11 +127,14 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _head(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Overrides of what a head's config says."""
+    """Overrides of what a head's config says, or the target's."""
     values: dict[str, Any] = {}
-    for name, methods in (("eagle_aux_hidden_state_layer_ids", ("eagle3", "peagle")), ("norm_output", ("eagle3", "peagle")), ("mask_token_id", ("peagle",))):
+    for name, methods in (("eagle_aux_hidden_state_layer_ids", ("eagle3", "peagle")), ("norm_output", ("eagle3", "peagle")), ("mask_token_id", ("peagle",)),
+                          ("exit_layer", ("layerskip",))):
         if name in given and method not in methods:
             raise ValueError(f"{_key(name)} belongs to method {' or '.join(map(repr, methods))}, not to {method!r}; leave it out")
+    if "exit_layer" in given:
+        values["exit_layer"] = integer(_key("exit_layer"), given["exit_layer"], 1, 4096)
     if "mask_token_id" in given:
         values["mask_token_id"] = integer(_key("mask_token_id"), given["mask_token_id"], 0)
     if "norm_output" in given:

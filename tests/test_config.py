@@ -9,6 +9,7 @@ from specrt.config import EngineConfig, SpeculativeConfig
 from specrt.llm import LLM
 
 DRAFT = {"method": "draft_model", "model": "some/draft"}
+SKIP = {"method": "layerskip"}
 NGRAM = {"method": "ngram"}
 EAGLE3 = {"method": "eagle3", "model": "some/head"}
 
@@ -115,6 +116,8 @@ def test_draft_sizes(key, value):
     (EAGLE3, {"norm_output": 1}, "norm_output"), (EAGLE3, {"eagle_aux_hidden_state_layer_ids": []}, "eagle_aux_hidden_state_layer_ids"),
     (EAGLE3, {"eagle_aux_hidden_state_layer_ids": [1, -2]}, "eagle_aux_hidden_state_layer_ids"), (EAGLE3, {"eagle_aux_hidden_state_layer_ids": "2"}, "eagle_aux_hidden_state_layer_ids"),
     (DRAFT, {"norm_output": True}, "norm_output.*belongs to method 'eagle3'"), (EAGLE3, {"mask_token_id": 5}, "mask_token_id.*belongs to method 'peagle'"),
+    (DRAFT, {"exit_layer": 2}, "exit_layer.*belongs to method 'layerskip'"), (SKIP, {"exit_layer": 0}, "exit_layer"), (SKIP, {"exit_layer": True}, "exit_layer"),
+    (SKIP, {"model": "x"}, "'model'.*own layers"), (SKIP, {"quantization": "fp8"}, "quantization.*own layers"),
     ({}, {"method": "peagle", "model": "x", "mask_token_id": -1}, "mask_token_id"), ({}, {"method": "peagle"}, "'model'.*P-EAGLE head"), (DRAFT, {"eagle_aux_hidden_state_layer_ids": [1]}, "belongs to method 'eagle3'")])
 def test_refused(base, given, words):
     with pytest.raises(ValueError, match=words):

@@ -74,6 +74,19 @@ def _medusa(config: Any, *, target: Any, target_name: str = "", **_: Any) -> Dra
     return MedusaDrafter(MedusaModel(head, target, config.quantization), target.num_layers, **growth(config))
 
 
+def _layerskip(config: Any, *, target: Any, **_: Any) -> Drafter:
+    from specrt.draft.layerskip import LayerSkipDrafter
+
+    layers = target.num_layers
+    exit_layer = target.config.exit_layer if config.exit_layer is None else config.exit_layer
+    if exit_layer is None:
+        raise ValueError(f"speculative_config['exit_layer'] is missing, and the target's generation_config.json has no assistant_early_exit; give how many of its {layers} layers draft")
+    if exit_layer >= layers:
+        source = "the target's assistant_early_exit" if config.exit_layer is None else "speculative_config['exit_layer']"
+        raise ValueError(f"{source} = {exit_layer} is not valid: it must be at least 1 and below the target's number of layers, {layers}")
+    return LayerSkipDrafter(target, exit_layer, **growth(config))
+
+
 def growth(config: Any) -> dict[str, Any]:
     """How a drafter with a network grows its trees (Expansion)."""
     rejection = config.rejection_sample_method == "standard"
@@ -85,7 +98,7 @@ def growth(config: Any) -> dict[str, Any]:
 
 
 DRAFTERS: dict[str, Callable[..., Drafter]] = {"ngram": _ngram, "draft_model": _draft_model, "eagle": _head("eagle"), "eagle3": _head("eagle3"), "peagle": _head("peagle"),
-                                            "mtp": _head("mtp"), "medusa": _medusa}
+                                            "mtp": _head("mtp"), "medusa": _medusa, "layerskip": _layerskip}
 
 
 def build(config: Any, *, target: Any, tokenizer: Any, device: Any, dtype: Any, target_name: str = "") -> Drafter:

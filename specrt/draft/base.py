@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from specrt.cache.pool import KVPool
 from specrt.layers.batch import RowBatch
 from specrt.round.state import RoundState
 
@@ -15,7 +16,7 @@ class Drafter(ABC):
     """Fills the trees of its requests, on the device, without a host sync, and by the same launches whenever ``slots`` and ``depth`` are the same: they are
     captured in a CUDA graph. What lives from one round to another is allocated in ``bind`` and written in place; temporaries of torch's ops are fine.
 
-    The life of a drafter: ``bind`` once; then for every request ``admit``, ``prefill`` for each prompt chunk, and in every round ``propose`` (before
+    The life of a drafter: ``lend`` and ``bind`` once; then for every request ``admit``, ``prefill`` for each prompt chunk, and in every round ``propose`` (before
     verification) and ``extend`` (after it); a slot that is released is simply admitted anew. A slot belongs to one drafter at a time:
     ``max_nodes`` is 0 for the others'."""
 
@@ -35,6 +36,9 @@ class Drafter(ABC):
     def bytes_per_page(self, page_size: int) -> int:
         """Bytes of a page in the drafter's own KV pool, 0 without one."""
         return 0
+
+    def lend(self, pool: KVPool) -> None:
+        """Before ``bind``: the target's own pool, for a drafter that reads it."""
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         """Allocates every buffer. ``pages``: size of a KV pool of its own; ``prefill_rows``: capacity of a prompt chunk."""

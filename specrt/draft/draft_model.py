@@ -37,7 +37,7 @@ class DraftModelDrafter(Drafter):
         m, device = self.model, state.device
         self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
         self.consumed = torch.zeros(state.batch, dtype=torch.int32, device=device)
-        span_rows = state.rows
+        span_rows = state.batch * self._rows_a_slot()
         rows = max(span_rows, state.batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
         self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, choices=self.choices)
@@ -51,6 +51,10 @@ class DraftModelDrafter(Drafter):
         # Vocabularies may be padded differently: ids past the smaller one are never proposed.
         self.own_logits = torch.empty(state.batch * self.beam_width, m.config.vocab_size, dtype=torch.float32, device=device) if m.config.vocab_size != state.vocab else None
 
+    def _rows_a_slot(self) -> int:
+        """Most rows that a round feeds for a slot before its tree grows."""
+        return self.state.nodes
+
     def admit(self, slot: int, max_nodes: int, max_depth: int) -> None:
         super().admit(slot, max_nodes, max_depth)
         self.consumed[slot].fill_(0)
@@ -61,7 +65,7 @@ class DraftModelDrafter(Drafter):
 
     def propose(self, slots: int, depth: int) -> None:
         s, sp, grow = self.state, self.span, self.expansion
-        span_batch = self.span_batch.head(row_bucket(slots * s.nodes, sp.rows))
+        span_batch = self.span_batch.head(row_bucket(slots * self._rows_a_slot(), sp.rows))
         rows = row_bucket(slots * self.beam_width, grow.batch.rows)
         mine = (self.max_nodes > 0).int() * s.active
         known = (s.seq_lens + 1) * mine  # the root included

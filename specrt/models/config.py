@@ -19,7 +19,7 @@ class ModelConfig:
     a bias; o_bias, mlp_bias: so have o, and gate, up and down. qk_norm: RMSNorm of each query and key head before RoPE.
     rope_scaling: None, or {"rope_type": "linear", "factor"}, or {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
     "original_max_position_embeddings"}, or {"rope_type": "factors", "factors": head_dim/2 divisors of the frequencies} (GGUF's rope_freqs).
-    eos_token_ids: every token that ends an answer; may be empty."""
+    eos_token_ids: every token that ends an answer; may be empty. exit_layer: layers after which a model trained for it may draft (LayerSkip), where its files say so."""
 
     architecture: str
     vocab_size: int
@@ -41,6 +41,7 @@ class ModelConfig:
     qk_norm: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    exit_layer: int | None = None
 
     def __post_init__(self):
         if self.architecture not in ARCHITECTURES:
@@ -68,7 +69,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
-        """From the contents of config.json (and generation_config.json, for its stop tokens). ValueError names the key and what it would accept."""
+        """From the contents of config.json (and generation_config.json, for its stop tokens and assistant_early_exit). ValueError names the key and what it would accept."""
         if not isinstance(config, dict):
             raise ValueError(f"config.json must hold an object, got {type(config).__name__}")
         text = config.get("text_config", config)
@@ -102,7 +103,8 @@ class ModelConfig:
             rms_norm_eps=read.number("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling, max_position_embeddings=max_positions,
             tie_word_embeddings=bool(tie), windows=_windows(read, architecture, layers), attention_bias=architecture in ("qwen2", "mimo") or bias, o_bias=bias,
             mlp_bias=architecture == "llama" and read.boolean("mlp_bias", False), qk_norm=architecture == "qwen3",
-            bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(dict.fromkeys(eos)))
+            bos_token_id=bos[0] if bos else None, eos_token_ids=tuple(dict.fromkeys(eos)),
+            exit_layer=Reader(generation_config or {}).integer("assistant_early_exit", optional=True))
 
 
 class Reader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -113,6 +115,13 @@ class DenseModel:
         head = "model.embed_tokens" if c.tie_word_embeddings else "lm_head"
         lm_head = linear([head]) if stored_fp8 else Linear([matrix(f"{head}.weight")], [], dtype, device)
         return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head)
+
+    def first_layers(self, count: int) -> DenseModel:
+        """The model that leaves off after ``count`` layers, under the same embedding, final norm and lm_head; the tensors are shared."""
+        view = copy.copy(self)
+        view.config = replace(self.config, num_layers=count, windows=self.config.windows[:count])
+        view.num_layers, view.layers = count, self.layers[:count]
+        return view
 
     def make_scratch(self, rows: int) -> Scratch:
         """Buffers for forward passes of up to ``rows`` rows. Passes that share them must not overlap."""

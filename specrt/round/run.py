@@ -49,6 +49,7 @@ class Round:
         self.scratch = target.make_scratch(s.rows)
         self.prompt = PromptRows(target, self.pool, s, config.prefill_chunk, config.page_size, wanted)
         for drafter in drafters.values():
+            drafter.lend(self.pool)
             drafter.bind(s, config.num_pages, config.page_size, config.prefill_chunk)
         self.setups: dict[int, SlotSetup] = {}
         self.running: set[int] = set()

@@ -61,7 +61,16 @@ def _model(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("attention", f"{c.num_heads} heads, {c.num_kv_heads} KV heads, head dim {c.head_dim}" + _attention_extras(c)),
         ("context", f"{c.max_position_embeddings} positions, {_rope(c)}"),
         ("vocabulary", f"{c.vocab_size} rows, {'head tied to the embedding' if c.tie_word_embeddings else 'own head'}"),
-        ("stop tokens", ", ".join(map(str, c.eos_token_ids)) or "none")]
+        ("stop tokens", ", ".join(map(str, c.eos_token_ids)) or "none"), *_layerskip(checkpoint)]
+
+
+def _layerskip(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Of a target trained to draft with its own first layers. Nothing but its name says so where no exit layer is stored."""
+    layer = checkpoint.config.exit_layer
+    if layer is None and "layerskip" not in Path(checkpoint.origin).name.lower():
+        return []
+    where = f"say exit_layer, 1 to {checkpoint.config.num_layers - 1}" if layer is None else f"exit_layer {layer} (assistant_early_exit)"
+    return [("self-speculation", f"LayerSkip target, method 'layerskip'; {where}")]
 
 
 def _attention_extras(c: ModelConfig) -> str:

@@ -54,6 +54,7 @@ HEADS = [Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, 
          Shape("peagle", vocab=VOCAB, hidden=576, target_hidden=576, draft=200)]
 STATIC = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0, 0]]
 EAGLE3 = dict(method="eagle3", model="eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
+LAYERSKIP = dict(method="layerskip", exit_layer=1)
 TREE = dict(num_steps=6, eagle_topk=3, num_draft_tokens=14)
 VARIANTS = {
     "batch": (dict(), {}),
@@ -86,6 +87,11 @@ VARIANTS = {
     "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
     "eagle3-static-late": (dict(**EAGLE3, choices=STATIC), dict(late=True, page_size=16)),
     "draft-self-static": (dict(method="draft_model", model="target", choices=STATIC), {}),
+    "layerskip-chain-late": (dict(**LAYERSKIP, num_speculative_tokens=4), dict(late=True, chunk=7)),
+    "layerskip-chain-eager": (dict(**LAYERSKIP, num_speculative_tokens=3, draft_sample_method="greedy"), dict(enforce_eager=True)),
+    "layerskip-tree": (dict(**LAYERSKIP, **TREE), dict(page_size=16)),
+    "layerskip-tree-64-late": (dict(**LAYERSKIP, num_steps=8, eagle_topk=10, num_draft_tokens=64), dict(late=True)),
+    "layerskip-static": (dict(**LAYERSKIP, choices=STATIC), dict(chunk=64)),
     "medusa-static": (dict(method="medusa", model="medusa", choices=STATIC), {}),
     "peagle-chain": (dict(EAGLE3, method="peagle", model="peagle", num_speculative_tokens=4), dict(page_size=16)),
     "peagle-tree-late": (dict(EAGLE3, method="peagle", model="peagle", **TREE), dict(late=True, chunk=7)),
@@ -113,18 +119,19 @@ def test_nothing_changes_a_bit(monkeypatch, model, draft, heads, device, dtype, 
         deepest = {"replay-chain": 9, "replay-chain-chunked": 30, "replay-tree": 4, "replay-tree-late": 4, "replay-tree-64": 5}[variant]
         assert len([n for n in seen.accepted_per_pos if n > 0]) >= deepest, seen.accepted_per_pos
         assert seen.accepted < seen.drafted
-    if variant.startswith(("draft-self", "eagle", "peagle", "mtp", "medusa")):
+    if variant.startswith(("draft-self", "eagle", "peagle", "mtp", "medusa", "layerskip")):
         assert seen.accepted > 0
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_put_back_and_recomputed(monkeypatch, model, device, dtype, late):
+@pytest.mark.parametrize("drafter", [dict(method="replay"), LAYERSKIP], ids=["replay", "layerskip"])
+def test_put_back_and_recomputed(monkeypatch, model, device, drafter, dtype, late):
     """Pages for about two requests: the third is put back and recomputed, in the middle of speculation."""
     batch, want = reference(model, device, dtype)
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree")
     page = 2 * 2 * 3 * 16 * 64 * getattr(torch, dtype).itemsize  # k and v, layers, heads, positions, head dim
-    with make(model, late=late, device=device, dtype=dtype, max_batch_size=4, page_size=16, kv_cache_memory=18 * page, speculative_config=dict(method="replay", **TREE)) as llm:
+    with make(model, late=late, device=device, dtype=dtype, max_batch_size=4, page_size=16, kv_cache_memory=18 * page, speculative_config={**drafter, **TREE}) as llm:
         assert_same(answers(llm, batch, together=True), want, "put back")
         assert coverage(llm).put_back > 0
 
@@ -167,7 +174,7 @@ def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device):
             assert_same(answers(llm, batch, together=True), want, shape)
 
 
-@pytest.mark.parametrize("variant", ["batch", "chunked-3", "eager-at-once", "ngram-chain", "replay-chain-chunked", "replay-tree-64", "draft-self-tree"])
+@pytest.mark.parametrize("variant", ["batch", "chunked-3", "eager-at-once", "ngram-chain", "replay-chain-chunked", "replay-tree-64", "draft-self-tree", "layerskip-tree"])
 def test_fp8_weights_are_exact_too(monkeypatch, model, device, variant):
     batch = cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS)
     want = fp8_reference(model, device)

@@ -31,6 +31,7 @@ SPECS = {
     "standard": {**LOOKUP, "num_speculative_tokens": 7, "rejection_sample_method": "standard"},
     "synthetic": {**LOOKUP, "num_speculative_tokens": 7, "rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.5},
     "head": {"method": "eagle3", "model": "a head", "num_steps": 3, "eagle_topk": 3, "num_draft_tokens": 8, "eagle_aux_hidden_state_layer_ids": [0, 1, 3]},
+    "layerskip": {"method": "layerskip", "exit_layer": 2, "num_steps": 3, "eagle_topk": 3, "num_draft_tokens": 8},
     "draft model": {"method": "draft_model", "model": "the target", "num_steps": 3, "eagle_topk": 3, "num_draft_tokens": 8},
 }
 
