@@ -21,7 +21,7 @@ SPECRT_HD float quad_squares(const float (&h)[4]) { return fma_rn(h[3], h[3], fm
 SPECRT_HD float row_scale(float sum, int width, float eps) { return 1.0f / sqrtf(sum / static_cast<float>(width) + eps); }
 
 // Of one block on the CPU; `columns` <= 64 of it exist.
-template <typename T> float block_squares(const T* h, int columns) {
+template <typename T> SPECRT_HD float block_squares(const T* h, int columns) {
   float quads[16];
   for (int q = 0; q < 16; ++q) {
     float x[4];

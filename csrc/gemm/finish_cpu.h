@@ -1,6 +1,7 @@
 // What follows the sums of one row and panel of 64 outputs (params.h, Finish) on the CPU.
 #pragma once
 #include <algorithm>
+#include <memory>
 
 #include "base/math.h"
 #include "base/parallel.h"
@@ -35,15 +36,23 @@ template <typename T> SPECRT_CLONES void residual_row(const T* y, const T* resid
     for (int o = 0; o < outputs; ++o) scaled[o] = round_to<T>(to_float(h[o]) * to_float(weight[o]));
 }
 
-// T: of the residual stream and SiLU-mul. Out: of kStore.
-template <typename T, typename Out, typename Bias> void finish_row(const LinearParams& p, int64_t row, int64_t panel, float* acc) {
+template <typename T> SPECRT_CLONES float squares_row(const T* h, int outputs) { return block_squares(h, outputs); }
+
+// 1 / rms of the first n rows, where a deferred norm asks for it; else null.
+inline std::unique_ptr<float[]> row_scales(const LinearParams& p, int64_t n) {
+  if (!p.squares) return nullptr;
+  std::unique_ptr<float[]> scales(new float[n]);
+  for (int64_t r = 0; r < n; ++r) scales[r] = row_scale(p.squares + r * square_pitch(p.in_features), p.in_features, p.eps);
+  return scales;
+}
+
+// T: of the residual stream and SiLU-mul. Out: of kStore. scales: row_scales.
+template <typename T, typename Out, typename Bias> void finish_row(const LinearParams& p, const float* scales, int64_t row, int64_t panel, float* acc) {
   const int64_t first = panel * kPanel, at = row * p.out_features + first;
   const int outputs = static_cast<int>(std::min<int64_t>(kPanel, p.out_features - first));
   const Bias* bias = p.bias ? static_cast<const Bias*>(p.bias) + first : nullptr;
-  if (p.squares) {
-    const float r = row_scale(p.squares + row * square_pitch(p.in_features), p.in_features, p.eps);
-    for (int o = 0; o < outputs; ++o) acc[o] = acc[o] * r;
-  }
+  if (scales)
+    for (int o = 0; o < outputs; ++o) acc[o] = acc[o] * scales[row];
   if (p.finish == Finish::kStore) return store_row(acc, bias, static_cast<Out*>(p.out) + at, outputs);
   T y[kPanel];
   store_row(acc, bias, y, outputs);
@@ -51,7 +60,7 @@ template <typename T, typename Out, typename Bias> void finish_row(const LinearP
   T* h = static_cast<T*>(p.residual_out) + at;
   residual_row(y, static_cast<const T*>(p.residual) + at, h, p.next_weight ? static_cast<const T*>(p.next_weight) + first : nullptr,
                p.next_weight ? static_cast<T*>(p.scaled) + at : nullptr, outputs);
-  if (p.next_weight) p.next_squares[row * square_pitch(p.out_features) + panel] = block_squares(h, outputs);
+  if (p.next_weight) p.next_squares[row * square_pitch(p.out_features) + panel] = squares_row(h, outputs);
 }
 
 }  // namespace specrt

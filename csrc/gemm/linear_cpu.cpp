@@ -31,7 +31,7 @@ template <typename T> void pack(const PackLinearParams& p) {
 }
 
 // Rows [row, row + count) of one panel.
-template <typename T, typename Out> void panel_block(const LinearParams& p, const StepKernels& kernels, int64_t panel, int64_t row, int count) {
+template <typename T, typename Out> void panel_block(const LinearParams& p, const StepKernels& kernels, const float* scales, int64_t panel, int64_t row, int count) {
   constexpr int g = kPair<T>;
   const int64_t whole = p.in_features / g, steps = (p.in_features + g - 1) / g;
   const T* x = static_cast<const T*>(p.x) + row * p.in_features;
@@ -56,14 +56,15 @@ template <typename T, typename Out> void panel_block(const LinearParams& p, cons
       kernels.rows[0](last, 0, weight + whole * kStepBytes, 1, acc + r * kPanel, {weight, 0});
     }
   }
-  for (int r = 0; r < count; ++r) finish_row<T, Out, T>(p, row + r, panel, acc + r * kPanel);
+  for (int r = 0; r < count; ++r) finish_row<T, Out, T>(p, scales, row + r, panel, acc + r * kPanel);
 }
 
 template <typename T, typename Out> void linear(const LinearParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows);
   if (n <= 0) return;
   const StepKernels& kernels = step_kernels(p.dtype);
-  for_each_block(p.out_features, n, p.in_features, sizeof(T), [&](int64_t panel, int64_t row, int count) { panel_block<T, Out>(p, kernels, panel, row, count); });
+  const auto scales = row_scales(p, n);
+  for_each_block(p.out_features, n, p.in_features, sizeof(T), [&](int64_t panel, int64_t row, int count) { panel_block<T, Out>(p, kernels, scales.get(), panel, row, count); });
 }
 
 }  // namespace

@@ -65,7 +65,8 @@ SPECRT_CLONES void promote(const float* sum, float x_scale, const float* weight_
 }
 
 // Rows [row, row + count) of one panel. x: the widened rows, [rows, 2 * steps].
-template <typename T> void panel_block(const LinearFp8Params& fp8, const StepKernels& kernels, Widen widen, const bf16* x, int64_t steps, int64_t panel, int64_t row, int count) {
+template <typename T>
+void panel_block(const LinearFp8Params& fp8, const StepKernels& kernels, Widen widen, const bf16* x, const float* scales, int64_t steps, int64_t panel, int64_t row, int count) {
   const LinearParams& p = fp8.linear;
   const int64_t first = panel * kPanel, blocks = (p.in_features + kScaleBlock - 1) / kScaleBlock;
   const int outputs = static_cast<int>(std::min<int64_t>(kPanel, p.out_features - first));
@@ -84,7 +85,7 @@ template <typename T> void panel_block(const LinearFp8Params& fp8, const StepKer
       for (int i = 0; i < m; ++i) promote(sums + i * kPanel, fp8.x_scale[b * scale_pitch(p.rows) + row + r + i], weight_scale, acc + (r + i) * kPanel);
     }
   }
-  for (int r = 0; r < count; ++r) finish_row<T, T, float>(p, row + r, panel, acc + r * kPanel);
+  for (int r = 0; r < count; ++r) finish_row<T, T, float>(p, scales, row + r, panel, acc + r * kPanel);
 }
 
 template <typename T> void linear_fp8(const LinearFp8Params& fp8) {
@@ -98,7 +99,9 @@ template <typename T> void linear_fp8(const LinearFp8Params& fp8) {
   });
   const StepKernels& kernels = step_kernels(DType::kBF16);
   const Widen widen = weight_widener();
-  for_each_block(p.out_features, n, k, sizeof(bf16), [&](int64_t panel, int64_t row, int count) { panel_block<T>(fp8, kernels, widen, x.get(), steps, panel, row, count); });
+  const auto scales = row_scales(p, n);
+  for_each_block(p.out_features, n, k, sizeof(bf16),
+                 [&](int64_t panel, int64_t row, int count) { panel_block<T>(fp8, kernels, widen, x.get(), scales.get(), steps, panel, row, count); });
 }
 
 }  // namespace
