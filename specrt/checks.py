@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -46,3 +47,14 @@ def known_keys(what: str, given: Iterable[Any], accepted: Iterable[str]) -> None
     unknown = [key for key in given if key not in accepted]
     if unknown:
         raise ValueError(f"{what} has no key {unknown[0]!r}; it accepts {', '.join(accepted)}")
+
+
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """A line of a JSONL file; ``where``: file and line, for the ValueError."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: an object is expected, got {type(row).__name__}")
+    return row

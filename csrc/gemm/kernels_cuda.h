@@ -9,8 +9,6 @@ namespace specrt {
 // Ranges of K (params.h): a weight of many outputs occupies the chip without them.
 constexpr int num_ranges(int out_features) { return out_features > 127 * 128 ? 1 : 2; }
 
-constexpr int fp8_ranges(int out_features) { return out_features > 127 * 128 ? 1 : 2; }
-
 void linear_f32_cuda(const LinearParams& p, cudaStream_t stream);
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream);
 

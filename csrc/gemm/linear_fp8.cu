@@ -253,7 +253,7 @@ void launch_linear_fp8_cuda(const LinearFp8Params& fp8, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
   require_hopper("linear_fp8", "e4m3");
   const LinearParams& p = fp8.linear;
-  const bool one_range = fp8_ranges(p.out_features) == 1;
+  const bool one_range = num_ranges(p.out_features) == 1;
   if (p.finish != Finish::kStore && p.out_dtype == DType::kF32) one_range ? launch_f32<false>(fp8, s) : launch_f32<true>(fp8, s);
   else if (one_range) launch_block<2, false>(fp8, s);
   else if (2 * ceil_div(p.out_features, 128) >= kFewCtas || p.rows > 256) launch_block<2, true>(fp8, s);

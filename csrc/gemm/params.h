@@ -15,7 +15,7 @@
 //
 // FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
 // wgmma k32, k ascending. It is promoted at once, blocks ascending: acc = fma(sum, sx[b, r] * sw[b, n], acc), the product of the scales rounded. CUDA cuts the T blocks
-// in S = fp8_ranges(N) ranges, the second from T / 2 on, each acc from zero, the first plus the second; the CPU has one range.
+// in S = num_ranges(N) ranges, the second from T / 2 on, each acc from zero, the first plus the second; the CPU has one range.
 // The bias is float32; what then happens to a sum is as above (Finish), in out_dtype.
 #pragma once
 #include "base/fp8.h"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from specrt.checks import json_object
 from specrt.cli.options import read_text
 
 BUILT_IN = Path(__file__).with_name("prompts.jsonl")
@@ -39,12 +39,7 @@ def load_prompts(path: str | Path = BUILT_IN, categories: list[str] | None = Non
 
 
 def _parse(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: an object is expected, got {type(row).__name__}")
+    row = json_object(line, where)
     turns = row.get("turns", [row.get("prompt")])
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], str) or not turns[0]:
         raise ValueError(f"{where}: 'turns' (a list of texts) or 'prompt' (a text) is expected, got {turns!r}")

@@ -4,6 +4,8 @@ A slot's feature comes from the target (``combine``) or, in a draft's further st
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ class HeadWeights:
         return self.linear(["embed_tokens"]) if tied else self.target.lm_head
 
 
-class HeadModel:
+class HeadModel(ABC):
     """What the families share: the decoder layers and the output. A family says how features are combined and how the first layer is entered."""
 
     def __init__(self, weights: HeadWeights):
@@ -97,9 +99,9 @@ class HeadModel:
         """A slot's feature [R, h] from the target's captured boundaries, [R, Ht] each and contiguous; of most families the target's last, after its final norm."""
         return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
 
+    @abstractmethod
     def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """(residual stream [R, h], input of the first layer's q, k and v). May keep ``feature`` as the stream."""
-        raise NotImplementedError
 
     def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool) -> tuple[Tensor, Tensor]:
         """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. Uses ``feature`` up."""

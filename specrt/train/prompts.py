@@ -3,9 +3,10 @@ the answer that is wanted). ``category`` or ``source`` says what kind it is."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from specrt.checks import json_object
 
 _FORMS = "'prompt' (a text), 'turns' (a list of texts) or 'messages' (a list of {'role', 'content'}, ending with the user)"
 
@@ -44,12 +45,7 @@ def read_conversations(path: str | Path, categories: list[str] | None = None, wi
 
 
 def _conversation(line: str, where: str, number: int) -> Conversation:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: an object is expected, got {type(row).__name__}")
+    row = json_object(line, where)
     history: list[dict[str, str]] = []
     if "messages" in row:
         history = row["messages"]
