@@ -30,8 +30,25 @@ class Norm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+    return functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+class FeatureLinear(nn.Linear):
+    """fc of EAGLE-3 heads. Dimensions of the residual stream differ by three orders (SmolLM2: 372 beside 1), where no one rate fits: ``scale`` [inputs] divides them and the
+    weight is held times it, which is the same function."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__(inputs, outputs, bias)
+        self.register_buffer("scale", torch.ones(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x / self.scale).to(x.dtype))
+
+    @torch.no_grad()
+    def precondition(self, inputs: Tensor, new: bool) -> None:
+        """scale becomes the RMS of each dimension of ``inputs`` [N, inputs]. The function stays; but ``new`` weights are taken as of the scaled inputs, for outputs of RMS 1."""
+        self.scale.copy_(inputs.float().square().mean(0).sqrt().clamp_min(1e-6))
+        self.weight.mul_(1 / self.weight.square().sum(1, keepdim=True).sqrt() if new else self.scale)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,7 +112,7 @@ class HeadNetwork(nn.Module):
         self.config, self.mask_token, self.target_eps = config, mask_token, target_eps
         three = config.like_eagle3
         if config.fc_inputs:
-            self.fc = nn.Linear(config.fc_inputs, h, config.fc_bias)
+            self.fc = (FeatureLinear if three else nn.Linear)(config.fc_inputs, h, config.fc_bias)
         if three:
             layers = [DecoderLayer(c, i, 2 * h if i == 0 else h, hidden_norm=i == 0) for i in range(c.num_layers)]
             if config.use_aux and config.fc_norm:
@@ -115,14 +132,22 @@ class HeadNetwork(nn.Module):
 
     def combine(self, features: Tensor) -> Tensor:
         """A slot's feature [..., h] from the target's captured boundaries side by side [..., n Ht]."""
-        c = self.config
-        if c.final_feature:
-            return rms_norm(features, self.target_norm, self.target_eps)
-        if c.fc_norm:
-            features = torch.cat([norm(f) for norm, f in zip(self.fc_norm, features.chunk(c.num_aux, -1))], -1)
-        if c.norm_before_fc:
-            features = self.input_norm(features)
-        return self.fc(features)
+        return rms_norm(features, self.target_norm, self.target_eps) if self.config.final_feature else self.fc(self._normed(features))
+
+    def _normed(self, features: Tensor) -> Tensor:
+        if self.config.fc_norm:
+            return torch.cat([norm(f) for norm, f in zip(self.fc_norm, features.chunk(self.config.num_aux, -1))], -1)
+        return self.input_norm(features) if self.config.norm_before_fc else features
+
+    def precondition(self, features: Tensor, new: bool) -> None:
+        """Before training: fc for features [N, n Ht] such as these; new: its weights are random yet."""
+        if not self.config.final_feature:
+            self.fc.precondition(self._normed(features), new)
+
+    def published(self) -> dict[str, Tensor]:
+        """The weights, under the names of weights/head.py."""
+        weights = {name: p.detach() for name, p in self.named_parameters()}
+        return weights if self.config.final_feature else weights | {"fc.weight": weights["fc.weight"] / self.fc.scale}
 
     def unroll(self, ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
         """Hidden rows [B, T, h] for ``logits``, step by step. ids [B, T]: texts, padded at their ends; features [B, T, n Ht]."""
@@ -154,9 +179,9 @@ class HeadNetwork(nn.Module):
         return hidden, hidden if self.config.norm_output else residual
 
     def logits(self, hidden: Tensor, step: int) -> Tensor:
-        """Float32 over the head's vocabulary."""
+        """Over the head's vocabulary, in the dtype of the products."""
         weight = self.lm_head.weight if self.config.own_lm_head else self.target_lm_head
-        return functional.linear(hidden, weight.to(hidden.dtype)).float()
+        return functional.linear(hidden, weight.to(hidden.dtype))
 
 
 def head_network(head: Head, embedding: Tensor, lm_head: Tensor, norm: Tensor, eps: float) -> HeadNetwork:
@@ -172,6 +197,7 @@ def head_network(head: Head, embedding: Tensor, lm_head: Tensor, norm: Tensor, e
     if c.family == "peagle" and c.mask_token_id is None:
         raise ValueError(f"head {head.origin!r}: its config.json has no mask_token_id, the id of its mask slots' token; write it there")
     network = HeadNetwork(c, embedding, lm_head, norm, eps, c.mask_token_id)
-    stored = {name: head.tensors.get(name).float() for name in network.state_dict()}
-    network.load_state_dict({name: t.reshape(-1) if name == "mask_hidden" else t for name, t in stored.items()})
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(head.tensors.get(name).view_as(parameter))
     return network

@@ -28,10 +28,17 @@ class StepRows:
 
 
 def row_scores(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(ce, alpha, hit) of rows [N, D]; teacher: log-probabilities of the target's whole distribution."""
-    logq = log_softmax(logits, -1)
+    """(ce, alpha, hit) of rows [N, D]; teacher: float32 log-probabilities of the target's whole distribution."""
+    return (_fused_scores if logits.is_cuda else _scores)(logits, teacher)
+
+
+def _scores(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logq = log_softmax(logits.float(), -1)
     ce = -(torch.softmax(teacher, -1) * logq).sum(-1)
     return ce, torch.minimum(teacher.exp(), logq.exp()).sum(-1), logits.argmax(-1) == teacher.argmax(-1)
+
+
+_fused_scores = torch.compile(_scores, dynamic=True)  # a few passes over [N, D] instead of a dozen, the most of a training step
 
 
 def loss_of(objective: str, steps: list[StepRows], decay: float) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from specrt.train.medusa import MedusaNetwork
 from specrt.train.network import head_network
 from specrt.train.new_head import output_rows, write_new_head
 from specrt.train.objectives import StepRows, loss_of, row_scores
+from specrt.train.optimiser import Optimiser
 from specrt.train.publish import write_card, write_head
 from specrt.train.samples import read_files, split
 from specrt.train.settings import Settings
@@ -66,10 +68,13 @@ class Trainer:
         self.rows = TargetRows(target, self.head.config.boundaries(layers) if isinstance(self.head, Head) else (layers,), ids)
         self._plans = [plan(self.samples, s.batch_tokens, s.seed, epoch) for epoch in range(s.epochs)]
         self.total = sum(map(len, self._plans))
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=self.device.type == "cuda")
+        self.optimiser = Optimiser(self.network, s.weight_decay, fused=self.device.type == "cuda")
         self.step, self.best, self.worse = 0, 0.0, 0
         if self._state is not None:
             self._restore(self._state)
+        else:
+            batch = self._batch(0)
+            self.network.precondition(self.rows.read(batch.ids)[0].flatten(0, 1)[batch.slots], new=s.init_from is None)
 
     # ---------------------------------------------------------------------------------------- what is trained
 
@@ -130,26 +135,20 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         """One step; what it measured, still on the device."""
         s = self.settings
-        batch = make_batch([self.samples[i] for i in self._batch_at(self.step)]).to(self.device)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate(self.step)
+        batch = self._batch(self.step)
         rows = self.forward(batch)
         loss = loss_of(s.objective, rows, s.decay)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), s.clip)
-        self.optimiser.step()
+        self.optimiser.step(self.rate(self.step))
         self.step += 1
         hits = torch.stack([(r.hit * r.taught).sum() / r.counted.sum().clamp_min(1) for r in rows])
         alpha = torch.stack([r.alpha.sum() / r.counted.sum().clamp_min(1) for r in rows])
         return {"loss": loss.detach(), "norm": norm, "agrees": hits, "alpha": alpha.detach()}
 
-    def _batch_at(self, step: int) -> list[int]:
-        for batches in self._plans:
-            if step < len(batches):
-                return batches[step]
-            step -= len(batches)
-        raise IndexError(step)
+    def _batch(self, step: int) -> Batch:
+        return make_batch([self.samples[i] for i in next(islice(chain.from_iterable(self._plans), step, None))]).to(self.device)
 
     # ---------------------------------------------------------------------------------------- the run
 
