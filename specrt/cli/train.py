@@ -46,7 +46,8 @@ def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     parser.add_argument("--init-from", metavar="HEAD", help="fine-tune this head (folder or hub name)")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"])
-    parser.add_argument("--objective", choices=OBJECTIVES, help="soft cross entropy (the default), its hybrid with the acceptance rate, or with the expected accepted length of chains")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="soft cross entropy (the default), its hybrid with the acceptance rate, or with the expected accepted length of chains; "
+                        "vsd: chains that the head draws, weighed by what the target accepts of them (needs --init-from, and samples captured at --temperatures 1)")
     parser.add_argument("--license", metavar="NAME", help="for the card (default: apache-2.0)")
     group = parser.add_argument_group("a new head")
     if method != "mtp":

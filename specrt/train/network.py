@@ -6,7 +6,7 @@ diagonal). So slot i at step s says token i + s + 2. Parameters have the names o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +76,13 @@ class DecoderLayer(nn.Module):
         if hidden_norm:
             self.hidden_norm = Norm(h, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, residual: Tensor, keys: Keys, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: the (normed) input of q, k and v. Adds this step's keys to ``keys``."""
-        residual = residual + self.self_attn["o_proj"](self._attend(x, keys, cos, sin))
+    def forward(self, x: Tensor, residual: Tensor, keys: Keys, cos: Tensor, sin: Tensor, slot: Tensor) -> Tensor:
+        """x: the (normed) input of q, k and v; slot: of each row. Adds this step's keys to ``keys``."""
+        residual = residual + self.self_attn["o_proj"](self._attend(x, keys, cos, sin, slot))
         y = self.post_attention_layernorm(residual)
         return residual + self.mlp["down_proj"](functional.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
 
-    def _attend(self, x: Tensor, keys: Keys, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, keys: Keys, cos: Tensor, sin: Tensor, slot: Tensor) -> Tensor:
         c, (b, t, _) = self.config, x.shape
         q, k, v = (self.self_attn[f"{n}_proj"](x).view(b, t, -1, c.head_dim).transpose(1, 2) for n in "qkv")
         if c.qk_norm:
@@ -91,15 +91,16 @@ class DecoderLayer(nn.Module):
         keys.append((k, v))
         step, (k0, v0) = len(keys) - 1, keys[0]
         q = q.reshape(b, c.num_kv_heads, -1, t, c.head_dim) * c.head_dim**-0.5  # the group of a key head side by side
-        row, column = torch.arange(t, device=x.device)[:, None], torch.arange(t, device=x.device)
+        slots = k0.shape[2]
+        row, column = slot[..., None], torch.arange(slots, device=x.device)
         seen = (column <= row) & ((row + step - column < self.window) if self.window else True)
         scores = [(q @ k0[:, :, None].transpose(-1, -2)).masked_fill(~seen, -torch.inf)]
         own = [r for r in range(1, step + 1) if not self.window or step - r < self.window]
         scores += [(q * keys[r][0][:, :, None]).sum(-1, keepdim=True) for r in own]
         p = torch.softmax(torch.cat(scores, -1), -1, dtype=torch.float32).to(v.dtype)
-        out = p[..., :t] @ v0[:, :, None]
+        out = p[..., :slots] @ v0[:, :, None]
         for i, r in enumerate(own):
-            out = out + p[..., t + i, None] * keys[r][1][:, :, None]
+            out = out + p[..., slots + i, None] * keys[r][1][:, :, None]
         return out.flatten(1, 2).transpose(1, 2).reshape(b, t, -1)
 
 
@@ -153,6 +154,7 @@ class HeadNetwork(nn.Module):
         """Hidden rows [B, T, h] for ``logits``, step by step. ids [B, T]: texts, padded at their ends; features [B, T, n Ht]."""
         c, t = self.config.layers, ids.shape[1]
         cos, sin = rope_tables(c.head_dim, c.rope_theta, c.rope_scaling, t + steps, ids.device)
+        slot = torch.arange(t, device=ids.device)
         keys: list[Keys] = [[] for _ in self.layers]
         feature = self.combine(features)
         if self.config.family == "peagle":
@@ -161,10 +163,24 @@ class HeadNetwork(nn.Module):
             token = functional.pad(ids[:, s + 1 :], (0, min(s + 1, t)))
             if s and self.config.family == "peagle":
                 token, feature = torch.full_like(ids, self.mask_token), masked
-            hidden, feature = self._slots(self.embedding[token].to(feature.dtype), feature, keys, cos[s : s + t], sin[s : s + t])
+            hidden, feature = self._slots(self.embedding[token].to(feature.dtype), feature, keys, cos[s : s + t], sin[s : s + t], slot)
             yield hidden
 
-    def _slots(self, embedded: Tensor, feature: Tensor, keys: list[Keys], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def chains(self, ids: Tensor, features: Tensor, slots: Tensor, steps: int, draw: Callable[[Tensor], Tensor]) -> None:
+        """As ``unroll``, for C chains a text that go on by themselves from slots [B, C]: ``draw`` gets each step's logits [B, C, D] and says which tokens [B, C] come next."""
+        c, t = self.config.layers, ids.shape[1]
+        cos, sin = rope_tables(c.head_dim, c.rope_theta, c.rope_scaling, t + steps, ids.device)
+        keys: list[Keys] = [[] for _ in self.layers]
+        feature = self.combine(features)
+        rows = self._slots(self.embedding[functional.pad(ids[:, 1:], (0, 1))].to(feature.dtype), feature, keys, cos[:t], sin[:t], torch.arange(t, device=ids.device))
+        hidden, feature = (x.gather(1, slots[..., None].expand(-1, -1, x.shape[-1])) for x in rows)
+        token = draw(self.logits(hidden, 0))
+        for s in range(1, steps):
+            at = slots + s
+            hidden, feature = self._slots(self.embedding[token].to(feature.dtype), feature, keys, cos[at][:, None], sin[at][:, None], slots[:, None, None])
+            token = draw(self.logits(hidden, s))
+
+    def _slots(self, embedded: Tensor, feature: Tensor, keys: list[Keys], cos: Tensor, sin: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
         """(hidden rows, features for the next step)."""
         first = self.layers[0]
         if self.config.like_eagle3:
@@ -174,7 +190,7 @@ class HeadNetwork(nn.Module):
             residual = self.fc(torch.cat([self.hidden_layernorm(feature), self.token_layernorm(embedded)], -1))
             x = first.input_layernorm(residual)
         for i, layer in enumerate(self.layers):
-            residual = layer(layer.input_layernorm(residual) if i else x, residual, keys[i], cos, sin)
+            residual = layer(layer.input_layernorm(residual) if i else x, residual, keys[i], cos, sin, slot)
         hidden = self.norm(residual)
         return hidden, hidden if self.config.norm_output else residual
 
