@@ -61,7 +61,7 @@ def loss_of(objective: str, steps: list[StepRows], decay: float) -> Tensor:
 
 
 def accepted_lengths(logq: Tensor, logp: Tensor) -> Tensor:
-    """How many tokens of a chain exact sampling is expected to accept, [...] from log-probabilities [..., S] of its tokens: sum over i of min(1, p_1 / q_1) ... min(1, p_i / q_i)."""
+    """How many tokens of a chain the ratio test is expected to accept: [...], from log-probabilities [..., S] of them, the sum over i of min(1, p_1 / q_1) ... min(1, p_i / q_i)."""
     return (logp - logq).clamp(max=0).cumsum(-1).exp().sum(-1)
 
 

@@ -98,6 +98,21 @@ def test_from_prompts_to_a_head(tmp_path, target, capsys):
     assert main(["train", "eagle3", *common, "--output", str(tmp_path / "tuned"), "--init-from", head]) == 0
 
 
+def test_a_head_is_tuned_for_a_domain(tmp_path, target, capsys):
+    """Some prompts of one category and a few others, sampled; a head to start from; then its own chains."""
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"the {i} and {i + 1}", "category": "ab"[i % 2]}) for i in range(24)))
+    assert capture(target, tmp_path / "p.jsonl", tmp_path / "domain.jsonl", "--temperatures", "1", "--category", "a", "--limit", "6") == 0
+    assert capture(target, tmp_path / "p.jsonl", tmp_path / "general.jsonl", "--temperatures", "1", "--without", "a", "--limit", "2") == 0
+    common = ["--model", target, "--data", str(tmp_path / "domain.jsonl"), str(tmp_path / "general.jsonl"), "--device", "cpu", "--dtype", "float32", "--held-out", "2", "--eval-tokens", "8",
+              "--epochs", "1", "--draft-tokens", "2", "--unroll", "2"]
+    head, tuned = str(tmp_path / "head"), str(tmp_path / "tuned")
+    assert main(["train", "eagle3", *common, "--layer-ids", "0", "2", "4", "--draft-vocab-size", "100", "--output", head]) == 0
+    assert main(["train", "eagle3", *common, "--objective", "vsd", "--output", tuned]) == 2 and "give init_from" in capsys.readouterr().err
+    assert main(["train", "eagle3", *common, "--objective", "vsd", "--output", tuned, "--init-from", head]) == 0
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "| objective | vsd, 2 steps" in card and f"| started from | {head} |" in card and "a (" in card and "b (" in card
+
+
 def test_batches_hold_every_text_once_and_every_answer_token():
     samples = [Sample("a", list(range(5, 5 + n)), p) for n, p in ((10, 3), (80, 1), (64, 60), (200, 20), (7, 5), (65, 2))]
     for epoch in range(3):
