@@ -71,7 +71,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   if (warp >= 4 * T::warpgroups) {
     if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
-      assist<typename T::Activation, 4>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
+      assist<typename T::Activation, 2>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
       const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
       const int pitch = scale_pitch(p.rows);
