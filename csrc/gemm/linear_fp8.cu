@@ -1,31 +1,40 @@
 // FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (pairs of CTAs, pipelines of two sizes, early start) and its epilogue, in steps of
 // 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
+//
+// Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
+// stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: the producer never waits for the layer before.
 // Bytes: the weights once per block of tokens; x and its scales once per block of weight rows (from L2).
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
 #include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
+#include "gemm/quantize.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma_e4m3.cuh"
+#include "ptx/wgmma_registers.cuh"
 
 namespace specrt {
 namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
+constexpr int kQuantizers = 4;  // warps
 
-// pair: two CTAs with half of K each; else one with all of it, which stays and takes tile after tile. Activation: of the residual stream and SiLU-mul.
-template <int warpgroups_, int tokens_, bool pair_, typename Activation_ = bf16> struct Tile {
+// pair: two CTAs with half of K each; else one with all of it, which stays and takes tile after tile. quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
+template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
   using Activation = Activation_;
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
-  static constexpr bool pair = pair_;
-  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64;  // the last two warps: the producer, and who makes the rows' scales
+  static constexpr bool pair = pair_, quantizes = quantizes_;
+  // Behind the warpgroups: the producer, the warp that makes the rows' scales, the quantisers.
+  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64 + (quantizes ? 32 * kQuantizers : 0);
   static constexpr int cluster = pair ? 2 : 1;
+  // So few registers (about 64, or at most 112) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
+  static constexpr int few_registers = quantizes ? (warpgroups == 1 ? 3 : 2) : tokens <= 32 ? (warpgroups == 1 ? 5 : 3) : tokens == 64 ? (warpgroups == 1 ? 3 : 2) : 1;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
@@ -38,7 +47,67 @@ template <int warpgroups_, int tokens_, bool pair_, typename Activation_ = bf16>
   static constexpr int shared_bytes(int stages) { return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
 
-template <typename T> __global__ void __launch_bounds__(T::threads, T::tokens <= 32 ? (T::warpgroups == 1 ? 5 : 3) : T::tokens == 64 ? (T::warpgroups == 1 ? 3 : 2) : 1)
+// Where quantised tokens go: stage s at x + s * stage_bytes, their scales at scale + s * tokens; barriers: one arrival a row.
+struct Pipeline {
+  char* x;
+  int stage_bytes;
+  float* scale;
+  int tokens;
+  uint32_t full, empty;
+  int stages;
+};
+
+// Brings the tokens of one block of rows, `steps` steps of K from `begin` on, `tiles` times over; by kQuantizers warps, which take row after row of step after step in turn, each
+// with the loads of kAhead ahead of it. Rows past num_rows come along: to know their number would take a load before the loads.
+__device__ __forceinline__ void quantize_tokens(const LinearParams& p, const Pipeline& to, int begin, int steps, int tiles, int quantizer) {
+  constexpr int kAhead = 4;
+  struct Place {  // in the sequence of rows
+    int row, step, stage, parity;
+  };
+  const int lane = threadIdx.x % 32;
+  auto advance = [&](Place& at, int rows) {
+    at.row += rows;
+    while (at.row >= p.rows) {
+      at.row -= p.rows;
+      if (++at.step == steps) at.step = 0;
+      if (++at.stage == to.stages) {
+        at.stage = 0;
+        at.parity ^= 1;
+      }
+    }
+  };
+  Place load{0, 0, 0, 1};  // an `empty` barrier counts as complete the first time round
+  advance(load, quantizer);
+  Place store = load;
+  Packed<bf16> x[kAhead];
+  auto next = [&] {
+    const int column = (begin + load.step) * kStepColumns + 4 * lane;
+    Packed<bf16> four{};
+    if (column < p.in_features) four.all = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.x) + static_cast<int64_t>(load.row) * p.in_features + column);
+    advance(load, kQuantizers);
+    return four;
+  };
+  ptx::grid_dependency_wait();
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) x[i] = next();
+#pragma unroll 1
+  for (int left = tiles * steps * p.rows - quantizer; left > 0; left -= kQuantizers) {
+    const QuantizedFour q = quantize_four(x[0]);
+#pragma unroll
+    for (int i = 0; i + 1 < kAhead; ++i) x[i] = x[i + 1];
+    x[kAhead - 1] = next();
+    ptx::mbarrier_wait(to.empty + 8 * store.stage, store.parity);
+    const int chunk = lane / 4 ^ store.row % 8;  // the swizzle of ptx/wgmma.cuh
+    *reinterpret_cast<uint32_t*>(to.x + store.stage * to.stage_bytes + store.row * kRowBytes + chunk * 16 + lane % 4 * 4) = q.values;
+    if (lane == 0) to.scale[store.stage * to.tokens + store.row] = q.scale;
+    ptx::async_proxy_fence();
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(to.full + 8 * store.stage);
+    advance(store, kQuantizers);
+  }
+}
+
+template <typename T> __global__ void __launch_bounds__(T::threads, T::few_registers)
 linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearFp8Params fp8, int num_stages) {
   constexpr bool pair = T::pair;
   const LinearParams& p = fp8.linear;
@@ -57,7 +126,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
-      ptx::mbarrier_init(full + 8 * s, 1);
+      ptx::mbarrier_init(full + 8 * s, T::quantizes ? 1 + p.rows : 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
     }
     if (pair) ptx::mbarrier_init(received, 1);
@@ -69,7 +138,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   if (pair && T::own_inbox) ptx::cluster_arrive_relaxed();
 
   if (warp >= 4 * T::warpgroups) {
-    if (warp > 4 * T::warpgroups) {
+    if (T::quantizes && warp > 4 * T::warpgroups + 1) {
+      const Pipeline pipeline{shared + T::weight_bytes, T::stage_bytes, reinterpret_cast<float*>(shared + (scales - stages)), T::tokens, full, empty, num_stages};
+      quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - 2);
+    } else if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
       assist<typename T::Activation, 4>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
@@ -83,7 +155,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
         // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
         auto copy_weights = [&](int step, int s) {
-          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes + scale_bytes);
+          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
 #pragma unroll 1
           for (int u = 0; u < units; ++u)
             ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
@@ -97,9 +169,11 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
 #pragma unroll 1
           for (int i = 0; i < ahead; ++i) copy_weights(i, i);
-          ptx::grid_dependency_wait();
+          if constexpr (!T::quantizes) {
+            ptx::grid_dependency_wait();
 #pragma unroll 1
-          for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
+            for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
+          }
           step = ahead;
           s = ahead % num_stages;
           parity = ahead == num_stages ? 0 : 1;
@@ -110,10 +184,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
 #pragma unroll 1
         for (; step < steps; ++step) {
-          if (step == start) ptx::launch_dependents();
           ptx::mbarrier_wait(empty + 8 * s, parity);
+          if (step == start) ptx::launch_dependents();
           copy_weights(step, s);
-          copy_tokens(step, s);
+          if (!T::quantizes) copy_tokens(step, s);
           if (++s == num_stages) {
             s = 0;
             parity ^= 1;
@@ -226,7 +300,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 
 template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t stream) {
   const LinearParams& p = fp8.linear;
-  const CUtensorMap x = tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
+  const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
   const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
@@ -238,14 +312,15 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
 // Blocks of 16 to 128 tokens, as the rows need.
 template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
   const int rows = fp8.linear.rows;
-  if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
+  if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, pair, true>>(fp8, stream);
+  else if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
   else if (rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(fp8, stream);
   else if (rows <= 64) launch_tile<Tile<warpgroups, 64, pair>>(fp8, stream);
   else launch_tile<Tile<warpgroups, 128, pair>>(fp8, stream);
 }
 
 // float32 activations are for parity checks: one shape of tile, whatever the rows.
-template <bool pair> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, pair, float>>(fp8, stream); }
+template <bool pair> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, pair, false, float>>(fp8, stream); }
 
 }  // namespace
 

@@ -30,8 +30,7 @@ def dequantized(q: Tensor, scale: Tensor) -> Tensor:
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, used: int | None = None) -> Tensor:
     out = poisoned(len(x), scale.shape[1], dtype=out_dtype, device=x.device.type)
-    q, x_scale = quantize(x, used)
-    ops.linear_fp8(q, x_scale, packed, scale, bias, rows(len(x) if used is None else used, x.device.type), out)
+    ops.linear_fp8(x, packed, scale, bias, rows(len(x) if used is None else used, x.device.type), out)
     return out
 
 
@@ -86,7 +85,7 @@ def test_a_nan_row_stays_alone_and_rows_past_num_rows_are_untouched(device, capa
         q, x_scale = quantize(x, used)
         assert torch.isnan(x_scale[:, used:]).all() and (q[used:].view(torch.uint8) == 0x7F).all()
         out = torch.full((capacity, 200), 7.0, dtype=BF16, device=device)
-        ops.linear_fp8(q, x_scale, packed, scale, None, rows(used, device), out)
+        ops.linear_fp8(x, packed, scale, None, rows(used, device), out)
         assert (out[used:] == 7).all()
         if used:
             assert torch.isnan(out[2].float()).all()
@@ -106,10 +105,10 @@ def test_sums_are_promoted_every_128(device):
 def test_bad_arguments_are_refused_by_name(device):
     x, (values, scale) = torch.randn(4, 144).to(BF16).to(device), weight(100, 144, False, device)
     q, x_scale = quantize(x)
-    good = dict(x=q, x_scale=x_scale, weight=ops.pack_linear(values), weight_scale=scale, bias=None, num_rows=rows(4, device), out=torch.empty(4, 100, dtype=BF16, device=device))
+    good = dict(x=x, weight=ops.pack_linear(values), weight_scale=scale, bias=None, num_rows=rows(4, device), out=torch.empty(4, 100, dtype=BF16, device=device))
     ops.linear_fp8(**good)
     for name, bad, message in [
-        ("x", x, r"linear_fp8.*'x'"), ("x_scale", x_scale[:, :8].contiguous(), r"'x_scale'.*shape"), ("weight", ops.pack_linear(values[:, :128].contiguous()), r"'weight'.*shape"),
+        ("x", q, r"linear_fp8.*'x'"), ("weight", ops.pack_linear(values[:, :128].contiguous()), r"'weight'.*shape"),
         ("weight_scale", torch.ones(3, 100, device=device), r"'weight_scale'.*\[2, N\]"), ("bias", torch.ones(100, dtype=BF16, device=device), r"'bias'"),
         ("out", torch.empty(4, 99, dtype=BF16, device=device), r"shape")]:
         with pytest.raises(RuntimeError, match=message):
