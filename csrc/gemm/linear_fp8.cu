@@ -37,6 +37,7 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
   static constexpr int few_registers = quantizes ? (warpgroups == 1 ? 3 : 2) : tokens <= 32 ? (warpgroups == 1 ? 5 : 3) : tokens == 64 ? (warpgroups == 1 ? 3 : 2) : 1;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
+  static constexpr int parts = tokens < 64 ? 1 : 2;                  // of the tokens: while one part is promoted, the other is multiplied
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
@@ -211,32 +212,50 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
       const float* weight_scale = fp8.weight_scale + static_cast<int64_t>(fp8.weight_blocks > 1 ? begin : 0) * p.out_features;
       auto scale_at = [&](int half) { return __ldg(weight_scale + min(output + 8 * half, p.out_features - 1)); };
-      float next[2] = {scale_at(0), scale_at(1)}, part[T::values], sum[T::values];
+      float next[2] = {scale_at(0), scale_at(1)}, scale[2], part[T::parts][T::values / T::parts], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+      constexpr int part_tokens = T::tokens / T::parts;
+      auto multiply = [&](int i) {
+        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
+        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + i * part_tokens * kRowBytes);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part[i], a + 2 * k, b + 2 * k, k > 0);
+        ptx::wgmma_commit();
+      };
+      auto promote = [&](int i) {
+        ptx::wgmma_results(part[i]);
+        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + (s * T::tokens + i * part_tokens) / 2 + lane % 4;
+        constexpr int fragments = T::fragments / T::parts;
+#pragma unroll
+        for (int j = 0; j < fragments; ++j) {
+          const float2 x = x_scale[4 * j];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            float& to = sum[4 * (i * fragments + j) + e];
+            to = __fmaf_rn(part[i][4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], to);
+          }
+        }
+      };
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        const float scale[2] = {next[0], next[1]};
+        scale[0] = next[0];
+        scale[1] = next[1];
         if (fp8.weight_blocks > 1 && step + 1 < steps) {
           weight_scale += p.out_features;
           next[0] = scale_at(0);
           next[1] = scale_at(1);
         }
         ptx::mbarrier_wait(full + 8 * s, parity);
-        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + 2 * k, k > 0);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<0>();
-        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
-#pragma unroll
-        for (int j = 0; j < T::fragments; ++j) {
-          const float2 x = x_scale[4 * j];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sum[4 * j + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * j + e]);
+        multiply(0);
+        if constexpr (T::parts == 2) {
+          multiply(1);
+          ptx::wgmma_wait<1>();
+          promote(0);
         }
+        ptx::wgmma_wait<0>();
+        promote(T::parts - 1);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
         if (++s == num_stages) {
