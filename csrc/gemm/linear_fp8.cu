@@ -11,6 +11,7 @@
 #include "gemm/kernels_cuda.h"
 #include "gemm/quantize.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
@@ -23,7 +24,8 @@ namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
-constexpr int kQuantizers = 4;  // warps
+constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
+constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
 
 // pair: two CTAs with half of K each; else one with all of it, which stays and takes tile after tile. quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
 template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
@@ -33,11 +35,11 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
   // Behind the warpgroups: the producer, the warp that makes the rows' scales, the quantisers.
   static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64 + (quantizes ? 32 * kQuantizers : 0);
   static constexpr int cluster = pair ? 2 : 1;
-  // So few registers (about 64, or at most 112) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
-  static constexpr int few_registers = quantizes ? (warpgroups == 1 ? 3 : 2) : tokens <= 32 ? (warpgroups == 1 ? 5 : 3) : tokens == 64 ? (warpgroups == 1 ? 3 : 2) : 1;
+  // So few that CTAs of neighbouring kernels find room beside each other.
+  static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  static constexpr int parts = tokens < 64 ? 1 : 2;                  // of the tokens: while one part is promoted, the other is multiplied
+  static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
@@ -45,23 +47,25 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
 
   using Tail = EpilogueShared<warpgroups, tokens>;
 
-  static constexpr int shared_bytes(int stages) { return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
+  static constexpr int shared_bytes(int stages) {
+    return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
+  }
 };
 
-// Where quantised tokens go: stage s at x + s * stage_bytes, their scales at scale + s * tokens; barriers: one arrival a row.
+// Where quantised tokens go: stage s at x + s * stage_bytes, their scales at scale + s * tokens; barriers: one arrival a row. ring: of kRingBytes, for those that are not yet quantised.
 struct Pipeline {
   char* x;
   int stage_bytes;
   float* scale;
   int tokens;
+  char* ring;
   uint32_t full, empty;
   int stages;
 };
 
 // Brings the tokens of one block of rows, `steps` steps of K from `begin` on, `tiles` times over; by kQuantizers warps, which take row after row of step after step in turn, each
-// with the loads of kAhead ahead of it. Rows past num_rows come along: to know their number would take a load before the loads.
+// with kAhead of them on their way. Rows past num_rows come along: to know their number would take a load before the loads.
 __device__ __forceinline__ void quantize_tokens(const LinearParams& p, const Pipeline& to, int begin, int steps, int tiles, int quantizer) {
-  constexpr int kAhead = 4;
   struct Place {  // in the sequence of rows
     int row, step, stage, parity;
   };
@@ -80,23 +84,24 @@ __device__ __forceinline__ void quantize_tokens(const LinearParams& p, const Pip
   Place load{0, 0, 0, 1};  // an `empty` barrier counts as complete the first time round
   advance(load, quantizer);
   Place store = load;
-  Packed<bf16> x[kAhead];
-  auto next = [&] {
+  char* const ring = to.ring + quantizer * (kAhead * kRingRow) + lane * 8;  // a lane reads what it has copied itself
+  auto ask = [&](int i) {
     const int column = (begin + load.step) * kStepColumns + 4 * lane;
-    Packed<bf16> four{};
-    if (column < p.in_features) four.all = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.x) + static_cast<int64_t>(load.row) * p.in_features + column);
+    const bool present = column < p.in_features;
+    ptx::cp_async_8(ptx::shared_address(ring + i * kRingRow), static_cast<const bf16*>(p.x) + static_cast<int64_t>(load.row) * p.in_features + (present ? column : 0), present);
+    ptx::cp_async_commit();
     advance(load, kQuantizers);
-    return four;
   };
   ptx::grid_dependency_wait();
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) x[i] = next();
+#pragma unroll 1
+  for (int i = 0; i < kAhead; ++i) ask(i);
+  int i = 0;
 #pragma unroll 1
   for (int left = tiles * steps * p.rows - quantizer; left > 0; left -= kQuantizers) {
-    const QuantizedFour q = quantize_four(x[0]);
-#pragma unroll
-    for (int i = 0; i + 1 < kAhead; ++i) x[i] = x[i + 1];
-    x[kAhead - 1] = next();
+    ptx::cp_async_wait<kAhead - 1>();
+    const QuantizedFour q = quantize_four(Packed<bf16>{.all = *reinterpret_cast<const uint2*>(ring + i * kRingRow)});
+    ask(i);
+    if (++i == kAhead) i = 0;
     ptx::mbarrier_wait(to.empty + 8 * store.stage, store.parity);
     const int chunk = lane / 4 ^ store.row % 8;  // the swizzle of ptx/wgmma.cuh
     *reinterpret_cast<uint32_t*>(to.x + store.stage * to.stage_bytes + store.row * kRowBytes + chunk * 16 + lane % 4 * 4) = q.values;
@@ -106,20 +111,21 @@ __device__ __forceinline__ void quantize_tokens(const LinearParams& p, const Pip
     if (lane == 0) ptx::mbarrier_arrive(to.full + 8 * store.stage);
     advance(store, kQuantizers);
   }
+  ptx::cp_async_wait<0>();  // nothing is on its way into memory that another block may get
 }
 
-template <typename T> __global__ void __launch_bounds__(T::threads, T::few_registers)
+template <typename T> __global__ void __maxnreg__(T::registers)
 linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearFp8Params fp8, int num_stages) {
   constexpr bool pair = T::pair;
   const LinearParams& p = fp8.linear;
   extern __shared__ __align__(1024) char shared[];
-  // stages, x's scales of each stage, the inbox where it has a place of its own, the epilogue's, barriers
-  const int after = num_stages * (T::stage_bytes + T::tokens * 4), tail_at = after + (T::own_inbox ? T::inbox_bytes : 0);
+  // stages, x's scales of each stage, the inbox where it has a place of its own, the quantisers' ring, the epilogue's, barriers
+  const int after = num_stages * (T::stage_bytes + T::tokens * 4), ring_at = after + (T::own_inbox ? T::inbox_bytes : 0), tail_at = ring_at + (T::quantizes ? kRingBytes : 0);
   const uint32_t stages = ptx::shared_address(shared), scales = stages + num_stages * T::stage_bytes, inbox = T::own_inbox ? stages + after : stages;
   typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
   const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
   const uint32_t scales_made = ptx::shared_address(&tail.full), scales_read = ptx::shared_address(&tail.empty);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? ptx::cluster_rank() : 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? __shfl_sync(0xffffffffu, ptx::cluster_rank(), 0) : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = pair && rank == 1 ? middle : 0, steps = pair && rank == 0 ? middle : all_steps - begin;
   const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::outputs - 1) / T::outputs);
@@ -140,13 +146,14 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 
   if (warp >= 4 * T::warpgroups) {
     if (T::quantizes && warp > 4 * T::warpgroups + 1) {
-      const Pipeline pipeline{shared + T::weight_bytes, T::stage_bytes, reinterpret_cast<float*>(shared + (scales - stages)), T::tokens, full, empty, num_stages};
+      const Pipeline pipeline{shared + T::weight_bytes, T::stage_bytes, reinterpret_cast<float*>(shared + (scales - stages)), T::tokens, shared + ring_at, full, empty, num_stages};
       quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - 2);
     } else if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
       assist<typename T::Activation, 4>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
-      const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
+      // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
+      const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();
       const int pitch = scale_pitch(p.rows);
       bool waited = false;
       int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
@@ -158,8 +165,12 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         auto copy_weights = [&](int step, int s) {
           ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
 #pragma unroll 1
-          for (int u = 0; u < units; ++u)
-            ptx::bulk_load(stages + s * T::stage_bytes + u * kUnitBytes, weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes, kUnitBytes, full + 8 * s);
+          for (int u = 0; u < units; ++u) {
+            const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+            const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+            if (T::tokens <= 64) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
+            else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+          }
         };
         auto copy_tokens = [&](int step, int s) {
           ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
@@ -202,60 +213,48 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       ptx::cluster_wait();
     }
   } else {
-    const int warpgroup = warp / 4;
+    const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0);
     int s = 0, parity = 0, scales_parity = 0;  // the stage in use, over all tiles
     ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
-    const int rows = min(*p.num_rows, p.rows);
+    const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs + warpgroup * 64;
       if (first_row > 0 && first_row >= rows) continue;
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
       const float* weight_scale = fp8.weight_scale + static_cast<int64_t>(fp8.weight_blocks > 1 ? begin : 0) * p.out_features;
       auto scale_at = [&](int half) { return __ldg(weight_scale + min(output + 8 * half, p.out_features - 1)); };
-      float next[2] = {scale_at(0), scale_at(1)}, scale[2], part[T::parts][T::values / T::parts], sum[T::values];
+      float next[2] = {scale_at(0), scale_at(1)}, part[T::values / T::parts], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
-      constexpr int part_tokens = T::tokens / T::parts;
-      auto multiply = [&](int i) {
-        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + i * part_tokens * kRowBytes);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part[i], a + 2 * k, b + 2 * k, k > 0);
-        ptx::wgmma_commit();
-      };
-      auto promote = [&](int i) {
-        ptx::wgmma_results(part[i]);
-        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + (s * T::tokens + i * part_tokens) / 2 + lane % 4;
-        constexpr int fragments = T::fragments / T::parts;
-#pragma unroll
-        for (int j = 0; j < fragments; ++j) {
-          const float2 x = x_scale[4 * j];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& to = sum[4 * (i * fragments + j) + e];
-            to = __fmaf_rn(part[i][4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], to);
-          }
-        }
-      };
+      constexpr int part_tokens = T::tokens / T::parts, part_fragments = T::fragments / T::parts;
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
-        scale[0] = next[0];
-        scale[1] = next[1];
+        const float scale[2] = {next[0], next[1]};
         if (fp8.weight_blocks > 1 && step + 1 < steps) {
           weight_scale += p.out_features;
           next[0] = scale_at(0);
           next[1] = scale_at(1);
         }
         ptx::mbarrier_wait(full + 8 * s, parity);
-        multiply(0);
-        if constexpr (T::parts == 2) {
-          multiply(1);
-          ptx::wgmma_wait<1>();
-          promote(0);
+        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
+        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
+        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
+#pragma unroll
+        for (int i = 0; i < T::parts; ++i) {
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_results(part);
+#pragma unroll
+          for (int j = 0; j < part_fragments; ++j) {
+            const int at = i * part_fragments + j;
+            const float2 x = x_scale[4 * at];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[4 * at + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * at + e]);
+          }
         }
-        ptx::wgmma_wait<0>();
-        promote(T::parts - 1);
         __syncwarp();
         if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
         if (++s == num_stages) {
@@ -334,7 +333,7 @@ template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& fp
   if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, pair, true>>(fp8, stream);
   else if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
   else if (rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(fp8, stream);
-  else if (rows <= 64) launch_tile<Tile<warpgroups, 64, pair>>(fp8, stream);
+  else if (rows <= 64) launch_tile<Tile<pair ? warpgroups : 4, 64, pair>>(fp8, stream);  // the tokens' way from L2 begins to count: once for more outputs
   else launch_tile<Tile<warpgroups, 128, pair>>(fp8, stream);
 }
 

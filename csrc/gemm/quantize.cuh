@@ -11,7 +11,7 @@ struct QuantizedFour {
   float scale;      // the same in all lanes
 };
 
-// Quotients are IEEE's, as base/fp8.h has them. Where no step on the way can be denormal they are made as the compiler makes them (reciprocal, a Newton step, two corrections), but without
+// Quotients are IEEE's, as base/fp8.h has them. Where no step on the way can be denormal they are made as the compiler makes them (reciprocal, a Newton step, a correction), but without
 // a branch for each and with one reciprocal for all. A value so small that its remainder is denormal has a quotient far below what e4m3 can tell from zero.
 template <typename T> __device__ __forceinline__ QuantizedFour quantize_four(const Packed<T>& x) {
   float value[4], quotient[4], scale;
@@ -23,17 +23,15 @@ template <typename T> __device__ __forceinline__ QuantizedFour quantize_four(con
   }
   greatest = __reduce_max_sync(0xffffffffu, greatest);
   const float most = bits_to_float(greatest);
-  if (most > 0x1p-50f && most < 0x1p50f) {
+  if (__builtin_expect(most > 0x1p-50f && most < 0x1p50f, true)) {
     constexpr float kPart = 1.0f / kMaxE4m3;
     const float near = most * kPart;
     scale = fma_rn(fma_rn(-kMaxE4m3, near, most), kPart, near);
     const float about = ptx::rcp(scale), inverse = fma_rn(about, fma_rn(-scale, about, 1.0f), about);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      quotient[e] = value[e] * inverse;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) quotient[e] = fma_rn(fma_rn(-scale, quotient[e], value[e]), inverse, quotient[e]);
-      quotient[e] = copysignf(quotient[e], value[e]);  // of -0 the corrections make 0
+      const float near = value[e] * inverse;
+      quotient[e] = copysignf(fma_rn(fma_rn(-scale, near, value[e]), inverse, near), value[e]);  // the sign: of -0 the correction makes 0
     }
   } else {
     scale = scale_of(greatest);

@@ -48,6 +48,21 @@ def test_quantised_rows_are_those_of_torch(device, dtype):
         assert_bits(q[:, 128 * b : 128 * b + 128], (part / want[:, None]).to(FP8))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-140, 2.0**100, 1 / 3])
+def test_values_at_the_boundaries_of_e4m3_round_as_torch_has_them(device, scale):
+    """Every value, every boundary between two and its neighbours, both zeros; as quotients exact where the scale is a power of two."""
+    values = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    between = (values[1:] + values[:-1]) / 2
+    near = torch.cat([values, between, torch.nextafter(between, torch.tensor(0.0)), torch.nextafter(between, torch.tensor(500.0))])
+    rows_of_127 = torch.nn.functional.pad(torch.cat([near, -near]), (0, -2 * len(near) % 127)).view(-1, 127)
+    x = torch.nn.functional.pad(rows_of_127, (0, 1), value=448.0) * scale
+    q, s = quantize(x.to(device))
+    want = x.abs().amax(1) / 448
+    want = torch.where(want < torch.finfo(F32).tiny, 1.0, want)
+    assert_bits(s[0, : len(x)], want)
+    assert_bits(q, (x / want[:, None]).to(FP8))
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("out_dtype", [BF16, F32])
 @pytest.mark.parametrize("m", [1, 3, 17, 64, 65, 160, 300])
@@ -63,6 +78,7 @@ def test_linear_fp8_matches_float64(device, out_dtype, m, n, k, blocks):
 
 @pytest.mark.parametrize("n, k, blocks", [(100, 64, False), (576, 1008, True), (960, 4096, False), (5640, 272, True), (16400, 272, False)])
 def test_a_row_does_not_depend_on_the_others(device, n, k, blocks):
+    """Nor on who quantises it: on CUDA few rows the product itself does, beyond that a kernel of its own."""
     x, (values, scale), bias = torch.randn(300, k).to(BF16).to(device), weight(n, k, blocks, device), torch.randn(n, device=device)
     packed = ops.pack_linear(values)
     every = linear(x, packed, scale, bias, BF16)
