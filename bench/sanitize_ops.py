@@ -66,21 +66,19 @@ def linears(k: Kit) -> None:
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
         finishes(k, (x, ops.pack_linear(k.random(48, 35)), k.random(48)), rows, used, 48, F32)
-    for rows, used, depth, outputs, blocks in [(1, 1, 1360, 48, False), (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
-        x, weight = k.random(rows, depth, dtype=BF16), k.random(outputs, depth).to(ops.FP8)
-        q, scale = k.out(rows, depth).to(ops.FP8), k.out(*ops.fp8_scale_shape(rows, depth))
-        ops.quantize_fp8(x, k.ints(used), q, scale)
-        product = (q, scale, ops.pack_linear(weight), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs))
-        out = k.out(rows, outputs, dtype=BF16)
-        ops.linear_fp8(*product, k.ints(used), out)
-        k.written(out, used)
+    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
+    for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
+        weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)
         for dtype in (BF16, F32):
-            finishes(k, product, rows, used, outputs, dtype)
+            x, out = k.random(rows, depth, dtype=dtype), k.out(rows, outputs, dtype=dtype)
+            ops.linear_fp8(x, *weight, k.ints(used), out)
+            k.written(out, used)
+            finishes(k, (x, *weight), rows, used, outputs, dtype)
 
 
 def finishes(k: Kit, product: tuple[Tensor, ...], rows: int, used: int, outputs: int, dtype: torch.dtype) -> None:
     """What linear does to its sums besides storing them: a norm that was deferred, SiLU-mul, the residual add with and without the next norm."""
-    fp8, n, depth = product[0].dtype == ops.FP8, k.ints(used), product[0].shape[1]
+    fp8, n, depth = product[1].dtype == ops.FP8, k.ints(used), product[0].shape[1]
     squares = k.random(*ops.squares_shape(rows, depth)).abs() * 1e5  # far from the poison: sums of about 1
     out = k.out(rows, outputs // 2, dtype=dtype)
     if fp8:

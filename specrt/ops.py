@@ -93,33 +93,30 @@ def fp8_scale_shape(rows: int, columns: int) -> tuple[int, int]:
 
 
 def quantize_fp8(x: Tensor, num_rows: Tensor, q: Tensor, scale: Tensor) -> None:
-    """Activations for ``linear_fp8``: for each row and 128 columns scale = max |x| / 448 (1 for zeros), q = e4m3(x / scale), to nearest even.
+    """What ``linear_fp8`` makes of its activations: for each row and 128 columns scale = max |x| / 448 (1 for zeros), q = e4m3(x / scale), to nearest even.
 
     x [R, K] act; q [R, K] float8_e4m3fn out; scale float32 of ``fp8_scale_shape(R, K)`` out: [b, r] is row r's for the columns from 128 b on (CUDA: K % 4 == 0).
     A NaN or an infinity makes NaN of its 128 columns' scale or values."""
     _C.quantize_fp8(x, num_rows, q, scale)
 
 
-def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None,
-               eps: float = 0.0) -> None:
-    """out[r] = sum over blocks b of 128 k of x_scale[b, r] weight_scale[b, :] (x[r, b] W[:, b]^T) + bias, in fp32 from block to block.
+def linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None, eps: float = 0.0) -> None:
+    """out[r] = sum over blocks b of 128 k of scale[b, r] weight_scale[b, :] (q[r, b] W[:, b]^T) + bias, in fp32 from block to block; q and scale: x as ``quantize_fp8`` makes them.
 
-    x [R, K] float8_e4m3fn and x_scale as ``quantize_fp8`` writes them; weight packed from [N, K] float8_e4m3fn; weight_scale float32 [1, N] (an output) or
-    [ceil(K/128), N] (an output and 128 k); bias float32 [N] or None; out [R, N] act or float32. Any K, N (CUDA: K % 16 == 0). squares, eps: as in ``linear``, of the rows
-    whose scaled ones were quantised."""
-    _C.linear_fp8(x, x_scale, weight, weight_scale, bias, num_rows, out, squares, eps)
+    x [R, K] act; weight packed from [N, K] float8_e4m3fn; weight_scale float32 [1, N] (an output) or [ceil(K/128), N] (an output and 128 k); bias float32 [N] or None;
+    out [R, N] act or float32. Any K, N (CUDA: K % 16 == 0). squares, eps: as in ``linear``."""
+    _C.linear_fp8(x, weight, weight_scale, bias, num_rows, out, squares, eps)
 
 
-def linear_fp8_silu(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None,
-                    eps: float = 0.0) -> None:
-    """``linear_silu`` with the product of ``linear_fp8``: out [R, I] act; the rows of weight, weight_scale's columns and the bias alternate."""
-    _C.linear_fp8_silu(x, x_scale, weight, weight_scale, bias, num_rows, out, squares, eps)
+def linear_fp8_silu(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, out: Tensor, squares: Tensor | None = None, eps: float = 0.0) -> None:
+    """``linear_silu`` with the product of ``linear_fp8``; the rows of weight, weight_scale's columns and the bias alternate."""
+    _C.linear_fp8_silu(x, weight, weight_scale, bias, num_rows, out, squares, eps)
 
 
-def linear_fp8_residual(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, residual: Tensor, residual_out: Tensor,
+def linear_fp8_residual(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, num_rows: Tensor, residual: Tensor, residual_out: Tensor,
                         next_weight: Tensor | None = None, scaled: Tensor | None = None, next_squares: Tensor | None = None) -> None:
-    """``linear_residual`` with the product of ``linear_fp8``; residual, residual_out, next_weight and scaled are act."""
-    _C.linear_fp8_residual(x, x_scale, weight, weight_scale, bias, num_rows, residual, residual_out, next_weight, scaled, next_squares)
+    """``linear_residual`` with the product of ``linear_fp8``."""
+    _C.linear_fp8_residual(x, weight, weight_scale, bias, num_rows, residual, residual_out, next_weight, scaled, next_squares)
 
 
 # ------------------------------------------------------------------------------------------------ norm (and other row-wise ops)

@@ -1,8 +1,9 @@
 // Linear layers of Llama-3.1-8B with FP8 weights and lm_head in bfloat16, as quantization="fp8" loads it: one graph over distinct weights (so that each is read from memory), and each shape alone.
 //
-// floor: the weights' bytes as stored over the read bandwidth measured in the run. The activations come quantised; "linear_fp8_quantize" rows
-// have their quantisation from bfloat16, a kernel of its own before every layer, too. Every timed configuration is first compared with a float64 reference of the quantised product, and its row 0 with the
-// same row computed alone: `==` on the bits.
+// floor: the weights' bytes as stored over the read bandwidth measured in the run. Up to kSelfQuantizedRows tokens come in bfloat16 and linear_fp8 quantises them; more come quantised.
+// "linear_fp8_quantize" rows have the quantisation as a kernel of its own before every layer. Every timed configuration is first compared with a float64 reference of the quantised product,
+// its row 0 with the same row computed alone, and what quantises itself with what two kernels make: `==` on the bits.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -29,11 +30,24 @@ const std::vector<Shape> kShapes = {{"qkv", 6144, 4096, 32}, {"o", 4096, 4096, 3
 struct Case {
   std::string name;
   int tokens;
-  bool one_layer = false, quantize = false;  // quantize: the activations too
+  bool one_layer = false, quantize = false;  // quantize: by a kernel of its own
 };
-const Case kCases[] = {{"linear_fp8_m1", 1},     {"linear_fp8_m8", 8},     {"linear_fp8_m32", 32},
-                       {"linear_fp8_m64", 64},   {"linear_fp8_m128", 128}, {"linear_fp8_m256", 256},
-                       {"linear_fp8_quantize_m1", 1, false, true}, {"linear_fp8_quantize_m64", 64, false, true}, {"prefill_linear_fp8_m4096", 4096, true}};
+enum class From { kQuantized, kBf16 };  // what linear_fp8 takes
+From way_of(const Case& row) { return !row.quantize && row.tokens <= kSelfQuantizedRows ? From::kBf16 : From::kQuantized; }
+
+const Case kCases[] = {{"linear_fp8_m1", 1},
+                       {"linear_fp8_m8", 8},
+                       {"linear_fp8_m16", 16},
+                       {"linear_fp8_m32", 32},
+                       {"linear_fp8_m64", 64},
+                       {"linear_fp8_m128", 128},
+                       {"linear_fp8_m256", 256},
+                       {"linear_fp8_quantize_m1", 1, false, true},
+                       {"linear_fp8_quantize_m8", 8, false, true},
+                       {"linear_fp8_quantize_m16", 16, false, true},
+                       {"linear_fp8_quantize_m32", 32, false, true},
+                       {"linear_fp8_quantize_m64", 64, false, true},
+                       {"prefill_linear_fp8_m4096", 4096, true}};
 
 constexpr int kSamples = 64, kLength = 64;     // vectors of outputs compared with the reference, and their length
 constexpr double kTolerance[] = {1e-3, 5e-3};  // of their relative error, for fp32 and bf16 outputs (whose rounding alone costs up to 2^-9 an element)
@@ -89,7 +103,7 @@ __global__ void convert_scales_kernel(const bf16* from, float* to, int count) {
 struct Linear {
   Shape shape;
   Buffer weights, scales;  // [count, N, K] packed; [N]
-  Buffer out, alone;       // [most rows, N]; [1, N]
+  Buffer out;              // [most rows, N]
 
   size_t row_bytes() const { return shape.N * bytes_of(shape.out_dtype()); }
 };
@@ -102,7 +116,7 @@ class Bench {
   Bench(int most_tokens, int head_tokens) {
     uint32_t seed = 10;
     for (const Shape& shape : kShapes) {
-      Linear linear{shape, {}, {}, {}, {}};
+      Linear linear{shape, {}, {}, {}};
       const size_t elements = static_cast<size_t>(shape.N) * shape.K;
       linear.weights = Buffer(shape.weight_bytes() * shape.count);  // random values are as random packed
       if (!shape.fp8) fill_random(linear.weights.as(), DType::kBF16, elements * shape.count, seed++, 1.0f / std::sqrt(static_cast<float>(shape.K)));
@@ -118,7 +132,6 @@ class Bench {
       SPECRT_CHECK_LAUNCH();
       SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
       linear.out = Buffer(linear.row_bytes() * (is_head(shape) ? head_tokens : most_tokens));
-      linear.alone = Buffer(linear.row_bytes());
       linears_.push_back(std::move(linear));
       if (!inputs_.count(shape.K)) {
         Input& input = inputs_[shape.K];
@@ -139,7 +152,7 @@ class Bench {
     for (Linear* linear : parts) {
       bytes += linear->shape.weight_bytes() * (row.one_layer ? 1 : linear->shape.count);
       std::string checks;
-      const bool fine = check(*linear, row.tokens, tokens, checks);
+      const bool fine = check(*linear, row, tokens, checks);
       correct = correct && fine;
       add(report, row, "/" + linear->shape.label, std::to_string(linear->shape.N) + " x " + std::to_string(linear->shape.K), {linear}, linear->shape.count, tokens,
           bandwidth, linear->shape.weight_bytes(), fine, checks);
@@ -151,20 +164,21 @@ class Bench {
  private:
   static bool is_head(const Shape& shape) { return shape.label == "lm_head"; }
 
-  void enqueue(const Linear& linear, int index, int tokens, const int32_t* num_rows, void* out, cudaStream_t stream) const {
+  void enqueue(const Linear& linear, From from, int index, int tokens, const int32_t* num_rows, void* out, cudaStream_t stream) const {
     const Shape& shape = linear.shape;
     const Input& input = inputs_.at(shape.K);
     LinearParams p{};
-    p.dtype = shape.fp8 ? DType::kE4M3 : DType::kBF16;
+    const bool quantized = shape.fp8 && from == From::kQuantized;
+    p.dtype = quantized ? DType::kE4M3 : DType::kBF16;
     p.out_dtype = shape.out_dtype();
-    p.x = shape.fp8 ? input.q.as() : input.x.as();
+    p.x = quantized ? input.q.as() : input.x.as();
     p.weight = linear.weights.at(shape.weight_bytes() * index);
     p.out = out;
     p.num_rows = num_rows;
     p.rows = tokens;
     p.out_features = shape.N;
     p.in_features = shape.K;
-    if (shape.fp8) launch_linear_fp8_cuda({p, input.scale.as<float>(), linear.scales.as<float>(), 1}, stream);
+    if (shape.fp8) launch_linear_fp8_cuda({p, quantized ? input.scale.as<float>() : nullptr, linear.scales.as<float>(), 1}, stream);
     else launch_linear_cuda(p, stream);
   }
   void quantize(int K, int tokens, const int32_t* num_rows, cudaStream_t stream) const {
@@ -189,7 +203,7 @@ class Bench {
     const Timing ours = time_graph([&](cudaStream_t stream) {
       in_order(parts, row.one_layer && calls == 1, [&](const Linear& linear, int index) {
         if (row.quantize && linear.shape.fp8) quantize(linear.shape.K, row.tokens, tokens.as<int32_t>(), stream);
-        enqueue(linear, index, row.tokens, tokens.as<int32_t>(), linear.out.as(), stream);
+        enqueue(linear, way_of(row), index, row.tokens, tokens.as<int32_t>(), linear.out.as(), stream);
       });
     });
     Row out;
@@ -206,21 +220,23 @@ class Bench {
     report.add(out);
   }
 
-  // The last weight of this shape: into poisoned memory, all finite, samples against the reference, row 0 against itself alone.
-  bool check(const Linear& linear, int tokens, const Buffer& num_rows, std::string& said) const {
+  // The last weight of this shape: into poisoned memory, all finite, samples against the reference, row 0 against itself alone and all rows against those of two kernels.
+  bool check(const Linear& linear, const Case& row, const Buffer& num_rows, std::string& said) const {
     const Shape& shape = linear.shape;
-    poison(linear.out.as(), linear.row_bytes() * tokens);
-    poison(linear.alone.as(), linear.row_bytes());
-    quantize(shape.K, 1, num_rows.as<int32_t>() + 1, nullptr);
-    enqueue(linear, shape.count - 1, 1, num_rows.as<int32_t>() + 1, linear.alone.as(), nullptr);
-    quantize(shape.K, tokens, num_rows.as<int32_t>(), nullptr);
-    enqueue(linear, shape.count - 1, tokens, num_rows.as<int32_t>(), linear.out.as(), nullptr);
-    SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
-    const bool same = download<char>(linear.out.as(), linear.row_bytes()) == download<char>(linear.alone.as(), linear.row_bytes());
+    const int tokens = row.tokens;
+    auto made = [&](From from, int rows, const int32_t* used) {
+      poison(linear.out.as(), linear.row_bytes() * rows);
+      if (from == From::kQuantized && shape.fp8) quantize(shape.K, rows, used, nullptr);
+      enqueue(linear, from, shape.count - 1, rows, used, linear.out.as(), nullptr);
+      SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
+      return download<char>(linear.out.as(), linear.row_bytes() * rows);
+    };
+    const std::vector<char> alone = made(From::kBf16, 1, num_rows.as<int32_t>() + 1), every = made(way_of(row), tokens, num_rows.as<int32_t>());
+    const bool same = std::equal(alone.begin(), alone.end(), every.begin()) && made(From::kQuantized, tokens, num_rows.as<int32_t>()) == every;
     const size_t bad = count_not_finite(linear.out.as(), shape.out_dtype(), static_cast<size_t>(tokens) * shape.N);
     const double error = error_of(linear, tokens);
     char text[160];
-    std::snprintf(text, sizeof text, "error %.1e, bits: %s", error, same ? "same" : "DIFFER from row 0 alone");
+    std::snprintf(text, sizeof text, "error %.1e, bits: %s", error, same ? "same" : "DIFFER from row 0 alone, or from those of two kernels");
     said = text;
     if (bad) said += ", " + std::to_string(bad) + " outputs NOT FINITE";
     const bool close = error <= kTolerance[shape.fp8];

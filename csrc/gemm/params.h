@@ -69,11 +69,13 @@ struct QuantizeFp8Params {
   int rows, columns;  // R (capacity), K
 };
 
+constexpr int kSelfQuantizedRows = 4;  // up to so many rows of bfloat16 linear_fp8 quantises itself on CUDA, to the same bits
+
 struct LinearFp8Params {
-  // dtype kE4M3: x as quantize_fp8 writes it; weight packed (CPU: as above; CUDA: in units of 64 outputs x 128 k, pack.cu, [ceil(N/64), ceil(K/128), 64, 128]); bias float32.
-  // out_dtype kF32 or kBF16.
+  // dtype kE4M3: x as quantize_fp8 writes it; CUDA, up to kSelfQuantizedRows rows: or kBF16. weight packed (CPU: as above; CUDA: in units of 64 outputs x 128 k, pack.cu,
+  // [ceil(N/64), ceil(K/128), 64, 128]); bias float32. out_dtype kF32 or kBF16.
   LinearParams linear;
-  const float* x_scale;       // [ceil(K/128), scale_pitch(R)]
+  const float* x_scale;       // [ceil(K/128), scale_pitch(R)]; of bfloat16 x null
   const float* weight_scale;  // [weight_blocks, N]
   int weight_blocks;          // 1: one scale an output; ceil(K/128): one an output and block of 128 k
 };

@@ -1,16 +1,12 @@
 // Activations to e4m3: one warp a row and block of 128 columns, four columns a lane. Bytes: x once, a byte a column and four a block.
 #include "base/launch.h"
-#include "gemm/params.h"
+#include "gemm/quantize.cuh"
 #include "ptx/dependency.cuh"
 
 namespace specrt {
 namespace {
 
 constexpr int kWarps = 4;  // blocks of 128 columns a CTA
-
-template <typename T> struct alignas(4 * sizeof(T)) Four {
-  T each[4];
-};
 
 // columns % 4 == 0 and x 16-byte aligned (ops/gemm.cpp), so that a lane's four columns are there or not together, and one load and one store.
 template <typename T> __global__ void __launch_bounds__(32 * kWarps) quantize_fp8_kernel(const __grid_constant__ QuantizeFp8Params p) {
@@ -22,21 +18,11 @@ template <typename T> __global__ void __launch_bounds__(32 * kWarps) quantize_fp
   const int column = block * kScaleBlock + lane * 4;
   const bool valid = column < p.columns;
   const int64_t at = static_cast<int64_t>(row) * p.columns + column;
-  Four<T> x;
-  uint32_t greatest = 0;
-  if (valid) {
-    x = *reinterpret_cast<const Four<T>*>(static_cast<const T*>(p.x) + at);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) greatest = max(greatest, float_to_bits(to_float(x.each[i])) & 0x7fffffffu);
-  }
-  greatest = __reduce_max_sync(0xffffffffu, greatest);
-  const float scale = scale_of(greatest);
-  if (lane == 0) p.scale[static_cast<int64_t>(block) * scale_pitch(p.rows) + row] = scale;
-  if (!valid) return;
-  Four<e4m3> q;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) q.each[i] = to_e4m3(to_float(x.each[i]) / scale);
-  *reinterpret_cast<Four<e4m3>*>(p.q + at) = q;
+  Packed<T> x{};
+  if (valid) x.all = *reinterpret_cast<const decltype(x.all)*>(static_cast<const T*>(p.x) + at);
+  const QuantizedFour q = quantize_four(x);
+  if (lane == 0) p.scale[static_cast<int64_t>(block) * scale_pitch(p.rows) + row] = q.scale;
+  if (valid) *reinterpret_cast<uint32_t*>(p.q + at) = q.values;
 }
 
 template <typename T> void quantize_rows(const QuantizeFp8Params& p, cudaStream_t stream) {

@@ -1,3 +1,5 @@
+#include <torch/csrc/stable/ops.h>
+
 #include "gemm/params.h"
 #include "ops/checks.h"
 
@@ -167,67 +169,81 @@ void quantize_fp8(Tensor x, Tensor num_rows, Tensor q, Tensor scale) {
   SPECRT_LAUNCH(quantize_fp8, check, p);
 }
 
-// The same for FP8; out_dtype is the caller's.
-LinearFp8Params fp8_params(Checker& check, Sym& R, Sym& N, Sym& K, const Tensor& x, const Tensor& x_scale, const Tensor& weight, const Tensor& weight_scale,
-                           const std::optional<Tensor>& bias, const Tensor& num_rows) {
+// As linear_params, for FP8.
+LinearFp8Params fp8_params(Checker& check, Sym& R, Sym& N, Sym& K, const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                           const Tensor& num_rows) {
   Sym G("G");
-  check("x", x, {R, K}, {kE4M3});
+  check("x", x, {R, K}, {kF32, kBF16});
   const int64_t blocks = ceil_div(K, kScaleBlock);
-  check("x_scale", x_scale, {blocks, scale_pitch(static_cast<int>(R))}, {kF32});
   check("weight_scale", weight_scale, {G, N}, {kF32});
   check.require(G == 1 || G == blocks, "weight_scale", "[1, N] or [ceil(K/128), N] = [" + std::to_string(blocks) + ", N]");
   if (check.cuda()) {
     check("weight", weight, {ceil_div(N, kPanel), blocks, kPanel, kScaleBlock}, {kE4M3});
     check.require(K % 16 == 0, "x", "K divisible by 16 (e4m3 on CUDA is read 16 bytes at a time); K = " + std::to_string(K));
     check.aligned("x", x);
-    check.aligned("x_scale", x_scale);
     check.aligned("weight", weight);
   } else {
     check("weight", weight, {ceil_div(N, kPanel), ceil_div(K, 2), kPanel, 2}, {kE4M3});
   }
   check("bias", bias, {N}, {kF32});
   check("num_rows", num_rows, {1}, {kI32});
-  return {product(R, N, K, x, weight, bias, num_rows), in<float>(x_scale), in<float>(weight_scale), static_cast<int>(G)};
+  return {product(R, N, K, x, weight, bias, num_rows), nullptr, in<float>(weight_scale), static_cast<int>(G)};
 }
 
-void linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
+// x goes to the kernel as it is where that quantises it, otherwise through quantize_fp8 and short-lived memory of torch's (in a captured graph: of the graph's own pool).
+void run_fp8(Checker& check, LinearFp8Params& p, const Tensor& x) {
+  LinearParams& linear = p.linear;
+  if (check.cuda() && linear.dtype == DType::kBF16 && linear.rows <= kSelfQuantizedRows) {
+    SPECRT_LAUNCH(linear_fp8, check, p);
+    return;
+  }
+  const int64_t R = linear.rows, K = linear.in_features;
+  const Tensor q = torch::stable::new_empty(x, {R, K}, kE4M3), scale = torch::stable::new_empty(x, {ceil_div(K, kScaleBlock), scale_pitch(linear.rows)}, kF32);
+  const QuantizeFp8Params quantize{linear.dtype, linear.x, inout<e4m3>(q), inout<float>(scale), linear.num_rows, linear.rows, linear.in_features};
+  if (K > 0) SPECRT_LAUNCH(quantize_fp8, check, quantize);
+  linear.dtype = DType::kE4M3;
+  linear.x = in<void>(q);
+  p.x_scale = in<float>(scale);
+  SPECRT_LAUNCH(linear_fp8, check, p);
+}
+
+void linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
   Checker check("linear_fp8", x);
   Sym R("R"), K("K"), N("N");
-  check("x", x, {R, K}, {kE4M3});
-  check("out", out, {R, N}, {kF32, kBF16});
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("out", out, {R, N}, {x.scalar_type(), kF32});
   check.aligned("out", out);
-  LinearFp8Params p = fp8_params(check, R, N, K, x, x_scale, weight, weight_scale, bias, num_rows);
+  LinearFp8Params p = fp8_params(check, R, N, K, x, weight, weight_scale, bias, num_rows);
   set_squares(check, p.linear, squares, eps);
   if (R == 0 || N == 0) return;
   p.linear.out_dtype = dtype_of(out);
   p.linear.out = inout<void>(out);
-  SPECRT_LAUNCH(linear_fp8, check, p);
+  run_fp8(check, p, x);
 }
 
-void linear_fp8_silu(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
+void linear_fp8_silu(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor out, std::optional<Tensor> squares, double eps) {
   Checker check("linear_fp8_silu", x);
   Sym R("R"), K("K"), N("N");
-  check("x", x, {R, K}, {kE4M3});
-  check_silu(check, R, N, out, {kF32, kBF16});
-  LinearFp8Params p = fp8_params(check, R, N, K, x, x_scale, weight, weight_scale, bias, num_rows);
+  check("x", x, {R, K}, {kF32, kBF16});
+  check_silu(check, R, N, out, {x.scalar_type()});
+  LinearFp8Params p = fp8_params(check, R, N, K, x, weight, weight_scale, bias, num_rows);
   set_squares(check, p.linear, squares, eps);
   if (R == 0 || N == 0) return;
   p.linear.finish = Finish::kSilu;
-  p.linear.out_dtype = dtype_of(out);
   p.linear.out = inout<void>(out);
-  SPECRT_LAUNCH(linear_fp8, check, p);
+  run_fp8(check, p, x);
 }
 
-void linear_fp8_residual(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor residual, Tensor residual_out,
+void linear_fp8_residual(Tensor x, Tensor weight, Tensor weight_scale, std::optional<Tensor> bias, Tensor num_rows, Tensor residual, Tensor residual_out,
                          std::optional<Tensor> next_weight, std::optional<Tensor> scaled, std::optional<Tensor> next_squares) {
   Checker check("linear_fp8_residual", x);
   Sym R("R"), K("K"), N("N");
-  check("x", x, {R, K}, {kE4M3});
-  check("residual", residual, {R, N}, {kF32, kBF16});
-  LinearFp8Params p = fp8_params(check, R, N, K, x, x_scale, weight, weight_scale, bias, num_rows);
+  check("x", x, {R, K}, {kF32, kBF16});
+  check("residual", residual, {R, N}, {x.scalar_type()});
+  LinearFp8Params p = fp8_params(check, R, N, K, x, weight, weight_scale, bias, num_rows);
   set_residual(check, p.linear, residual, residual_out, next_weight, scaled, next_squares);
   if (R == 0 || N == 0) return;
-  SPECRT_LAUNCH(linear_fp8, check, p);
+  run_fp8(check, p, x);
 }
 
 }  // namespace

@@ -12,13 +12,13 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor(b!)? scaled, Tensor(c!)? next_squares) -> ()");
   m.def("quantize_fp8(Tensor x, Tensor num_rows, Tensor(a!) q, Tensor(b!) scale) -> ()");
   m.def(
-      "linear_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"
+      "linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"
       ", Tensor(a!) out, Tensor? squares, float eps) -> ()");
   m.def(
-      "linear_fp8_silu(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"
+      "linear_fp8_silu(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"
       ", Tensor(a!) out, Tensor? squares, float eps) -> ()");
   m.def(
-      "linear_fp8_residual(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows, Tensor residual"
+      "linear_fp8_residual(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows, Tensor residual"
       ", Tensor(a!) residual_out, Tensor? next_weight, Tensor(b!)? scaled, Tensor(c!)? next_squares) -> ()");
   // norm
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor num_rows, Tensor(a!) out) -> ()");

@@ -29,6 +29,11 @@ template <int N> __device__ __forceinline__ void wgmma_results(float (&d)[N][4])
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
 }
 
+template <int N> __device__ __forceinline__ void wgmma_results(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d = (add ? d : 0) + A B^T, asynchronously: A 64 rows and B 64 rows of 16 columns, both in shared memory.
 __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
   asm volatile(

@@ -61,7 +61,7 @@ class Linear:
 
 
 class Fp8Linear:
-    """The same with e4m3 weights; x is quantised on the way, for each row and 128 columns (ops.quantize_fp8, ops.linear_fp8)."""
+    """The same with e4m3 weights; x is quantised on the way, for each row and 128 columns (ops.linear_fp8)."""
 
     def __init__(self, weights: list[Fp8Weight], biases: list[Tensor], device: torch.device, gate_up: bool = False):
         """weights of [N_i, K], biases [N_i] or none of them; a bias is kept in float32. gate_up: two weights for ``silu``."""
@@ -73,25 +73,17 @@ class Fp8Linear:
         self.scale = stack([w.scale.to(device).expand(blocks, -1).T for w in weights], gate_up).T.contiguous()
         self.bias = stack([b.to(device=device, dtype=torch.float32) for b in biases], gate_up) if biases else None
 
-    def _product(self, x: Tensor, num_rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """What the ops take of x and of the weights."""
-        # Short-lived, and as many as x has rows: from torch's pool (a captured graph's own).
-        q = torch.empty_like(x, dtype=ops.FP8)
-        scale = torch.empty(ops.fp8_scale_shape(*x.shape), dtype=torch.float32, device=x.device)
-        ops.quantize_fp8(x, num_rows, q, scale)
-        return q, scale, self.weight, self.scale, self.bias, num_rows
-
     def __call__(self, x: Tensor, num_rows: Tensor, out: Tensor) -> None:
-        ops.linear_fp8(*self._product(x, num_rows), out)
+        ops.linear_fp8(x, self.weight, self.scale, self.bias, num_rows, out)
 
     def normed(self, x: Normed, num_rows: Tensor, out: Tensor) -> None:
-        ops.linear_fp8(*self._product(x.scaled, num_rows), out, x.squares, x.eps)
+        ops.linear_fp8(x.scaled, self.weight, self.scale, self.bias, num_rows, out, x.squares, x.eps)
 
     def silu(self, x: Normed, num_rows: Tensor, out: Tensor) -> None:
-        ops.linear_fp8_silu(*self._product(x.scaled, num_rows), out, x.squares, x.eps)
+        ops.linear_fp8_silu(x.scaled, self.weight, self.scale, self.bias, num_rows, out, x.squares, x.eps)
 
     def add(self, x: Tensor, num_rows: Tensor, residual: Tensor, out: Tensor, next_weight: Tensor | None, normed: Normed) -> None:
         if next_weight is None:
-            ops.linear_fp8_residual(*self._product(x, num_rows), residual, out)
+            ops.linear_fp8_residual(x, self.weight, self.scale, self.bias, num_rows, residual, out)
         else:
-            ops.linear_fp8_residual(*self._product(x, num_rows), residual, out, next_weight, normed.scaled, normed.squares)
+            ops.linear_fp8_residual(x, self.weight, self.scale, self.bias, num_rows, residual, out, next_weight, normed.scaled, normed.squares)

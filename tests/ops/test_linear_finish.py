@@ -47,7 +47,7 @@ class Layer:
     def product(self, x: Tensor, bias: Tensor | None, used: int | None = None) -> tuple:
         """The arguments that all ops begin with."""
         n = rows(len(x) if used is None else used, x.device.type)
-        return (*quantize(x, used), self.packed, self.scale, bias, n) if self.kind.fp8 else (x, self.packed, bias, n)
+        return (x, self.packed, self.scale, bias, n) if self.kind.fp8 else (x, self.packed, bias, n)
 
     def sums(self, x: Tensor) -> Tensor:
         """float32, without the bias."""

@@ -30,8 +30,7 @@ def dequantized(q: Tensor, scale: Tensor) -> Tensor:
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, used: int | None = None) -> Tensor:
     out = poisoned(len(x), scale.shape[1], dtype=out_dtype, device=x.device.type)
-    q, x_scale = quantize(x, used)
-    ops.linear_fp8(q, x_scale, packed, scale, bias, rows(len(x) if used is None else used, x.device.type), out)
+    ops.linear_fp8(x, packed, scale, bias, rows(len(x) if used is None else used, x.device.type), out)
     return out
 
 
@@ -49,6 +48,21 @@ def test_quantised_rows_are_those_of_torch(device, dtype):
         assert_bits(q[:, 128 * b : 128 * b + 128], (part / want[:, None]).to(FP8))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-140, 2.0**100, 1 / 3])
+def test_values_at_the_boundaries_of_e4m3_round_as_torch_has_them(device, scale):
+    """Every value, every boundary between two and its neighbours, both zeros; as quotients exact where the scale is a power of two."""
+    values = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    between = (values[1:] + values[:-1]) / 2
+    near = torch.cat([values, between, torch.nextafter(between, torch.tensor(0.0)), torch.nextafter(between, torch.tensor(500.0))])
+    rows_of_127 = torch.nn.functional.pad(torch.cat([near, -near]), (0, -2 * len(near) % 127)).view(-1, 127)
+    x = torch.nn.functional.pad(rows_of_127, (0, 1), value=448.0) * scale
+    q, s = quantize(x.to(device))
+    want = x.abs().amax(1) / 448
+    want = torch.where(want < torch.finfo(F32).tiny, 1.0, want)
+    assert_bits(s[0, : len(x)], want)
+    assert_bits(q, (x / want[:, None]).to(FP8))
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("out_dtype", [BF16, F32])
 @pytest.mark.parametrize("m", [1, 3, 17, 64, 65, 160, 300])
@@ -64,6 +78,7 @@ def test_linear_fp8_matches_float64(device, out_dtype, m, n, k, blocks):
 
 @pytest.mark.parametrize("n, k, blocks", [(100, 64, False), (576, 1008, True), (960, 4096, False), (5640, 272, True), (16400, 272, False)])
 def test_a_row_does_not_depend_on_the_others(device, n, k, blocks):
+    """Nor on who quantises it: on CUDA few rows the product itself does, beyond that a kernel of its own."""
     x, (values, scale), bias = torch.randn(300, k).to(BF16).to(device), weight(n, k, blocks, device), torch.randn(n, device=device)
     packed = ops.pack_linear(values)
     every = linear(x, packed, scale, bias, BF16)
@@ -86,7 +101,7 @@ def test_a_nan_row_stays_alone_and_rows_past_num_rows_are_untouched(device, capa
         q, x_scale = quantize(x, used)
         assert torch.isnan(x_scale[:, used:]).all() and (q[used:].view(torch.uint8) == 0x7F).all()
         out = torch.full((capacity, 200), 7.0, dtype=BF16, device=device)
-        ops.linear_fp8(q, x_scale, packed, scale, None, rows(used, device), out)
+        ops.linear_fp8(x, packed, scale, None, rows(used, device), out)
         assert (out[used:] == 7).all()
         if used:
             assert torch.isnan(out[2].float()).all()
@@ -106,10 +121,10 @@ def test_sums_are_promoted_every_128(device):
 def test_bad_arguments_are_refused_by_name(device):
     x, (values, scale) = torch.randn(4, 144).to(BF16).to(device), weight(100, 144, False, device)
     q, x_scale = quantize(x)
-    good = dict(x=q, x_scale=x_scale, weight=ops.pack_linear(values), weight_scale=scale, bias=None, num_rows=rows(4, device), out=torch.empty(4, 100, dtype=BF16, device=device))
+    good = dict(x=x, weight=ops.pack_linear(values), weight_scale=scale, bias=None, num_rows=rows(4, device), out=torch.empty(4, 100, dtype=BF16, device=device))
     ops.linear_fp8(**good)
     for name, bad, message in [
-        ("x", x, r"linear_fp8.*'x'"), ("x_scale", x_scale[:, :8].contiguous(), r"'x_scale'.*shape"), ("weight", ops.pack_linear(values[:, :128].contiguous()), r"'weight'.*shape"),
+        ("x", q, r"linear_fp8.*'x'"), ("weight", ops.pack_linear(values[:, :128].contiguous()), r"'weight'.*shape"),
         ("weight_scale", torch.ones(3, 100, device=device), r"'weight_scale'.*\[2, N\]"), ("bias", torch.ones(100, dtype=BF16, device=device), r"'bias'"),
         ("out", torch.empty(4, 99, dtype=BF16, device=device), r"shape")]:
         with pytest.raises(RuntimeError, match=message):
