@@ -9,6 +9,7 @@ import pytest
 from specrt import LLM, SamplingParams
 from specrt.cli import main
 from specrt.train.batches import make_batch, plan
+from specrt.train.own_prompts import opening
 from specrt.train.prompts import read_conversations
 from specrt.train.samples import Sample, prompt_ids, read_samples
 from specrt.weights.head import open_head
@@ -128,3 +129,26 @@ def test_batches_hold_every_text_once_and_every_answer_token():
             ends = [int(slot + n + 1) for slot, n in zip(batch.slots, batch.left)]
             assert {e % batch.ids.shape[1] for e in ends} == {len(samples[i].ids) - 1 for i in members}
     assert plan(samples, 256, 0, 0) != plan(samples, 256, 0, 1) or plan(samples, 256, 0, 0) != plan(samples, 256, 1, 0)
+
+
+def test_a_model_makes_up_prompts(tmp_path, target, capsys):
+    def make(name: str, *more: str) -> list[dict]:
+        command = ["train", "prompts", "--model", target, "--device", "cpu", "--dtype", "float32", "--max-model-len", "200", "--max-tokens", "150", "--tries", "12", "--output", str(tmp_path / name)]
+        assert main([*command, *more]) == 0
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    rows = make("one.jsonl")
+    assert rows == make("two.jsonl", "--max-batch-size", "3") and rows != make("three.jsonl", "--seed", "100") and "prompts of 12 tries" in " ".join(capsys.readouterr().err.split())
+    assert len({r["prompt"] for r in rows}) == len(rows) and all(r["source"] == "own" for r in rows) and 2 <= len(rows) < 12
+    assert len(read_conversations(tmp_path / "one.jsonl")) == len(rows)
+    with LLM(target, device="cpu", dtype="float32", max_model_len=200) as llm:
+        start = opening(llm.tokenizer)
+        asked = prompt_ids(llm.tokenizer, [{"role": "user", "content": "the one"}])
+        assert 0 < len(start) < len(asked) and asked[: len(start)] == start
+        said = [llm.generate([start], SamplingParams(temperature=1.0, seed=i, max_tokens=150))[0] for i in range(12)]
+        assert [r["prompt"] for r in rows] == list(dict.fromkeys(o.text.strip() for o in said if o.finish_reason == "stop" and len(o.text.strip()) >= 8))
+
+
+def test_a_model_without_a_chat_template_makes_up_nothing():
+    with pytest.raises(ValueError, match="no chat template"):
+        opening(None)
