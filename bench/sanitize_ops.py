@@ -66,13 +66,16 @@ def linears(k: Kit) -> None:
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
         finishes(k, (x, ops.pack_linear(k.random(48, 35)), k.random(48)), rows, used, 48, F32)
-    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
+    few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
     for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
         weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)
         for dtype in (BF16, F32):
             x, out = k.random(rows, depth, dtype=dtype), k.out(rows, outputs, dtype=dtype)
             ops.linear_fp8(x, *weight, k.ints(used), out)
             k.written(out, used)
+            q, scale = k.out(rows, depth).to(ops.FP8), k.out(*ops.fp8_scale_shape(rows, depth))
+            ops.quantize_fp8(x, k.ints(used), q, scale)
+            assert (scale[:, :used] != POISON).all()
             finishes(k, (x, *weight), rows, used, outputs, dtype)
 
 

@@ -106,18 +106,18 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
     auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (p.out_features - first_output + 63) / 64)); };
     // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
-    const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();  // keep: of x, every CTA reads it
     auto copy_weights = [&](const char* weight, int units, int step, int s) {
       ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
 #pragma unroll
-      for (int u = 0; u < T::warpgroups; ++u) {
-        if (u >= units) continue;
-        const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
-        const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-        if (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-        else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
-      }
+      for (int u = 0; u < T::warpgroups; ++u)
+        if (u < units) {
+          const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+          const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+          if constexpr (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+          else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
+        }
     };
+    const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
     auto copy_tokens = [&](int first_row, int step, int s) {
       const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + slot * T::box * kRowBytes;
       const int column = (begin + step) * kStepColumns, row = first_row + slot * T::box;

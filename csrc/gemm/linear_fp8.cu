@@ -23,6 +23,9 @@ namespace specrt {
 namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
+// Of layers that narrow: a stage more than in bfloat16, out of what tile.cuh's two sizes leave of an SM.
+constexpr int kNarrow = 91000;
+static_assert(kWideBytes + kNarrow + (2 << 10) <= 228 << 10);
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
 constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
@@ -321,15 +324,18 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
-  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
+  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrow;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
+  // Of one row, each quantiser fills a stage of its own, and a barrier's parity tells one round from the next alone.
+  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= std::min(kNarrow, kWideBytes));
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
 // Blocks of 16 to 128 tokens, as the rows need.
 template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
   const int rows = fp8.linear.rows;
+  static_assert(kSelfQuantizedRows <= 16, "one block of tokens");
   if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, pair, true>>(fp8, stream);
   else if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
   else if (rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(fp8, stream);
