@@ -1,13 +1,18 @@
-"""make demo: a real chat model answers a few prompts with speculation off and then on, streaming; the answers must be the same, token by token."""
+"""make demo: a real chat model answers a few prompts, streaming: with speculation off, with n-gram drafts, and with the EAGLE-3 head that comes with the package for it.
+The answers must be the same, token by token."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from specrt import LLM, SamplingParams
 from specrt.cli.prompts import BUILT_IN, Prompt, load_prompts
 from specrt.cli.statistics import Tally
+from specrt.heads import shipped_for
+
+_TITLES = {"ngram": "n-gram", "eagle3": "EAGLE-3"}
 
 
 def stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> Tally:
@@ -36,25 +41,43 @@ def main() -> int:
     prompts = load_prompts(args.prompts)
     bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
     print(f"loading {args.model} ...", flush=True)
-    off_params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, speculative=False)
-    on_params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
-    answers: list[tuple[Tally, Tally]] = []
-    with LLM(args.model, device=args.device, max_batch_size=1, speculative_config={"method": "ngram"}) as llm:
-        llm.generate("Hello", SamplingParams(max_tokens=2))  # warms up: the first request pays for thread pools and page faults
+    methods = ["ngram", *(["eagle3"] if shipped_for(args.model, "eagle3") else [])]
+    greedy = {"temperature": 0.0, "max_tokens": args.max_tokens}
+    modes = {"off": SamplingParams(**greedy, speculative=False)} | {name: SamplingParams(**greedy, speculative={"method": name}) for name in methods}
+    answers: list[dict[str, Tally]] = []
+    with LLM(args.model, device=args.device, max_batch_size=1, speculative_config={"method": methods[-1]}) as llm:  # n-gram drafts can always be asked for
+        for params in modes.values():
+            llm.generate("Hello", replace(params, max_tokens=8))  # warms up: the first request pays for thread pools and page faults
         for number, prompt in enumerate(prompts, 1):
             print(f"\n{bold}[{number}/{len(prompts)}] {prompt.id}{plain}: {shortened(prompt.text)}\n")
-            print(f"{bold}speculation off{plain}")
-            off = stream(llm, prompt, off_params)
-            print(f"{bold}speculation on (n-gram){plain}")
-            on = stream(llm, prompt, on_params)
-            answers.append((off, on))
-            print(f"  off:  {off}\n  on:   {on}\n  tokens/s x {on.tokens_per_s / off.tokens_per_s:.2f}; outputs identical: {'yes' if off.token_ids == on.token_ids else 'NO'}")
-    off_seconds, on_seconds = (sum(pair[mode].seconds for pair in answers) for mode in (0, 1))
-    same = sum(off.token_ids == on.token_ids for off, on in answers)
-    tokens = sum(len(on.token_ids) for _, on in answers)
-    print(f"\n{bold}{len(answers)} prompts, {tokens} tokens, reading the prompts included: {off_seconds:.1f} s with speculation off, {on_seconds:.1f} s with it on "
-          f"({off_seconds / on_seconds:.2f} x); identical outputs: {same} of {len(answers)}{plain}")
-    return 0 if same == len(answers) else 1
+            found = {}
+            for mode, params in modes.items():
+                print(f"{bold}speculation off{plain}" if mode == "off" else f"{bold}speculation on ({_TITLES[mode]}){plain}")
+                found[mode] = stream(llm, prompt, params)
+            answers.append(found)
+            for mode, tally in found.items():
+                print(f"  {_TITLES.get(mode, mode):<8}{tally}" + ("" if mode == "off" else verdict(found["off"], tally)))
+    return report(answers, list(modes), bold, plain)
+
+
+def verdict(off: Tally, on: Tally) -> str:
+    return f"; tokens/s x {on.tokens_per_s / off.tokens_per_s:.2f}, same output: {'yes' if off.token_ids == on.token_ids else 'NO'}"
+
+
+def report(answers: list[dict[str, Tally]], modes: list[str], bold: str, plain: str) -> int:
+    """All prompts together; the exit code."""
+    tokens = sum(len(found["off"].token_ids) for found in answers)
+    seconds = {mode: sum(found[mode].seconds for found in answers) for mode in modes}
+    print(f"\n{bold}{len(answers)} prompts, {tokens} tokens, reading the prompts included:{plain}")
+    failed = False
+    for mode in modes:
+        line = f"  {_TITLES.get(mode, mode):<8}{seconds[mode]:6.1f} s, {tokens / seconds[mode]:6.1f} tokens/s"
+        if mode != "off":
+            same = sum(found["off"].token_ids == found[mode].token_ids for found in answers)
+            line += f", {seconds['off'] / seconds[mode]:.2f} x off; identical outputs: {same} of {len(answers)}"
+            failed |= same < len(answers)
+        print(line)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from bench.results import FOLDER, ROOT, Results, card, csrc_digest, rooms_of  # 
 from bench.sdpa import peer  # noqa: E402
 
 README = ROOT / "bench" / "README.md"
-SCRIPTS = ("bench_round.py",)  # benchmark programs in Python, beside the binaries
+SCRIPTS = ("bench_round.py", "bench_prefill.py")  # benchmark programs in Python, beside the binaries
 BEGIN, END = "<!-- evidence: made from results/h100.json by evidence.py -->\n", "<!-- end of evidence -->"
 
 

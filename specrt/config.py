@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from specrt.checks import boolean, choice, integer, known_keys, number, refuse
+from specrt.heads import shipped_for, what_ships
 
 MAX_NODES = 64  # rows of a request in a round: one 64-bit ancestor word a node
 DEFAULT_MAX_MODEL_LEN = 8192
-_CHAIN_LENGTH = {"ngram": 8}
+_CHAIN_LENGTH = {"ngram": 8, "mtp": 3}  # specrt train makes MTP modules for three
 _DEFAULT_CHAIN_LENGTH = 4
 _LOOKUP = (2, 4)  # prompt_lookup_min, prompt_lookup_max
 _DEFAULT_STEPS, _DEFAULT_TOPK = 5, 4
@@ -24,7 +25,7 @@ _TREE_KEYS = ("num_steps", "eagle_topk", "num_draft_tokens")
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """One drafter and how its drafts are verified. Made by ``parse``, which fills in and checks everything.
+    """One drafter and how its drafts are verified. Made by ``parse``, which fills in and checks everything. model: None where the method needs none, or it lies in the target's own files.
 
     A chain has num_speculative_tokens and no tree keys; a tree has num_steps (depth), eagle_topk (branches) and num_draft_tokens (rows verified, root included). A static tree is
     given by choices, the ranks of each node's path from the root (MEDUSA's lists): (0, 2) is the third best child of the best; the three tree keys follow from it.
@@ -74,13 +75,13 @@ class SpeculativeConfig:
         return self.rejection_sample_method == "standard" and self.method != "ngram"
 
     @classmethod
-    def parse(cls, given: Any) -> SpeculativeConfig:
-        """From the dict the user gave. ValueError names the key, the value and what would be accepted."""
+    def parse(cls, given: Any, target: str = "") -> SpeculativeConfig:
+        """From the dict the user gave; target: what the user calls the model, for which a head may come with the package. ValueError names the key, the value and what would be accepted."""
         if not isinstance(given, dict):
             raise refuse("speculative_config", given, "None or a dict with at least 'method'")
         known_keys("speculative_config", given, [f.name for f in fields(cls)])
         given = {key: value for key, value in given.items() if value is not None}
-        values = _drafter(given) | _verification(given)
+        values = _drafter(given, target) | _verification(given)
         shape = _static_tree if "choices" in given else _tree if any(key in given for key in _TREE_KEYS) else _chain
         values |= shape(values["method"], given)
         config = cls(**values)
@@ -98,7 +99,7 @@ def _key(name: str) -> str:
     return f"speculative_config[{name!r}]"
 
 
-def _drafter(given: dict[str, Any]) -> dict[str, Any]:
+def _drafter(given: dict[str, Any], target: str) -> dict[str, Any]:
     if "method" not in given:
         raise ValueError(f"speculative_config has no 'method'; it must be one of {', '.join(map(repr, _methods()))}")
     method = choice(_key("method"), given["method"], _methods())
@@ -109,8 +110,10 @@ def _drafter(given: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(given["model"], (str, Path)) or not str(given["model"]):
             raise refuse(_key("model"), given["model"], "a path, a hub name or 'smollm2-135m'")
         values["model"] = str(given["model"])
+    elif (head := shipped_for(target, method)) is not None:
+        values["model"] = head
     elif method in _NEED_MODEL:
-        raise ValueError(f"{_key('model')} is missing; method {method!r} needs {_NEED_MODEL[method]}")
+        raise ValueError(f"{_key('model')} is missing; method {method!r} needs {_NEED_MODEL[method]}{what_ships()}")
     values |= _head(method, given)
     values |= _lookup(method, given)
     if "quantization" in given:
@@ -264,7 +267,8 @@ class EngineConfig:
     @classmethod
     def parse(cls, *, device: str | None = None, dtype: str = "bfloat16", quantization: str | None = None, kv_cache_dtype: str = "auto", max_batch_size: int = 8,
               max_model_len: int | None = None, kv_cache_memory: int | None = None, page_size: int = 64, enforce_eager: bool = False,
-              speculative_config: dict[str, Any] | None = None) -> EngineConfig:
+              speculative_config: dict[str, Any] | None = None, target: str = "") -> EngineConfig:
+        """target: as SpeculativeConfig.parse's."""
         if kv_cache_dtype == "fp8":
             raise ValueError("kv_cache_dtype = 'fp8' is not available in this version; it must be 'auto' (the dtype of the weights)")
         return cls(
@@ -277,7 +281,7 @@ class EngineConfig:
             kv_cache_memory=None if kv_cache_memory is None else integer("kv_cache_memory (bytes)", kv_cache_memory, 1),
             page_size=choice("page_size", page_size, [16, 32, 64]),
             enforce_eager=boolean("enforce_eager", enforce_eager),
-            speculative=None if speculative_config is None else SpeculativeConfig.parse(speculative_config),
+            speculative=None if speculative_config is None else SpeculativeConfig.parse(speculative_config, target),
         )
 
     def for_model(self, max_position_embeddings: int) -> EngineConfig:

@@ -35,7 +35,7 @@ class LLM:
                  speculative_config: dict[str, Any] | None = None):
         config = EngineConfig.parse(
             device=device, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype, max_batch_size=max_batch_size, max_model_len=max_model_len,
-            kv_cache_memory=kv_cache_memory, page_size=page_size, enforce_eager=enforce_eager, speculative_config=speculative_config)
+            kv_cache_memory=kv_cache_memory, page_size=page_size, enforce_eager=enforce_eager, speculative_config=speculative_config, target=str(model))
         self._lock = threading.Lock()
         self._streams: dict[Request, deque[StreamPiece]] = {}  # pieces not fetched yet
         self._dropped: deque[Request] = deque()  # requests of streams that were collected without close()

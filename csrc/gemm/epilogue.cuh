@@ -1,5 +1,5 @@
 // What follows a tile's sums (params.h, Finish), for kernels whose warpgroups hold 64 outputs x some tokens in fragments of 8 tokens: scale by the row's 1 / rms, bias, then
-// store, SiLU-mul, or residual add with the next norm's statistics. One extra warp makes the rows' 1 / rms while the others still multiply.
+// store, SiLU-mul, or residual add with the next norm's statistics. Extra warps make the rows' 1 / rms while the others still multiply.
 #pragma once
 #include "base/math.h"
 #include "gemm/params.h"
@@ -32,39 +32,48 @@ template <int N, typename F> __device__ __forceinline__ void for_each_fragment(f
   }
 }
 
-// 1 / rms of the tokens first_row + [begin, end), by one warp, each lane four blocks at a time (base/squares.h); kBatch rows' loads at once.
-template <int kBatch> __device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
-  const int lane = threadIdx.x % 32, blocks = square_blocks(p.in_features), pitch = square_pitch(p.in_features);
+// 1 / rms of the tokens first_row + [begin, end), by one warp: eight rows at a time, four lanes each. Lane q of the four has what base/squares.h calls lanes q, q + 4, ... of a row, and
+// so folds (16, 8, 4) its own and (2, 1) with its neighbours. kLoads (of 16 bytes) of a lane at once: four, or fewer where registers are few.
+template <int kLoads> __device__ __forceinline__ void make_scales(const LinearParams& p, float* scale, int first_row, int begin, int end, int rows) {
+  const int lane = threadIdx.x % 32, q = lane % 4, blocks = square_blocks(p.in_features), pitch = square_pitch(p.in_features);
   end = min(end, rows - first_row);
-  for (int base = begin; base < end; base += kBatch) {
-    float sum[kBatch] = {};
 #pragma unroll 1
-    for (int b = 4 * lane; b < blocks; b += 128) {
-      float4 x[kBatch];
+  for (int row = begin + lane / 4; row - lane / 4 < end; row += 8) {
+    const float* squares = p.squares + static_cast<int64_t>(first_row + min(row, end - 1)) * pitch;
+    float sum[4] = {};
+#pragma unroll 1
+    for (int half = 0; half < 128 && half < blocks; half += 64) {  // lanes from 0 and from 16 on
+      float each[4] = {};
+#pragma unroll 1
+      for (int base = half + 4 * q; base < blocks; base += 128) {
 #pragma unroll
-      for (int t = 0; t < kBatch; ++t)
-        if (base + t < end) x[t] = *reinterpret_cast<const float4*>(p.squares + static_cast<int64_t>(first_row + base + t) * pitch + b);
+        for (int at = 0; at < 4; at += kLoads) {
+          float4 x[kLoads];
 #pragma unroll
-      for (int t = 0; t < kBatch; ++t) {
-        if (base + t >= end) continue;
-        const float each[4] = {x[t].x, x[t].y, x[t].z, x[t].w};
+          for (int i = 0; i < kLoads; ++i)
+            if (base + 16 * (at + i) < blocks) x[i] = *reinterpret_cast<const float4*>(squares + base + 16 * (at + i));
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (b + e < blocks) sum[t] = sum[t] + each[e];
+          for (int i = 0; i < kLoads; ++i) {
+            const float four[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              if (base + 16 * (at + i) + e < blocks) each[at + i] = each[at + i] + four[e];
+          }
+        }
       }
-    }
 #pragma unroll
-    for (int t = 0; t < kBatch; ++t) {
-#pragma unroll
-      for (int d = 16; d; d >>= 1) sum[t] = sum[t] + __shfl_xor_sync(0xffffffffu, sum[t], d);
-      if (lane == t && base + t < end) scale[base + t] = row_scale(sum[t], p.in_features, p.eps);
+      for (int i = 0; i < 4; ++i) sum[i] = sum[i] + each[i];
     }
+    float all = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    all = all + __shfl_xor_sync(0xffffffffu, all, 2);
+    all = all + __shfl_xor_sync(0xffffffffu, all, 1);
+    if (q == 0 && row < end) scale[row] = row_scale(all, p.in_features, p.eps);
   }
 }
 
-// What the extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs), `outputs` wide and the first
-// from first_output, and finishes the tokens [begin, end) of each: the rows' 1 / rms, and what the epilogue reads from memory, asked for early. T: of next_weight.
-template <typename T, int kBatch, typename Shared>
+// What an extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs), `outputs` wide and the first
+// from first_output: 1 / rms of the tokens [begin, end) of each, and what the epilogue reads from memory, asked for early. T: of next_weight.
+template <typename T, int kLoads, typename Shared>
 __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
   constexpr int tokens = sizeof(shared.scale) / sizeof(float), sector = 32 / sizeof(T);
   const int lane = threadIdx.x % 32;
@@ -80,7 +89,7 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
     const int first_row = tile % blocks * tokens;
     if (first_row > 0 && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
-    make_scales<kBatch>(p, shared.scale, first_row, begin, end, rows);
+    make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
     parity ^= 1;

@@ -47,9 +47,10 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
   static constexpr int cluster = pair ? 2 : share;
   static constexpr int outputs = 64 * warpgroups, values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  // Behind the warpgroups one warp is the producer and one makes the rows' scales. Where the others need more than an even share of the registers there are four of these, and
-  // they give most of their own.
+  // Behind the warpgroups one warp is the producer, and one makes the rows' scales. Where the others need more than an even share of the registers these are four, which give most of
+  // their own, and three make scales.
   static constexpr bool takes = tokens > 128;
+  static constexpr int assistants = takes ? 3 : 1;
   static constexpr int given = 56, taken = 224;
   static_assert(128 * given + 256 * taken <= 384 * 168, "of 168 registers a thread, which is what 384 threads can have");
   static constexpr int threads = 128 * warpgroups + (takes ? 128 : 64);
@@ -92,7 +93,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
     }
     if (T::pair) ptx::mbarrier_init(received, 1);
-    ptx::mbarrier_init(scales_made, 1);
+    ptx::mbarrier_init(scales_made, T::assistants);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
@@ -133,9 +134,11 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(weight, units, i, i);
     __syncwarp();
-    if (warp == 4 * T::warpgroups + 1)
-      assist<bf16, T::takes ? 2 : 4>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, T::pair ? rank * T::tokens / 2 : 0,
-                                     T::pair ? (rank + 1) * T::tokens / 2 : T::tokens);
+    if (warp > 4 * T::warpgroups) {
+      constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
+      const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
+      assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, begin, T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens));
+    }
     ptx::grid_dependency_wait();
     if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
     if (producer) {

@@ -63,7 +63,7 @@ def methods(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
     for given in options.speculative_configs(args, default_method="ngram"):
         if given is None:
             raise ValueError("--method none drafts nothing to accept")
-        config = SpeculativeConfig.parse(given)
+        config = SpeculativeConfig.parse(given, args.model)
         name = label(config, given)
         if name in found:
             raise ValueError(f"two of the --spec are the same: {name}")

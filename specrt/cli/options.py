@@ -55,7 +55,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
     group = parser.add_argument_group("speculation")
     group.add_argument("--method", metavar="NAME", help="ngram, draft_model, eagle, eagle3, peagle, mtp, medusa, layerskip, or none")
-    group.add_argument("--draft-model", metavar="MODEL", help="the draft model's or head's path or name (method draft_model unless --method says otherwise)")
+    group.add_argument("--draft-model", metavar="MODEL", help="the draft model's or head's path or name (method draft_model unless --method says otherwise); left out: the head that comes with the package for the model and --method")
     group.add_argument("--num-speculative-tokens", type=int, metavar="N", help="length of a draft chain")
     group.add_argument("--num-steps", type=int, metavar="N", help="depth of a draft tree")
     group.add_argument("--eagle-topk", type=int, metavar="N", help="children of a tree node")

@@ -1,6 +1,6 @@
 """Train a draft head for a model, on the model's own answers.
 
-`specrt train capture` lets the model answer the prompts of a file; the other commands train a head on what it wrote."""
+`specrt train prompts` lets a chat model make up prompts, `specrt train capture` lets it answer the prompts of a file; the other commands train a head on what it wrote."""
 
 from __future__ import annotations
 
@@ -14,26 +14,39 @@ _CAPTURE = ("prompts", "output", "temperatures", "repeats", "max_tokens", "seed"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _prompts_arguments(commands.add_parser("prompts", help="let the model make up prompts", description=_run_prompts.__doc__))
     _capture_arguments(commands.add_parser("capture", help="answer prompts with the model and write the samples to train on", description=_run_capture.__doc__))
     for method, title in _TITLES.items():
         _method_arguments(commands.add_parser(method, help=f"train {title}", description=f"Train {title}."), method)
 
 
-def _capture_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--max-model-len", type=int, metavar="N")
+    parser.add_argument("--max-batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def _prompts_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines with 'prompt' and 'source', for capture")
+    parser.add_argument("--tries", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="default: 1")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of a prompt; longer ones are left out (default: 256)")
+
+
+def _capture_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines with 'prompt', 'turns' or 'messages', and 'category' or 'source'")
     parser.add_argument("--output", required=True, metavar="FILE", help="the samples; a file that is there is gone on with")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0], metavar="X", help="taken in turn (default: 0)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="answers a prompt (default: 1)")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
-    parser.add_argument("--max-model-len", type=int, metavar="N")
-    parser.add_argument("--max-batch-size", type=int, default=32, metavar="N")
     parser.add_argument("--category", action="append", metavar="NAME", help="only this category (may be given several times)")
     parser.add_argument("--without", action="append", metavar="NAME", help="not this category (may be given several times)")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N prompts a category")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
 def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
@@ -46,7 +59,8 @@ def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     parser.add_argument("--init-from", metavar="HEAD", help="fine-tune this head (folder or hub name)")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["bfloat16", "float32"])
-    parser.add_argument("--objective", choices=OBJECTIVES, help="soft cross entropy (the default), its hybrid with the acceptance rate, or with the expected accepted length of chains")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="soft cross entropy (the default), its hybrid with the acceptance rate, or with the expected accepted length of chains; "
+                        "vsd: chains that the head draws, weighed by what the target accepts of them (needs --init-from, and samples captured at --temperatures 1)")
     parser.add_argument("--license", metavar="NAME", help="for the card (default: apache-2.0)")
     group = parser.add_argument_group("a new head")
     if method != "mtp":
@@ -73,7 +87,30 @@ def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _run_capture(args) if args.what == "capture" else _run_method(args)
+    return {"prompts": _run_prompts, "capture": _run_capture}.get(args.what, _run_method)(args)
+
+
+def _run_prompts(args: argparse.Namespace) -> int:
+    """Let a chat model make up what its users would say, at --temperature. Unfinished, empty and repeated ones are left out. The same settings make the same file."""
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from specrt import LLM, SamplingParams
+    from specrt.train.own_prompts import own_prompts
+
+    if args.tries < 1:
+        raise ValueError(f"--tries must be at least 1, got {args.tries}")
+    SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)  # refuses
+    console = Console(stderr=True)
+    with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
+        task = progress.add_task("prompts", total=args.tries)
+        prompts = own_prompts(llm, args.tries, args.temperature, args.max_tokens, args.seed, lambda n: progress.advance(task, n))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text("".join(json.dumps({"source": "own", "prompt": text}) + "\n" for text in prompts), encoding="utf-8")
+    console.print(f"{args.output}: {len(prompts)} prompts of {args.tries} tries", highlight=False)
+    return 0
 
 
 def _run_capture(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Callable
 
 from specrt import ops
 from specrt.draft.base import Drafter
+from specrt.heads import shipped_for, what_ships
 
 
 def _ngram(config: Any, **_: Any) -> Drafter:
@@ -41,12 +42,14 @@ def _head(family: str) -> Callable[..., Drafter]:
         try:
             head = open_head(model)
         except ValueError as error:
-            raise (error if config.model else ValueError(f"speculative_config['model'] is missing, and the target holds no MTP module: {error}")) from None
+            raise (error if config.model else ValueError(f"speculative_config['model'] is missing, and the target holds no MTP module: {error}{what_ships()}")) from None
         if head.config.family != family:
             raise ValueError(f"speculative_config['method'] = {family!r}, but {model!r} is a head of method {head.config.family!r}")
         head = head.with_norm_output(config.norm_output)
-        for warning in fit(head, target.config, target_name, tokenizer, config.eagle_aux_hidden_state_layer_ids):
-            warnings.warn(f"head {model!r}: {warning}", stacklevel=2)
+        found = fit(head, target.config, target_name, tokenizer, config.eagle_aux_hidden_state_layer_ids)
+        if model != shipped_for(target_name, family):  # what a head of the package is worth to its target has been measured
+            for warning in found:
+                warnings.warn(f"head {model!r}: {warning}", stacklevel=2)
         boundaries = head.config.boundaries(target.num_layers, config.eagle_aux_hidden_state_layer_ids)
         if family != "peagle":
             return HeadDrafter(load_head(head, target, config.quantization), boundaries, **growth(config))

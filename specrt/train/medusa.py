@@ -26,6 +26,12 @@ class MedusaNetwork(nn.Module):
         self.register_buffer("target_norm", target_norm, persistent=False)
         self.load_state_dict({name: head.tensors.get(name).float() for name in self.state_dict()})
 
+    def precondition(self, features: Tensor, new: bool) -> None:
+        """Normed states need none."""
+
+    def published(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
     def unroll(self, ids: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
         """As HeadNetwork's; at most ``num_heads`` steps."""
         state = rms_norm(features, self.target_norm, self.target_eps)
@@ -37,4 +43,4 @@ class MedusaNetwork(nn.Module):
 
     def logits(self, hidden: Tensor, step: int) -> Tensor:
         head = self.lm_head if hasattr(self, "lm_head") else self.lm_heads[step]
-        return torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype)).float()
+        return torch.nn.functional.linear(hidden, head.weight.to(hidden.dtype))

@@ -24,7 +24,7 @@ _TITLES = {"eagle3": "EAGLE-3 head", "eagle3.1": "EAGLE-3.1 head", "peagle": "P-
 def write_head(folder: Path, head: Head | MedusaHead, network: nn.Module, dtype: torch.dtype) -> None:
     """config.json as ``head`` has it, and model.safetensors with the network's weights and whatever else the head holds, under its own names (canonical ones where its file
     stacks several matrices into one)."""
-    trained, source = network.state_dict(), head.tensors
+    trained, source = network.published(), head.tensors
     names = {name: source.stored(name) for name in source.names()}
     stacked = {old for old, count in Counter(names.values()).items() if count > 1}
     tensors: dict[str, Tensor] = {}
@@ -43,7 +43,7 @@ def write_card(folder: Path, s: Settings, data: list[dict[str, Any]], samples: l
     categories = ", ".join(f"{name} ({count})" for name, count in Counter(x.category for x in samples).most_common())
     files = "\n".join(f"* {h.get('prompts')}, answered at the temperatures {h.get('temperatures')} ({h.get('repeats')} a prompt), at most {h.get('max_tokens')} tokens each" for h in data)
     rows = {"target": s.model, "method": s.family, "started from": s.init_from or "new weights", "objective": f"{s.objective}, {s.unroll} steps, decay {s.decay:g}",
-            "optimiser": f"AdamW, lr {s.lr:g}, warm-up {s.warmup:g} then cosine, clip {s.clip:g}", "batch": f"{s.batch_tokens} positions, texts of at most {s.max_length}"} | facts
+            "optimiser": f"Muon for matrices, AdamW for the rest, lr {s.lr:g}, warm-up {s.warmup:g} then cosine, clip {s.clip:g}", "batch": f"{s.batch_tokens} positions, texts of at most {s.max_length}"} | facts
     method = json.dumps({"method": s.family, "model": "<this folder>", "num_speculative_tokens": s.draft_tokens})
     (folder / "README.md").write_text(f"""---
 license: {s.license}

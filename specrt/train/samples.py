@@ -12,7 +12,7 @@ from typing import Any
 from specrt import LLM, SamplingParams
 from specrt.train.prompts import Conversation
 
-_CHUNK = 4  # conversations in work, in batches of the engine
+_CHUNK = 16  # conversations in work, in batches of the engine: between two chunks the batch runs empty
 
 
 @dataclass(frozen=True)

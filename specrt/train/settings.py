@@ -10,6 +10,8 @@ from specrt.train.objectives import OBJECTIVES
 
 METHODS = ("eagle3", "eagle3.1", "peagle", "mtp", "medusa")
 #: unroll, decay, lr, layers of a method; heads of MEDUSA are its unrolled steps.
+_DRAWN = ("eagle3", "eagle3.1", "mtp")  # whose drafts depend on those before them
+_VSD_LR = 5e-6
 _DEFAULTS = {"eagle3": (7, 0.8, 1e-4, 1), "eagle3.1": (7, 0.8, 1e-4, 1), "peagle": (5, 1.0, 6e-4, 2), "mtp": (3, 0.6, 1e-4, 1), "medusa": (4, 0.8, 1e-3, 1)}
 
 
@@ -64,6 +66,8 @@ class Settings:
         choice("objective", s.objective, OBJECTIVES)
         choice("dtype", s.dtype, ["bfloat16", "float32"])
         unroll, decay, lr, layers = _DEFAULTS[s.method]
+        if s.objective == "vsd":
+            decay, lr = 1.0, _VSD_LR
         filled = {"unroll": unroll, "decay": decay, "lr": lr} | ({} if s.init_from else {"layers": layers}) | given
         if s.method == "eagle3.1" and not s.init_from:
             filled |= {"fc_norm": not s.norm_before_fc, "norm_output": True}
@@ -77,7 +81,18 @@ class Settings:
                                           ("clip", 1e-6, 1e6, "a number > 0"), ("weight_decay", 0.0, 1.0, "a number from 0 to 1")):
             number(name, getattr(s, name), low, high, accepted)
         s._check_shape(given)
+        s._check_objective()
         return s
+
+    def _check_objective(self) -> None:
+        if self.objective != "vsd":
+            return
+        if self.init_from is None:
+            raise ValueError("objective = 'vsd' learns from what the head drafts, and a new head drafts noise; give init_from, a head trained for 'ce', 'lk' or 'length'")
+        if self.method not in _DRAWN:
+            raise ValueError(f"objective = 'vsd' is of heads whose drafts depend on those before them, and method {self.method!r} has none such; it must be one of {', '.join(map(repr, _DRAWN))}")
+        if self.decay != 1 or self.unroll < 2:
+            raise ValueError(f"objective = 'vsd' weighs whole chains, of two tokens or more: decay = {self.decay:g} must be left out, and unroll = {self.unroll} be at least 2")
 
     def _check_shape(self, given: dict[str, Any]) -> None:
         shape = ("draft_vocab_size", "layers", "intermediate_size", "layer_ids", "fc_norm", "norm_before_fc", "norm_before_residual", "norm_output", "mask_token_id")

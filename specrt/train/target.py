@@ -28,8 +28,8 @@ class TargetRows:
         """ids int [B, T], T a multiple of PAGE. (features [B, T, n H], states [B, T, H] after the final norm; the latter valid until the next call)."""
         b, t = ids.shape
         m, device, rows, pages = self.target, ids.device, b * t, t // PAGE
-        if self._pool is None or self._pool.k.shape[1] < b * pages:
-            self._pool = KVPool(m.num_layers, b * pages, m.kv_heads, PAGE, m.head_dim, m.dtype, device)
+        if self._pool is None or self._pool.k.shape[1] < b * (pages + 1):  # one more for the trees of ``follow``
+            self._pool = KVPool(m.num_layers, b * (pages + 1), m.kv_heads, PAGE, m.head_dim, m.dtype, device)
         if self._scratch.rows < rows:
             self._scratch = m.make_scratch(rows)
         i32 = dict(dtype=torch.int32, device=device)
@@ -41,6 +41,28 @@ class TargetRows:
         captured = {j: torch.empty(rows, m.config.hidden_size, dtype=m.dtype, device=device) for j in self.boundaries}
         states = m.forward(batch, self._pool, self._scratch, captured)
         return torch.cat([captured[j] for j in self.boundaries], 1).view(b, t, -1), states.view(b, t, -1)
+
+    @torch.no_grad()
+    def follow(self, ids: Tensor, slot: Tensor, chains: Tensor) -> Tensor:
+        """What the target says before each token of chains [B, M, S], which come after token slot [B] + 1 of the texts that were ``read`` last: states [B, M, S, H]. A tree of at
+        most 63 nodes a text, whose root is token slot + 1. Keys from there on are overwritten: ask for later places first."""
+        (b, t), (m, steps), model, device = ids.shape, chains.shape[1:], self.target, ids.device
+        pages, depth, nodes = t // PAGE, steps - 1, 1 + m * (steps - 1)
+        i32 = dict(dtype=torch.int32, device=device)
+        table = torch.cat([torch.arange(b * pages, **i32).view(b, pages), b * pages + torch.arange(b, **i32)[:, None]], 1)
+        places = (slot + 1)[:, None] + torch.arange(nodes, device=device)  # a node's keys; its position is by its depth
+        page = table.gather(1, places // PAGE).long()
+        level = torch.cat([torch.zeros(1, **i32), torch.arange(1, steps, **i32).repeat(m)])
+        words = [1] + [1 | ((1 << s + 1) - 1) << 1 + c * depth for c in range(m) for s in range(depth)]  # a node, those before it in its chain, and the root
+        request = torch.arange(b, **i32).repeat_interleave(nodes)
+        token = torch.cat([ids.gather(1, (slot + 1)[:, None]), chains[..., :-1].flatten(1)], 1)
+        batch = RowBatch(token=token.flatten().int(), position=((slot + 1)[:, None] + level).flatten().int(), request=request, prefix=(slot + 1).int()[request.long()],
+                         slot=(page * PAGE + places % PAGE).flatten(), num_rows=torch.full((1,), b * nodes, **i32), block_table=table,
+                         workspace=ops.attention_workspace(b * nodes, model.config.num_heads, model.head_dim, (pages + 1) * PAGE, device),
+                         ancestors=torch.tensor(words, dtype=torch.int64, device=device).repeat(b))
+        states = model.forward(batch, self._pool, self._scratch).view(b, nodes, -1)
+        before = torch.cat([torch.zeros(m, 1, dtype=torch.int64), 1 + torch.arange(m * depth).view(m, depth)], 1).to(device)
+        return states[:, before]
 
     @torch.no_grad()
     def teach(self, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from specrt.models.dense import DenseModel
 from specrt.train.batches import Batch, make_batch, plan
+from specrt.train.chains import draw_chains
 from specrt.train.evaluate import Acceptance, measure
 from specrt.train.medusa import MedusaNetwork
 from specrt.train.network import head_network
 from specrt.train.new_head import output_rows, write_new_head
-from specrt.train.objectives import StepRows, loss_of, row_scores
+from specrt.train.objectives import StepRows, accepted_lengths, loss_of, row_scores, vsd_loss
+from specrt.train.optimiser import Optimiser
 from specrt.train.publish import write_card, write_head
 from specrt.train.samples import read_files, split
 from specrt.train.settings import Settings
@@ -50,7 +53,10 @@ class Trainer:
         self.dtype = getattr(torch, s.dtype)
         self.mixed = self.device.type == "cuda" and self.dtype == torch.bfloat16  # matrix products in bfloat16, weights in float32
         self.max_positions = c.max_position_embeddings
-        self.data, samples = read_files(s.data, c.vocab_size, min(s.max_length, self.max_positions // PAGE * PAGE))
+        self.data, samples = read_files(s.data, c.vocab_size, min(s.max_length, self.max_positions // PAGE * PAGE - (PAGE if s.objective == "vsd" else 0)))
+        cold = next((h for h in self.data if s.objective == "vsd" and min(h["temperatures"]) <= 0), None)
+        if cold is not None:
+            raise ValueError(f"objective = 'vsd' draws at temperature 1, and samples were captured at the temperatures {cold['temperatures']}; they must be above 0 (capture --temperatures 1)")
         self.samples, self.held_out = split(samples, s.held_out)
         if s.draft_vocab_size is not None and s.draft_vocab_size > c.vocab_size:
             raise ValueError(f"draft_vocab_size = {s.draft_vocab_size} is more than the target's {c.vocab_size} tokens")
@@ -66,10 +72,13 @@ class Trainer:
         self.rows = TargetRows(target, self.head.config.boundaries(layers) if isinstance(self.head, Head) else (layers,), ids)
         self._plans = [plan(self.samples, s.batch_tokens, s.seed, epoch) for epoch in range(s.epochs)]
         self.total = sum(map(len, self._plans))
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=s.lr, betas=(0.9, 0.95), weight_decay=s.weight_decay, fused=self.device.type == "cuda")
+        self.optimiser = Optimiser(self.network, s.weight_decay, fused=self.device.type == "cuda")
         self.step, self.best, self.worse = 0, 0.0, 0
         if self._state is not None:
             self._restore(self._state)
+        else:
+            batch = self._batch(0)
+            self.network.precondition(self.rows.read(batch.ids)[0].flatten(0, 1)[batch.slots], new=s.init_from is None)
 
     # ---------------------------------------------------------------------------------------- what is trained
 
@@ -130,26 +139,32 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         """One step; what it measured, still on the device."""
         s = self.settings
-        batch = make_batch([self.samples[i] for i in self._batch_at(self.step)]).to(self.device)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate(self.step)
-        rows = self.forward(batch)
-        loss = loss_of(s.objective, rows, s.decay)
-        self.optimiser.zero_grad(set_to_none=True)
+        batch = self._batch(self.step)
+        loss, measured = self._drawn(batch) if s.objective == "vsd" else self._unrolled(batch)
+        self.optimiser.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), s.clip)
-        self.optimiser.step()
+        self.optimiser.step(self.rate(self.step))
         self.step += 1
+        return {"loss": loss.detach(), "norm": norm, **measured}
+
+    def _unrolled(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.forward(batch)
         hits = torch.stack([(r.hit * r.taught).sum() / r.counted.sum().clamp_min(1) for r in rows])
         alpha = torch.stack([r.alpha.sum() / r.counted.sum().clamp_min(1) for r in rows])
-        return {"loss": loss.detach(), "norm": norm, "agrees": hits, "alpha": alpha.detach()}
+        return loss_of(self.settings.objective, rows, self.settings.decay), {"agrees": hits, "alpha": alpha.detach()}
 
-    def _batch_at(self, step: int) -> list[int]:
-        for batches in self._plans:
-            if step < len(batches):
-                return batches[step]
-            step -= len(batches)
-        raise IndexError(step)
+    def _drawn(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The draws are a function of seed and step."""
+        s, generator = self.settings, torch.Generator(self.device)
+        generator.manual_seed((s.seed << 32) + self.step)
+        features, _ = self.rows.read(batch.ids)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+            logq, logp, ce = draw_chains(self.network, self.rows, batch, features if self.mixed else features.float(), s.unroll, generator)
+        return vsd_loss(logq, logp, ce), {"accepted": accepted_lengths(logq.detach(), logp).mean()}
+
+    def _batch(self, step: int) -> Batch:
+        return make_batch([self.samples[i] for i in next(islice(chain.from_iterable(self._plans), step, None))]).to(self.device)
 
     # ---------------------------------------------------------------------------------------- the run
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from specrt.heads import shipped, what_ships
 from specrt.models.config import ModelConfig
 from specrt.text.tokenizer import Tokenizer
 from specrt.weights.fp8 import Fp8Source, stored_strategy
@@ -63,13 +64,15 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def locate_folder(model: str | Path) -> Path:
-    """The folder of a head (a path, or a hub name, which is fetched). ValueError if there is none."""
+    """The folder of a head (a path, the name of one that comes with the package, or a hub name, which is fetched). ValueError if there is none."""
     name, path = str(model), Path(model).expanduser()
     if path.is_dir():
         return path
+    if name in shipped() and not isinstance(model, Path):
+        return shipped()[name]
     if not path.exists() and _HUB_NAME.fullmatch(name) and not isinstance(model, Path):
         return _download(name)
-    raise ValueError(f"head {name!r} is no folder here; expected the folder of a head, or a hub name like 'org/name'")
+    raise ValueError(f"head {name!r} is no folder here; expected the folder of a head, or a hub name like 'org/name'{what_ships()}")
 
 
 def _open_file(origin: str, path: Path) -> Checkpoint:

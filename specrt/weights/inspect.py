@@ -6,6 +6,7 @@ from collections import Counter
 from math import prod
 from pathlib import Path
 
+from specrt.heads import shipped, shipped_for
 from specrt.models.config import ModelConfig
 from specrt.text.tokenizer import Tokenizer
 from specrt.weights.checkpoint import Checkpoint, locate_folder, open_checkpoint
@@ -61,7 +62,7 @@ def _model(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("attention", f"{c.num_heads} heads, {c.num_kv_heads} KV heads, head dim {c.head_dim}" + _attention_extras(c)),
         ("context", f"{c.max_position_embeddings} positions, {_rope(c)}"),
         ("vocabulary", f"{c.vocab_size} rows, {'head tied to the embedding' if c.tie_word_embeddings else 'own head'}"),
-        ("stop tokens", ", ".join(map(str, c.eos_token_ids)) or "none"), *_layerskip(checkpoint)]
+        ("stop tokens", ", ".join(map(str, c.eos_token_ids)) or "none"), *_layerskip(checkpoint), *_heads(checkpoint)]
 
 
 def _layerskip(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -71,6 +72,12 @@ def _layerskip(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         return []
     where = f"say exit_layer, 1 to {checkpoint.config.num_layers - 1}" if layer is None else f"exit_layer {layer} (assistant_early_exit)"
     return [("self-speculation", f"LayerSkip target, method 'layerskip'; {where}")]
+
+
+def _heads(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Of the model that heads come for."""
+    names = [name for name in shipped() if name == shipped_for(checkpoint.origin, name.rpartition("-")[2])]
+    return [("draft heads", f"{', '.join(names)}, which come with the package")] if names else []
 
 
 def _attention_extras(c: ModelConfig) -> str:

@@ -97,7 +97,7 @@ def inverse_rms(squares: Tensor, width: int, eps: float) -> Tensor:
 
 @of_kinds
 @pytest.mark.parametrize("m", ROWS)
-@pytest.mark.parametrize("n, k", SHAPES)
+@pytest.mark.parametrize("n, k", [*SHAPES, (72, 4200), (72, 8456)])  # the last: 66 and 133 blocks of squares
 def test_a_deferred_norm(device, kind, m, n, k):
     k, dtype = kind.depth(k), kind.dtype
     h, weight = 3 * random(m, k, dtype=dtype, device=device), random(k, dtype=dtype, device=device)

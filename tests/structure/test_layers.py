@@ -10,8 +10,8 @@ from tests.structure.sources import ROOT, bench_files, imports, includes, module
 ORDER = [{"cli", "serve"}, {"train"}, {"llm"}, {"engine"}, {"round"}, {"draft"}, {"models"}, {"layers"}, {"ops"}]
 # Beside the line: what a room of data may use itself. Every room but ops may use them.
 # (config asks the drafters' registry which methods there are, so that a new family is one line.)
-BESIDE = {"weights": {"weights", "models.config", "text", "ops"}, "cache": {"cache", "ops"}, "text": {"text"}, "config": {"checks", "draft"},
-          "sampling_params": {"checks"}, "checks": set()}
+BESIDE = {"weights": {"weights", "models.config", "text", "heads", "ops"}, "cache": {"cache", "ops"}, "text": {"text"}, "config": {"checks", "draft", "heads"},
+          "sampling_params": {"checks"}, "checks": set(), "heads": set()}
 # Plain data shared by both sides of a boundary: usable everywhere, and using nothing but ops.
 SHARED = {"specrt.round.state", "specrt.models.config"}
 

@@ -9,6 +9,7 @@ import pytest
 from specrt import LLM, SamplingParams
 from specrt.cli import main
 from specrt.train.batches import make_batch, plan
+from specrt.train.own_prompts import opening
 from specrt.train.prompts import read_conversations
 from specrt.train.samples import Sample, prompt_ids, read_samples
 from specrt.weights.head import open_head
@@ -98,6 +99,21 @@ def test_from_prompts_to_a_head(tmp_path, target, capsys):
     assert main(["train", "eagle3", *common, "--output", str(tmp_path / "tuned"), "--init-from", head]) == 0
 
 
+def test_a_head_is_tuned_for_a_domain(tmp_path, target, capsys):
+    """Some prompts of one category and a few others, sampled; a head to start from; then its own chains."""
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"the {i} and {i + 1}", "category": "ab"[i % 2]}) for i in range(24)))
+    assert capture(target, tmp_path / "p.jsonl", tmp_path / "domain.jsonl", "--temperatures", "1", "--category", "a", "--limit", "6") == 0
+    assert capture(target, tmp_path / "p.jsonl", tmp_path / "general.jsonl", "--temperatures", "1", "--without", "a", "--limit", "2") == 0
+    common = ["--model", target, "--data", str(tmp_path / "domain.jsonl"), str(tmp_path / "general.jsonl"), "--device", "cpu", "--dtype", "float32", "--held-out", "2", "--eval-tokens", "8",
+              "--epochs", "1", "--draft-tokens", "2", "--unroll", "2"]
+    head, tuned = str(tmp_path / "head"), str(tmp_path / "tuned")
+    assert main(["train", "eagle3", *common, "--layer-ids", "0", "2", "4", "--draft-vocab-size", "100", "--output", head]) == 0
+    assert main(["train", "eagle3", *common, "--objective", "vsd", "--output", tuned]) == 2 and "give init_from" in capsys.readouterr().err
+    assert main(["train", "eagle3", *common, "--objective", "vsd", "--output", tuned, "--init-from", head]) == 0
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "| objective | vsd, 2 steps" in card and f"| started from | {head} |" in card and "a (" in card and "b (" in card
+
+
 def test_batches_hold_every_text_once_and_every_answer_token():
     samples = [Sample("a", list(range(5, 5 + n)), p) for n, p in ((10, 3), (80, 1), (64, 60), (200, 20), (7, 5), (65, 2))]
     for epoch in range(3):
@@ -113,3 +129,26 @@ def test_batches_hold_every_text_once_and_every_answer_token():
             ends = [int(slot + n + 1) for slot, n in zip(batch.slots, batch.left)]
             assert {e % batch.ids.shape[1] for e in ends} == {len(samples[i].ids) - 1 for i in members}
     assert plan(samples, 256, 0, 0) != plan(samples, 256, 0, 1) or plan(samples, 256, 0, 0) != plan(samples, 256, 1, 0)
+
+
+def test_a_model_makes_up_prompts(tmp_path, target, capsys):
+    def make(name: str, *more: str) -> list[dict]:
+        command = ["train", "prompts", "--model", target, "--device", "cpu", "--dtype", "float32", "--max-model-len", "200", "--max-tokens", "150", "--tries", "12", "--output", str(tmp_path / name)]
+        assert main([*command, *more]) == 0
+        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+    rows = make("one.jsonl")
+    assert rows == make("two.jsonl", "--max-batch-size", "3") and rows != make("three.jsonl", "--seed", "100") and "prompts of 12 tries" in " ".join(capsys.readouterr().err.split())
+    assert len({r["prompt"] for r in rows}) == len(rows) and all(r["source"] == "own" for r in rows) and 2 <= len(rows) < 12
+    assert len(read_conversations(tmp_path / "one.jsonl")) == len(rows)
+    with LLM(target, device="cpu", dtype="float32", max_model_len=200) as llm:
+        start = opening(llm.tokenizer)
+        asked = prompt_ids(llm.tokenizer, [{"role": "user", "content": "the one"}])
+        assert 0 < len(start) < len(asked) and asked[: len(start)] == start
+        said = [llm.generate([start], SamplingParams(temperature=1.0, seed=i, max_tokens=150))[0] for i in range(12)]
+        assert [r["prompt"] for r in rows] == list(dict.fromkeys(o.text.strip() for o in said if o.finish_reason == "stop" and len(o.text.strip()) >= 8))
+
+
+def test_a_model_without_a_chat_template_makes_up_nothing():
+    with pytest.raises(ValueError, match="no chat template"):
+        opening(None)

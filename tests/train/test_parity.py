@@ -72,6 +72,22 @@ def test_unrolled_steps_are_the_runtimes_extend_and_chain(tmp_path, target, s):
                 assert_close(got[step][row, slot], logits[0], 1e-4)
 
 
+@pytest.mark.parametrize("s", [Shape(), Shape(fc_norm=True), Shape("peagle", layers=2, norm_before_fc=True)], ids=name_of)
+def test_preconditioning_keeps_the_function_and_what_is_written(tmp_path, target, s):
+    head = open_head(str(random_head(tmp_path, s)))
+    features = features_of(target, BOUNDARIES) * torch.logspace(-2, 2, 3 * target.config.hidden_size)
+    network, plain = network_of(head), network_of(head)
+    network.precondition(features.flatten(0, 1), new=False)
+    with torch.no_grad():
+        assert_close(network.combine(features), plain.combine(features).double(), 1e-5)
+    for name, value in network.published().items():
+        assert_close(value, plain.published()[name].double(), 1e-6)
+    network.precondition(features.flatten(0, 1), new=True)
+    with torch.no_grad():
+        out = network.combine(features)
+    assert 0.3 < out.square().mean().sqrt() < 3
+
+
 def test_steps_of_medusa_are_its_heads(tmp_path, target):
     h, d = 128, 100
     tensors = {f"blocks.{j}.layers.0.{n}": 0.1 * torch.randn(shape) for j in range(3) for n, shape in (("weight", (h, h)), ("bias", (h,)))}
