@@ -42,6 +42,7 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
+  static constexpr int together = tokens > 64 ? 4 : 1;               // fragments of the epilogue
   static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
@@ -283,14 +284,14 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment(theirs, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::together>(theirs, [&](int j, float(&d)[4]) {
           if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int first = 8 * rank * own;
         auto stream = epilogue.residual(first);
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment(mine, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::together>(mine, [&](int j, float(&d)[4]) {
           if (j >= awaited) return;
           const auto next = epilogue.residual(first + 8 * (j + 1));
           const float4 other = from[j * (T::fragment_bytes / 16)];
@@ -304,7 +305,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         epilogue.finish_squares(first, first + 8 * own);
       } else {
         auto stream = epilogue.residual(0);
-        for_each_fragment(sum, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::together>(sum, [&](int j, float(&d)[4]) {
           if (first_row + 8 * j >= rows) return;
           const auto next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);
