@@ -222,6 +222,14 @@ def sampling(k: Kit) -> None:
             k.written(child, used)
             k.written(score, used)
 
+        # Of 130 tokens or one that the drafter has, and of all; the second slot's stops are in force.
+        for ids in (torch.arange(130, dtype=I64, device=k.device) * (vocab // 131), k.ints(vocab - 1, dtype=I64), None):
+            child, score = k.out(capacity, 3, dtype=I32), k.out(capacity, 3)
+            ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
+                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, n, child, score)
+            k.written(child, used)
+            k.written(score, used)
+
         path, emitted, path_len, error = k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), k.out(slots, dtype=I32), k.out(slots, dtype=I32)
         walked = (path, path_len, emitted, error)
         ops.accept_walk(token, parent, size, offset, target, status, *walked)

@@ -341,6 +341,16 @@ def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tens
     _C.draft_topk(z, row_request, row_position, seeds, sampling_f, noise, num_rows, perturbed, token, score)
 
 
+def draft_children(logits: Tensor, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor, stop_ids: Tensor,
+                   bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
+    """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children and scores, to the bit.
+
+    logits float32 [R, D], raw and left so; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
+    stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k], k <= 64: a token that
+    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: V <= 327680."""
+    _C.draft_children(logits, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
+
+
 def accept_rejection(z: Tensor, row_status: Tensor, row_offset: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, q: Tensor,
                      q_levels: Tensor, seeds: Tensor, sampling_f: Tensor, scratch: Tensor, path: Tensor, path_len: Tensor, emitted: Tensor, error: Tensor) -> None:
     """Leviathan/Chen rejection on chains, multi-round without replacement on trees (verification.md 2 and 4), batched.

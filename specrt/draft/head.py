@@ -13,7 +13,6 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import HeadModel
 from specrt.round.state import RoundState, SpanRows
@@ -43,13 +42,12 @@ class HeadDrafter(Drafter):
         span_rows = batch * self._rows_a_slot(min(self.levels, state.nodes - 1))
         rows = max(span_rows, batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices)
+        self.expansion = Expansion(state, page_size, m.vocab, m.target_ids, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices)
         sp = self.span = SpanRows(batch, span_rows, device)
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
                                    block_table=state.block_table, workspace=workspace)
         self.root_hidden = torch.zeros(batch + 1, m.hidden_size, dtype=m.dtype, device=device)
         self.root_feature = torch.zeros_like(self.root_hidden)
-        self.own_logits = None if m.target_ids is None and m.vocab == state.vocab else torch.empty(batch * self.beam_width, m.vocab, dtype=torch.float32, device=device)
 
     # ---------------------------------------------------------------------------------------- true features
 
@@ -103,30 +101,19 @@ class HeadDrafter(Drafter):
         mine = self._mine()
         depths = self.max_depth * mine
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
-        self._logits(self.root_hidden[: s.batch], grow.num_slots)
+        m.logits(self.root_hidden[: s.batch], grow.num_slots, grow.logits[: s.batch])
         grow.first(depths)
         feature = self.root_feature
         for level in range(2, depth + 1):
             parent = beam.request.long() if level == 2 else grow.parents(level, beam.rows, depths)
             hidden, feature = m.forward(beam, feature.index_select(0, parent), self.pool)
-            self._logits(hidden, beam.num_rows)
+            m.logits(hidden, beam.num_rows, grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
         grow.select(self.max_nodes * mine, depths, depth)
 
     def _mine(self) -> Tensor:
         """int32 [B]: 1 for the slots whose trees are to be grown."""
         return (self.max_nodes > 0).int() * self.state.active * (self.state.seq_lens > 0).int()
-
-    def _logits(self, hidden: Tensor, num_rows: Tensor) -> None:
-        """Of the target's vocabulary, into the expansion's rows."""
-        rows = hidden.shape[0]
-        out = self.expansion.logits[:rows]
-        if self.own_logits is None:
-            self.model.logits(hidden, num_rows, out)
-            return
-        own = self.own_logits[:rows]
-        self.model.logits(hidden, num_rows, own)
-        over_target(own, self.model.target_ids, out)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
         return self.expansion.draft_logits(self.max_depth)

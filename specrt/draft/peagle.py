@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from specrt.draft.head import HeadDrafter
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import PEagleModel
 from specrt.round.state import RoundState
@@ -64,15 +63,15 @@ class PEagleDrafter(HeadDrafter):
         self.hidden.index_copy_(0, place, hidden)
 
     def propose(self, slots: int, depth: int) -> None:
-        grow, ids = self.expansion, self.model.target_ids
+        grow = self.expansion
         mine = self._mine()
         depths = self.max_depth * mine
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         self.model.logits(self.hidden[:-1], self.all_rows, self.own_logits)
-        over_target(self.own_logits[:: self.levels], ids, grow.logits[: self.state.batch])
+        grow.logits[: self.state.batch].copy_(self.own_logits[:: self.levels])
         grow.first(depths)
         for level in range(2, depth + 1):
             row = beam.request.long() * self.levels + level - 1
-            over_target(self.own_logits.index_select(0, row), ids, grow.logits[: beam.rows])
+            torch.index_select(self.own_logits, 0, row, out=grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
         grow.select(self.max_nodes * mine, depths, depth)

@@ -77,7 +77,7 @@ class HeadModel(ABC):
         self.norm = weights.optional("norm")
         self.lm_head = weights.lm_head()
         ids = weights.head.target_ids()
-        #: int64 [D]: the target's id of each token of the head's vocabulary; None = the same ids.
+        #: int64 [D], ascending: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
         self.vocab = self.config.draft_vocab_size
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
