@@ -138,6 +138,15 @@ def embedding(table: Tensor, ids: Tensor, num_rows: Tensor, out: Tensor) -> None
     _C.embedding(table, ids, num_rows, out)
 
 
+def head_input(table: Tensor, ids: Tensor, feature: Tensor, parent: Tensor | None, token_weight: Tensor | None, feature_weight: Tensor | None, eps: float, feature_first: bool,
+               num_rows: Tensor, joined: Tensor, stream: Tensor | None, stream_normed: bool) -> None:
+    """``embedding`` and ``rms_norm`` of both halves of a draft head's input, to the bit: joined act [R, 2 H] = (token, feature), or (feature, token) with feature_first.
+
+    table act [V, H], ids int32 [R]; feature act [F, H], parent int32 [R]: its row for each, None = its own (F = R). token_weight, feature_weight act [H]: of the norm, None = none. NaN
+    for an id or a parent that is outside. stream act [R, H]: the feature once more, after its norm if ``stream_normed``; not one of the inputs."""
+    _C.head_input(table, ids, feature, parent, token_weight, feature_weight, eps, feature_first, num_rows, joined, stream, stream_normed)
+
+
 # ------------------------------------------------------------------------------------------------ kv
 
 
@@ -272,7 +281,7 @@ def ngram_propose(history: Tensor, seq_lens: Tensor, max_nodes: Tensor, max_dept
 
 def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                 cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor, beam: Tensor, row_request: Tensor, row_token: Tensor, row_position: Tensor,
-                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, num_rows: Tensor) -> None:
+                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, row_parent: Tensor, num_rows: Tensor) -> None:
     """One level of a drafter's tree expansion (EAGLE-2): appends the children of the current beam to the candidates and picks the next beam.
 
     level >= 1 is the depth of the children. Let W = beam_width, k = topk_token.shape[1], F(1) = 0, F(l) = k + (l-2) W k the first candidate of level l.
@@ -282,9 +291,9 @@ def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Ten
     beam int32 [B, W]: candidate indices; read (level > 1), then replaced by the W best children of this level by cumulative score (ties: lower
     index), in descending order; k >= W. Rows of the next level, for slots with max_depth[b] > level: row_token, row_position = seq_len + level, row_prefix = seq_len + 1,
     row_slot int64 (scratch slot seq_len + 1 + (level-1) W + w for beam entry w, through the block table), row_path int32 [R, depth capacity]: for
-    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself."""
+    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself, row_parent: the row of topk_token that the row is a child of."""
     _C.tree_expand(level, beam_width, topk_token, topk_score, max_depth, seq_lens, block_table, page_size, cand_token, cand_parent, cand_score, beam,
-                   row_request, row_token, row_position, row_prefix, row_slot, row_path, num_rows)
+                   row_request, row_token, row_position, row_prefix, row_slot, row_path, row_parent, num_rows)
 
 
 def tree_select(levels: int, beam_width: int, topk: int, max_nodes: Tensor, max_depth: Tensor, cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor,

@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor num_rows, Tensor(a!) out) -> ()");
   m.def("rms_scale(Tensor x, Tensor weight, Tensor num_rows, Tensor(a!) scaled, Tensor(b!) squares) -> ()");
   m.def("embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def(
+      "head_input(Tensor table, Tensor ids, Tensor feature, Tensor? parent, Tensor? token_weight, Tensor? feature_weight, float eps"
+      ", bool feature_first, Tensor num_rows, Tensor(a!) joined, Tensor(b!)? stream, bool stream_normed) -> ()");
   // kv
   m.def(
       "rope_append(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm"
@@ -70,7 +73,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       "tree_expand(int level, int beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens"
       ", Tensor block_table, int page_size, Tensor(a!) cand_token, Tensor(b!) cand_parent, Tensor(c!) cand_score"
       ", Tensor(d!) beam, Tensor(e!) row_request, Tensor(f!) row_token, Tensor(g!) row_position"
-      ", Tensor(h!) row_prefix, Tensor(i!) row_slot, Tensor(j!) row_path, Tensor(k!) num_rows) -> ()");
+      ", Tensor(h!) row_prefix, Tensor(i!) row_slot, Tensor(j!) row_path, Tensor(k!) row_parent, Tensor(l!) num_rows) -> ()");
   m.def(
       "tree_select(int levels, int beam_width, int topk, Tensor max_nodes, Tensor max_depth, Tensor cand_token"
       ", Tensor cand_parent, Tensor cand_score, Tensor(a!) tree_token, Tensor(b!) tree_parent"

@@ -165,7 +165,7 @@ void require_expansion(const Checker& check, int64_t levels, int64_t width, int6
 
 void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens, Tensor block_table,
                  int64_t page_size, Tensor cand_token, Tensor cand_parent, Tensor cand_score, Tensor beam, Tensor row_request, Tensor row_token,
-                 Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor num_rows) {
+                 Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor row_parent, Tensor num_rows) {
   Checker check("tree_expand", topk_token);
   Sym rows("rows"), k("k"), B("B"), C("C"), R("R"), depth("depth");
   check("topk_token", topk_token, {rows, k}, {kI32});
@@ -183,6 +183,7 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   check("row_prefix", row_prefix, {R}, {kI32});
   check("row_slot", row_slot, {R}, {kI64});
   check("row_path", row_path, {R, depth}, {kI32});
+  check("row_parent", row_parent, {R}, {kI32});
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "max_depth", "at least one slot");
   require_expansion(check, level, beam_width, k, C);
@@ -192,7 +193,7 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   TreeExpandParams p{in<int32_t>(topk_token), in<float>(topk_score), in<int32_t>(max_depth), in<int32_t>(seq_lens), paging,
                      inout<int32_t>(cand_token), inout<int32_t>(cand_parent), inout<float>(cand_score), inout<int32_t>(beam),
                      inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
-                     inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(num_rows),
+                     inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(row_parent), inout<int32_t>(num_rows),
                      as_int(level), as_int(beam_width), as_int(k), as_int(B), as_int(C), as_int(depth), as_int(rows)};
   SPECRT_LAUNCH(tree_expand, check, p);
 }

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kExpandThreads) tree_expand_kernel(TreeExpandP
     p.row_position[row] = prefix - 1 + p.level;
     p.row_prefix[row] = prefix;
     p.row_slot[row] = kv_slot(p.paging, b, prefix + (p.level - 1) * width + w);
+    p.row_parent[row] = min(row0 + (candidate - first) / k, p.rows - 1);
     int32_t* path = p.row_path + static_cast<int64_t>(row) * p.path_depth;
     for (int i = p.level; i < p.path_depth; ++i) path[i] = -1;
     path[p.level - 1] = (p.level - 1) * width + w;

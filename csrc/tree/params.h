@@ -94,6 +94,7 @@ struct TreeExpandParams {
   int32_t *row_request, *row_token, *row_position, *row_prefix;  // [R], R >= B W
   int64_t* row_slot;                        // [R]
   int32_t* row_path;                        // [R, path_depth], path_depth >= level
+  int32_t* row_parent;                      // [R] row of topk_token that it is a child of
   int32_t* num_rows;                        // [1]
   int level, beam_width, topk;              // W, k
   int batch, candidates, path_depth, rows;  // B, C; rows of topk: a row past them has no children

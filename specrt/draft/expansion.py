@@ -47,6 +47,8 @@ class Expansion:
         self.batch = RowBatch(token=torch.zeros(rows, **i32), position=torch.zeros(rows, **i32), request=torch.zeros(rows, **i32), prefix=torch.zeros(rows, **i32),
                               slot=torch.zeros(rows, dtype=torch.int64, device=device), num_rows=torch.zeros(1, **i32), block_table=state.block_table,
                               workspace=workspace, paths=torch.full((rows, max(levels, 1)), -1, **i32))
+        #: int32 [rows]: for a row of ``batch`` its parent's: of the roots' (the slot) at level 2, of ``batch`` as it was before later.
+        self.parent = torch.zeros(rows, **i32)
         self.base = torch.zeros_like(state.seq_lens) if lag else state.seq_lens  # seq_lens - lag
         self.static = None if choices is None else [t.repeat(batch, 1).to(device) for t in _static_scores(choices, levels, beam_width, topk)]
         self.kept = None
@@ -68,13 +70,6 @@ class Expansion:
         b = self.batch.head(rows)
         self._children(level, rows, b.request, b.position, 1 + self.lag, b.num_rows)
         self._grow(level, self.topk_token[:rows], self.topk_score[:rows], max_depth)
-
-    def parents(self, level: int, rows: int, max_depth: Tensor) -> Tensor:
-        """int64 [rows]: for the rows of ``batch`` before ``level`` (from 3 on), the rows their parents were in ``batch`` before; anything where a row is not in use."""
-        b, w = self.batch.head(rows), self.beam_width
-        rank = (max_depth >= level - 1).cumsum(0) - 1  # of the slot among those that were active then
-        entry = b.paths[:, level - 3] - (level - 3) * w
-        return (rank[b.request.long()] * w + entry).clamp(0, rows - 1)
 
     def select(self, max_nodes: Tensor, max_depth: Tensor, levels: int) -> None:
         s = self.state
@@ -106,7 +101,7 @@ class Expansion:
         if self.static is not None:
             score = torch.where(torch.isneginf(score), score, self.static[level - 1][: score.shape[0]])  # a token that is missing stays so
         ops.tree_expand(level, self.beam_width, token, score, max_depth, self.base, s.block_table, self.page_size, self.cand_token, self.cand_parent, self.cand_score,
-                        self.beam, b.request, b.token, b.position, b.prefix, b.slot, b.paths, b.num_rows)
+                        self.beam, b.request, b.token, b.position, b.prefix, b.slot, b.paths, self.parent, b.num_rows)
 
 
 def _static_scores(choices: tuple[tuple[int, ...], ...], levels: int, beam_width: int, topk: int) -> list[Tensor]:

@@ -105,8 +105,7 @@ class HeadDrafter(Drafter):
         grow.first(depths)
         feature = self.root_feature
         for level in range(2, depth + 1):
-            parent = beam.request.long() if level == 2 else grow.parents(level, beam.rows, depths)
-            hidden, feature = m.forward(beam, feature.index_select(0, parent), self.pool)
+            hidden, feature = m.forward(beam, feature, self.pool, grow.parent[: beam.rows])
             m.logits(hidden, beam.num_rows, grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
         grow.select(self.max_nodes * mine, depths, depth)
