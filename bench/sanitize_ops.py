@@ -273,6 +273,14 @@ def drafting(k: Kit) -> None:
         given = slots if level == 1 else rows
         ops.tree_expand(level, width, k.full(given, width, value=level), -k.random(given, width).abs(), depth, lengths, table, page, token, parent, score, beam, request,
                         row_token, position, prefix, slot, path, above, num_rows)
+    num_rows, capacity = k.out(1, dtype=I32), 20
+    rows_of = [k.out(capacity, dtype=t) for t in (I32, I32, I32, I32, I64, I32, I64)]
+    ops.path_rows(history, k.ints(9, 17, 4), k.ints(8, 1, 3), k.ints(7, 7, 0), k.ints(*range(8)).repeat(slots, 1), k.ints(0, 8, 9, 12), table, page, *rows_of, num_rows)
+    assert num_rows.item() == 9
+    for t in rows_of[:5]:
+        k.written(t, 9)
+    for t in rows_of[5:]:
+        k.written(t, capacity)
     size = k.out(slots, dtype=I32)
     ops.tree_select(levels, width, width, k.ints(63, 5, 9), depth, token, parent, score, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), size)
     assert size.tolist() == [64, 6, 10]

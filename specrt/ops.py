@@ -239,6 +239,17 @@ def span_rows(history: Tensor, start: Tensor, end: Tensor, block_table: Tensor, 
     _C.span_rows(history, start, end, block_table, page_size, row_offset, row_request, row_token, row_position, row_prefix, row_slot, num_rows)
 
 
+def path_rows(history: Tensor, seq_lens: Tensor, path_len: Tensor, max_nodes: Tensor, path: Tensor, row_offset: Tensor, block_table: Tensor, page_size: int,
+              row_request: Tensor, row_token: Tensor, row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_source: Tensor, row_root: Tensor, num_rows: Tensor) -> None:
+    """``span_rows`` of what a round has committed, for a head: the last path_len[b] positions below seq_lens[b] (after the round), of slots with max_nodes[b] > 0.
+
+    history int32 [B, T]; seq_lens, path_len, max_nodes int32 [B]; path int32 [B, N] and row_offset int32 [B + 1] of the round. Rows as ``span_rows`` has them, but row_token is the token
+    *behind* the position's own. row_source int32 [R]: the round's row whose feature belongs to the position; row_root int64 [R]: b for a slot's last row, else B. Past
+    num_rows these two are 0 and B."""
+    _C.path_rows(history, seq_lens, path_len, max_nodes, path, row_offset, block_table, page_size, row_request, row_token, row_position, row_prefix, row_slot, row_source,
+                 row_root, num_rows)
+
+
 def accept_walk(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, row_offset: Tensor, row_target: Tensor, row_status: Tensor,
                 path: Tensor, path_len: Tensor, emitted: Tensor, error: Tensor) -> None:
     """The exact walk (verification.md 1 and 6): from the root, move to the child whose token is the target's token at this node; at the first

@@ -56,6 +56,10 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor(b!) row_request, Tensor(c!) row_token, Tensor(d!) row_position, Tensor(e!) row_prefix"
       ", Tensor(f!) row_slot, Tensor(g!) num_rows) -> ()");
   m.def(
+      "path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, Tensor path, Tensor row_offset, Tensor block_table, int page_size"
+      ", Tensor(a!) row_request, Tensor(b!) row_token, Tensor(c!) row_position, Tensor(d!) row_prefix, Tensor(e!) row_slot"
+      ", Tensor(f!) row_source, Tensor(g!) row_root, Tensor(h!) num_rows) -> ()");
+  m.def(
       "accept_walk(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor row_offset, Tensor row_target"
       ", Tensor row_status, Tensor(a!) path, Tensor(b!) path_len, Tensor(c!) emitted, Tensor(d!) error) -> ()");
   m.def(

@@ -42,6 +42,21 @@ struct SpanRowsParams {
   int batch, max_len, rows;                 // B, T, R
 };
 
+struct PathRowsParams {
+  const int32_t* history;                   // [B, T]
+  const int32_t *seq_lens, *path_len;       // [B], after the round
+  const int32_t* max_nodes;                 // [B]
+  const int32_t* path;                      // [B, N]
+  const int32_t* row_offset;                // [B + 1], of the round
+  Paging paging;
+  int32_t *row_request, *row_token, *row_position, *row_prefix;  // [R]
+  int64_t* row_slot;                        // [R]
+  int32_t* row_source;                      // [R]
+  int64_t* row_root;                        // [R]
+  int32_t* num_rows;                        // [1]
+  int batch, max_len, nodes, rows;          // B, T, N, R
+};
+
 struct AcceptWalkParams {
   const int32_t *tree_token, *tree_parent;  // [B, N]
   const int32_t* tree_size;                 // [B]
@@ -114,6 +129,8 @@ void launch_tree_build_cpu(const TreeBuildParams& p);
 void launch_tree_build_cuda(const TreeBuildParams& p, void* stream);
 void launch_span_rows_cpu(const SpanRowsParams& p);
 void launch_span_rows_cuda(const SpanRowsParams& p, void* stream);
+void launch_path_rows_cpu(const PathRowsParams& p);
+void launch_path_rows_cuda(const PathRowsParams& p, void* stream);
 void launch_accept_walk_cpu(const AcceptWalkParams& p);
 void launch_accept_walk_cuda(const AcceptWalkParams& p, void* stream);
 void launch_accept_synthetic_cpu(const AcceptSyntheticParams& p);

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specrt import ops
 from specrt.draft.head import HeadDrafter
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import PEagleModel
@@ -55,6 +56,19 @@ class PEagleDrafter(HeadDrafter):
         feature = torch.where(masked[:, None], m.mask_feature, m.combine(self._rows_of(features, batch), batch.num_rows))
         token = torch.where(masked, self.mask_tokens[: batch.rows], s.history[request, (batch.position + 1).long()])
         self._keep(batch, *m.forward(batch.with_tokens(token), feature, self.pool), s.seq_lens)
+
+    def _place(self, rows: int) -> RowBatch:
+        """The rows of the span from ``span.start`` to ``span.end``, at most ``rows`` of them."""
+        s, sp = self.state, self.span
+        ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
+        return self.span_batch.head(rows)
+
+    def _rows_of(self, features: dict[int, Tensor], batch: RowBatch) -> list[Tensor]:
+        """The features of the round's accepted path at the batch's positions; of any row at all where a position is not on the path, or a row not in use."""
+        s, request = self.state, batch.request.long()
+        nth = (batch.position - self.span.start[request]).clamp(0, s.nodes - 1).long()
+        row = (s.row_offset[request] + s.path[request, nth]).clamp(0, s.rows - 1)
+        return [features[j].index_select(0, row) for j in self.features]
 
     def _keep(self, batch: RowBatch, hidden: Tensor, feature: Tensor, end: Tensor) -> None:
         request = batch.request.long()
