@@ -30,6 +30,8 @@ __device__ int first_at_least(const int64_t* ids, int n, int64_t token) {
   return begin;
 }
 
+constexpr int kBatch = 4;  // logits that a thread loads at once
+
 // This CTA's drafter logits into its part of the row, adjusted. Returns whether all of them, in every thread, are finite.
 __device__ bool spread(const DraftChildrenParams& p, int row_index, int b, int begin, int end, RowSlice& row) {
   const float* own = p.logits + static_cast<int64_t>(row_index) * p.columns;
@@ -37,14 +39,22 @@ __device__ bool spread(const DraftChildrenParams& p, int row_index, int b, int b
   const float temperature = p.sampling_f[b * kSamplingF + kTemperature];
   const bool scaled = temperature > 0.0f && temperature != 1.0f;
   float zeros = 0.0f;  // the sum of 0 * x
-#pragma unroll 4
-  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    const int64_t v = p.ids ? p.ids[i] : i;
-    float x = own[i];
-    zeros = fma_rn(x, 0.0f, zeros);
-    if (v < 4 * row.first || v >= 4 * (row.first + row.quads) || v >= p.vocab) continue;  // only if the ids do not ascend
-    if (bias) x = x + bias[v];
-    row.at(static_cast<int>(v)) = scaled ? x / temperature : x;
+  for (int i0 = begin + threadIdx.x; i0 < end; i0 += kBatch * blockDim.x) {
+    int64_t v[kBatch];
+    float x[kBatch];
+#pragma unroll
+    for (int e = 0; e < kBatch; ++e) {
+      const int i = i0 + e * blockDim.x;
+      v[e] = i >= end ? -1 : p.ids ? p.ids[i] : i;
+      x[e] = i >= end ? 0.0f : own[i];
+    }
+#pragma unroll
+    for (int e = 0; e < kBatch; ++e) {
+      zeros = fma_rn(x[e], 0.0f, zeros);
+      if (v[e] < 4 * row.first || v[e] >= 4 * (row.first + row.quads) || v[e] >= p.vocab) continue;  // past the end; or, if the ids do not ascend, anywhere
+      if (bias) x[e] = x[e] + bias[v[e]];
+      row.at(static_cast<int>(v[e])) = scaled ? x[e] / temperature : x[e];
+    }
   }
   const bool finite = !__syncthreads_or(zeros != 0.0f);
   const int32_t* i = p.sampling_i + b * kSamplingI;
