@@ -273,6 +273,9 @@ def drafting(k: Kit) -> None:
         given = slots if level == 1 else rows
         ops.tree_expand(level, width, k.full(given, width, value=level), -k.random(given, width).abs(), depth, lengths, table, page, token, parent, score, beam, request,
                         row_token, position, prefix, slot, path, above, num_rows)
+    limits = [k.out(slots, dtype=I32) for _ in range(3)]
+    ops.draft_limits(k.ints(7, 0, 3), k.ints(4, 4, 4), k.ints(9, 17, 4), k.ints(1, 1, 0), 1, *limits)
+    assert [t.tolist() for t in limits] == [[7, 0, 0], [4, 0, 0], [8, 16, 3]]
     num_rows, capacity = k.out(1, dtype=I32), 20
     rows_of = [k.out(capacity, dtype=t) for t in (I32, I32, I32, I32, I64, I32, I64)]
     ops.path_rows(history, k.ints(9, 17, 4), k.ints(8, 1, 3), k.ints(7, 7, 0), k.ints(*range(8)).repeat(slots, 1), k.ints(0, 8, 9, 12), table, page, *rows_of, num_rows)

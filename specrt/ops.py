@@ -290,6 +290,12 @@ def ngram_propose(history: Tensor, seq_lens: Tensor, max_nodes: Tensor, max_dept
     _C.ngram_propose(history, seq_lens, max_nodes, max_depth, min_n, max_n, branches, seeds, sampling_f, tree_token, tree_parent, tree_size)
 
 
+def draft_limits(max_nodes: Tensor, max_depth: Tensor, seq_lens: Tensor, active: Tensor, lag: int, nodes: Tensor, depth: Tensor, base: Tensor | None) -> None:
+    """What the slots' trees may grow to, int32 [B] each: nodes and depth are max_nodes and max_depth, and 0 for a slot that is not active, has no drafter (max_nodes 0), or has
+    nothing committed that a tree could grow from; base, where it is wanted, = seq_lens - lag, for ``tree_expand``."""
+    _C.draft_limits(max_nodes, max_depth, seq_lens, active, lag, nodes, depth, base)
+
+
 def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                 cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor, beam: Tensor, row_request: Tensor, row_token: Tensor, row_position: Tensor,
                 row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, row_parent: Tensor, num_rows: Tensor) -> None:

@@ -74,6 +74,9 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", int branches, Tensor seeds, Tensor sampling_f, Tensor(a!) tree_token, Tensor(b!) tree_parent"
       ", Tensor(c!) tree_size) -> ()");
   m.def(
+      "draft_limits(Tensor max_nodes, Tensor max_depth, Tensor seq_lens, Tensor active, int lag, Tensor(a!) nodes, Tensor(b!) depth"
+      ", Tensor(c!)? base) -> ()");
+  m.def(
       "tree_expand(int level, int beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens"
       ", Tensor block_table, int page_size, Tensor(a!) cand_token, Tensor(b!) cand_parent, Tensor(c!) cand_score"
       ", Tensor(d!) beam, Tensor(e!) row_request, Tensor(f!) row_token, Tensor(g!) row_position"

@@ -189,6 +189,22 @@ void require_expansion(const Checker& check, int64_t levels, int64_t width, int6
   check.require(candidates >= need, "cand_token", "room for k + (levels - 1) W k = " + std::to_string(need) + " candidates a slot");
 }
 
+void draft_limits(Tensor max_nodes, Tensor max_depth, Tensor seq_lens, Tensor active, int64_t lag, Tensor nodes, Tensor depth, std::optional<Tensor> base) {
+  Checker check("draft_limits", max_nodes);
+  Sym B("B");
+  check("max_nodes", max_nodes, {B}, {kI32});
+  check("max_depth", max_depth, {B}, {kI32});
+  check("seq_lens", seq_lens, {B}, {kI32});
+  check("active", active, {B}, {kI32});
+  check("nodes", nodes, {B}, {kI32});
+  check("depth", depth, {B}, {kI32});
+  check("base", base, {B}, {kI32});
+  if (B == 0) return;
+  DraftLimitsParams p{in<int32_t>(max_nodes), in<int32_t>(max_depth), in<int32_t>(seq_lens), in<int32_t>(active), inout<int32_t>(nodes), inout<int32_t>(depth),
+                      inout<int32_t>(base), as_int(B), as_int(lag)};
+  SPECRT_LAUNCH(draft_limits, check, p);
+}
+
 void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens, Tensor block_table,
                  int64_t page_size, Tensor cand_token, Tensor cand_parent, Tensor cand_score, Tensor beam, Tensor row_request, Tensor row_token,
                  Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor row_parent, Tensor num_rows) {
@@ -255,6 +271,7 @@ void tree_select(int64_t levels, int64_t beam_width, int64_t topk, Tensor max_no
   m.impl("round_advance", TORCH_BOX(&round_advance));     \
   m.impl("ngram_propose", TORCH_BOX(&ngram_propose));     \
   m.impl("path_rows", TORCH_BOX(&path_rows));             \
+  m.impl("draft_limits", TORCH_BOX(&draft_limits));       \
   m.impl("tree_expand", TORCH_BOX(&tree_expand));         \
   m.impl("tree_select", TORCH_BOX(&tree_select));
 

@@ -87,6 +87,10 @@ void select(const TreeSelectParams& p, int b) {
 
 }  // namespace
 
+void launch_draft_limits_cpu(const DraftLimitsParams& p) {
+  for (int b = 0; b < p.batch; ++b) limit_slot(p, b);
+}
+
 void launch_tree_expand_cpu(const TreeExpandParams& p) {
   const int first = first_candidate(p.level, p.beam_width, p.topk), sources = p.level == 1 ? 1 : p.beam_width;
   int active = 0, row = 0;

@@ -98,6 +98,12 @@ struct NgramProposeParams {
   int batch, nodes, max_len;                // B, N, T
 };
 
+struct DraftLimitsParams {
+  const int32_t *max_nodes, *max_depth, *seq_lens, *active;  // [B]
+  int32_t *nodes, *depth, *base;            // [B]; base or null
+  int batch, lag;
+};
+
 struct TreeExpandParams {
   const int32_t* topk_token;                // [rows, k]
   const float* topk_score;                  // [rows, k]
@@ -139,6 +145,8 @@ void launch_round_advance_cpu(const RoundAdvanceParams& p);
 void launch_round_advance_cuda(const RoundAdvanceParams& p, void* stream);
 void launch_ngram_propose_cpu(const NgramProposeParams& p);
 void launch_ngram_propose_cuda(const NgramProposeParams& p, void* stream);
+void launch_draft_limits_cpu(const DraftLimitsParams& p);
+void launch_draft_limits_cuda(const DraftLimitsParams& p, void* stream);
 void launch_tree_expand_cpu(const TreeExpandParams& p);
 void launch_tree_expand_cuda(const TreeExpandParams& p, void* stream);
 void launch_tree_select_cpu(const TreeSelectParams& p);

@@ -41,6 +41,13 @@ SPECRT_HD void write_path_row(const PathRowsParams& p, int b, int i, int size, i
   p.row_root[row] = i == size - 1 ? b : p.batch;
 }
 
+SPECRT_HD void limit_slot(const DraftLimitsParams& p, int b) {
+  const bool grows = p.max_nodes[b] > 0 && p.active[b] != 0 && p.seq_lens[b] > 0;
+  p.nodes[b] = grows ? p.max_nodes[b] : 0;
+  p.depth[b] = grows ? p.max_depth[b] : 0;
+  if (p.base) p.base[b] = p.seq_lens[b] - p.lag;
+}
+
 // F(level): the index of an expansion's first candidate at depth `level`. Level 1 has k, every later level W k.
 SPECRT_HD int first_candidate(int level, int beam_width, int topk) { return level <= 1 ? 0 : topk + (level - 2) * beam_width * topk; }
 

@@ -49,7 +49,8 @@ class Expansion:
                               workspace=workspace, paths=torch.full((rows, max(levels, 1)), -1, **i32))
         #: int32 [rows]: for a row of ``batch`` its parent's: of the roots' (the slot) at level 2, of ``batch`` as it was before later.
         self.parent = torch.zeros(rows, **i32)
-        self.base = torch.zeros_like(state.seq_lens) if lag else state.seq_lens  # seq_lens - lag
+        self.base = torch.zeros_like(state.seq_lens) if lag else state.seq_lens  # seq_lens - lag, by ``limits``
+        self.nodes, self.depths = torch.zeros_like(state.seq_lens), torch.zeros_like(state.seq_lens)
         self.static = None if choices is None else [t.repeat(batch, 1).to(device) for t in _static_scores(choices, levels, beam_width, topk)]
         self.kept = None
         if keep_logits:  # of the target's tokens; row B is a bin for rows that are not in use
@@ -57,11 +58,15 @@ class Expansion:
             self.spread, self.perturbed = (torch.empty(rows, state.vocab, dtype=torch.float32, device=device) for _ in range(2))
             self.status, self.sampling_i = torch.zeros(rows, **i32), torch.zeros_like(state.sampling_i)
 
+    def limits(self, max_nodes: Tensor, max_depth: Tensor) -> tuple[Tensor, Tensor]:
+        """(nodes, depths) of a drafter that grows its trees from what is committed: 0 for slots that have no tree to grow. With a lag, to be called first."""
+        s = self.state
+        ops.draft_limits(max_nodes, max_depth, s.seq_lens, s.active, self.lag, self.nodes, self.depths, self.base if self.lag else None)
+        return self.nodes, self.depths
+
     def first(self, max_depth: Tensor) -> None:
         """Children of the roots, from self.logits[:B] (row b = slot b)."""
         s, n = self.state, self.state.batch
-        if self.lag:
-            torch.sub(s.seq_lens, self.lag, out=self.base)
         self._children(1, n, self.slots, s.seq_lens, 1, self.num_slots)
         self._grow(1, self.topk_token[:n], self.topk_score[:n], max_depth)
 

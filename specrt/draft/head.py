@@ -87,8 +87,7 @@ class HeadDrafter(Drafter):
 
     def propose(self, slots: int, depth: int) -> None:
         s, grow, m = self.state, self.expansion, self.model
-        mine = self._mine()
-        depths = self.max_depth * mine
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         m.logits(self.root_hidden[: s.batch], grow.num_slots, grow.logits[: s.batch])
         grow.first(depths)
@@ -97,11 +96,7 @@ class HeadDrafter(Drafter):
             hidden, feature = m.forward(beam, feature, self.pool, grow.parent[: beam.rows])
             m.logits(hidden, beam.num_rows, grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
-
-    def _mine(self) -> Tensor:
-        """int32 [B]: 1 for the slots whose trees are to be grown."""
-        return (torch.minimum(self.max_nodes, self.state.seq_lens) > 0) * self.state.active
+        grow.select(nodes, depths, depth)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
         return self.expansion.draft_logits(self.max_depth)

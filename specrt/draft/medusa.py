@@ -47,8 +47,7 @@ class MedusaDrafter(Drafter):
 
     def propose(self, slots: int, depth: int) -> None:
         s, grow = self.state, self.expansion
-        mine = (self.max_nodes > 0).int() * s.active * (s.seq_lens > 0).int()
-        depths = self.max_depth * mine
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         self._logits(0, grow.logits[: s.batch])
         grow.first(depths)
@@ -56,7 +55,7 @@ class MedusaDrafter(Drafter):
             self._logits(level - 1, self.slot_logits)
             torch.index_select(self.slot_logits, 0, beam.request, out=grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
+        grow.select(nodes, depths, depth)
 
     def _logits(self, j: int, out: Tensor) -> None:
         self.model.logits(j, self.root_state[: self.state.batch], self.expansion.num_slots, out)

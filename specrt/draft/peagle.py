@@ -78,8 +78,7 @@ class PEagleDrafter(HeadDrafter):
 
     def propose(self, slots: int, depth: int) -> None:
         grow = self.expansion
-        mine = self._mine()
-        depths = self.max_depth * mine
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         self.model.logits(self.hidden[:-1], self.all_rows, self.own_logits)
         grow.logits[: self.state.batch].copy_(self.own_logits[:: self.levels])
@@ -88,4 +87,4 @@ class PEagleDrafter(HeadDrafter):
             row = beam.request.long() * self.levels + level - 1
             torch.index_select(self.own_logits, 0, row, out=grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
+        grow.select(nodes, depths, depth)

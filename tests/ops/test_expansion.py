@@ -186,3 +186,13 @@ def test_a_wrong_argument_is_named(device):
                         (dict(batch=3, rows=3), "row_request"), (dict(level=2, path=1), "row_path")]:
         with pytest.raises(RuntimeError, match=f"tree_expand.*'{name}'"):
             call(**wrong)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 300])
+def test_limits_are_those_of_slots_that_have_a_tree_to_grow(device, batch):
+    rng = random.Random(batch)
+    nodes, depth, lens, active = ([rng.choice(values) for _ in range(batch)] for values in ([0, 5, 63], [1, 8], [0, 1, 900], [0, 1]))
+    out = [poisoned(batch, dtype=I32, device=device) for _ in range(3)]
+    ops.draft_limits(*(ints(x, device) for x in (nodes, depth, lens, active)), 1, *out)
+    grows = [n > 0 and length > 0 and a == 1 for n, length, a in zip(nodes, lens, active)]
+    assert [t.tolist() for t in out] == [[n * g for n, g in zip(nodes, grows)], [d * g for d, g in zip(depth, grows)], [length - 1 for length in lens]]
