@@ -49,20 +49,20 @@ struct AttentionPlanParams {
 };
 
 constexpr int kPlanHeader = 4, kPlanBlock = 8;  // ints
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * rows; }
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
 
 // CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.
 struct TreeShape {
-  int warpgroups, most_rows;
+  int warpgroups, blocks_per_sm, most_rows;
 };
 inline TreeShape tree_shape(int rows, int requests, int group_heads, int path_depth) {
   const int rows_a_request = (rows + requests - 1) / (requests > 0 ? requests : 1), warpgroups = !path_depth && rows_a_request * group_heads > 64 ? 2 : 1;
-  int most = warpgroups * (64 / group_heads);
+  int most = warpgroups * 64 / group_heads;
   if (path_depth) {  // a tile holds the keys of all paths
     const int in_a_tile = kTile / (path_depth < kTile ? path_depth : kTile);
     most = most < in_a_tile ? most : in_a_tile;
   }
-  return {warpgroups, most};
+  return {warpgroups, warpgroups == 1 ? 2 : 1, most};
 }
 
 inline void launch_attention_plan_cpu(const AttentionPlanParams&) {}  // the CPU needs none

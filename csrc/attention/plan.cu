@@ -35,12 +35,13 @@ struct Plus {
   __device__ int operator()(int a, int b) const { return a + b; }
 };
 
-__global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most) {
+__global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
   __shared__ int warps[kWarps];
+  ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
-  Block* blocks = plan_blocks(p.plan);
+  Block* blocks = reinterpret_cast<Block*>(p.plan + kPlanHeader);
   auto together = [&](int r) {  // row r goes on with row r - 1's run
     return r > 0 && p.row_request[r] == p.row_request[r - 1] && (!has_paths || p.row_prefix[r] == p.row_prefix[r - 1]);
   };
@@ -91,18 +92,36 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   }
   __syncthreads();
 
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, {}};
-  // Attention reads the plan before it waits (tree.cu): only now may it start, where it is the next kernel.
-  __threadfence();
-  __syncthreads();
-  ptx::launch_dependents();
+  // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
+  int chunks = 0, groups = 0, longest = 0;
+  for (int b = threadIdx.x; b < count; b += kThreads) {
+    chunks += blocks[b].pieces(1);
+    groups += blocks[b].pieces(kGroupChunks);
+    longest = max(longest, min(kGroupChunks, blocks[b].pieces(1)));
+  }
+  int all_chunks, all_groups, most_chunks;
+  scan(chunks, Plus(), 0, all_chunks, warps);
+  scan(groups, Plus(), 0, all_groups, warps);
+  scan(longest, Max(), 0, most_chunks, warps);
+  const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
+  const int run = by_group <= by_chunk + by_chunk / 4 ? kGroupChunks : 1;
+
+  int pieces = 0;
+  for (int base = 0; base < count; base += kThreads) {
+    const int b = base + threadIdx.x, mine = b < count ? blocks[b].pieces(run) : 0;
+    int total;
+    const int upto = scan(mine, Plus(), 0, total, warps);
+    if (b < count) blocks[b].pieces_before = pieces + upto - mine;
+    pieces += total;
+  }
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
 }
 
 }  // namespace
 
 void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
   const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
-  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows);
+  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows, multiprocessors() * shape.blocks_per_sm);
 }
 
 }  // namespace specrt

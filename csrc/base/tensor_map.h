@@ -31,17 +31,6 @@ inline CUtensorMap tensor_map_bf16(const void* matrix, int rows, int columns, in
   return map;
 }
 
-// Three dimensions of bf16, the first contiguous, in boxes of 64 elements of it whose 128 bytes are swizzled as above. sizes, strides (bytes, of the second and third; multiples
-// of 16), box (of the second and third, at most 256).
-inline CUtensorMap tensor_map_bf16(const void* data, const cuuint64_t (&sizes)[3], const cuuint64_t (&strides)[2], int second, int third) {
-  CUtensorMap map;
-  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(second), static_cast<cuuint32_t>(third)}, steps[3] = {1, 1, 1};
-  const CUresult status = tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) fail("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));
-  return map;
-}
-
 // An e4m3 matrix [rows, columns], rows contiguous, in boxes of [box_rows, 128] whose rows of 128 bytes are swizzled: the 16-byte chunk c of row r lies at
 // place c ^ (r % 8). columns % 16 == 0, 16-byte aligned; box_rows <= 256.
 inline CUtensorMap tensor_map_e4m3(const void* matrix, int rows, int columns, int box_rows) {

@@ -60,21 +60,6 @@ __device__ __forceinline__ void mbarrier_arrive_of(uint32_t rank, uint32_t own) 
   asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address_of(rank, own)) : "memory");
 }
 
-// The same, after all that this thread wrote anywhere, and its warp before a __syncwarp: a fence of the whole card. For mbarrier_wait_cluster.
-__device__ __forceinline__ void mbarrier_release_of(uint32_t rank, uint32_t own) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(shared_address_of(rank, own)) : "memory");
-}
-
-// Waits for the phase of this parity of an own barrier; what those who released it wrote is visible then.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}"
-      ::"r"(barrier), "r"(parity) : "memory");
-}
-
 // Sends 64 bits to the shared address `own` of the CTA `rank`; they complete as 8 bytes on that CTA's barrier at the shared address `bell`.
 __device__ __forceinline__ void send_to(uint32_t rank, uint32_t own, uint64_t bits, uint32_t bell) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(shared_address_of(rank, own)), "l"(bits), "r"(shared_address_of(rank, bell))

@@ -30,13 +30,6 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap* map, in
                : "memory");
 }
 
-// The same with a map of three dimensions.
-__device__ __forceinline__ void tma_load_3d(uint32_t to, const CUtensorMap* map, int x, int y, int z, uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z),
-               "r"(barrier)
-               : "memory");
-}
-
 // The same into every CTA of the cluster whose bit is set in `ctas`, at this offset of its shared memory and completing on its own barrier there.
 __device__ __forceinline__ void tma_load_to_all(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier, int ctas, uint64_t policy) {
   asm volatile(

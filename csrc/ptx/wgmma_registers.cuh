@@ -21,9 +21,6 @@ __device__ __forceinline__ uint64_t wgmma_plain_descriptor(uint32_t tile) {
 // Makes this thread's writes to shared memory visible to the tensor cores and the copy engine; a barrier must follow before their use.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// 16 bytes of zeros at a shared address.
-__device__ __forceinline__ void store_zeros(uint32_t to) { asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory"); }
-
 // After wgmma_wait: keeps the compiler from using the results earlier.
 template <int N> __device__ __forceinline__ void wgmma_results(float (&d)[N][4]) {
 #pragma unroll
