@@ -9,9 +9,9 @@ from specrt.checks import choice, integer, number, refuse
 from specrt.train.objectives import OBJECTIVES
 
 METHODS = ("eagle3", "eagle3.1", "peagle", "mtp", "medusa")
-#: unroll, decay, lr, layers of a method; heads of MEDUSA are its unrolled steps.
 _DRAWN = ("eagle3", "eagle3.1", "mtp")  # whose drafts depend on those before them
 _VSD_LR = 5e-6
+#: unroll, decay, lr, layers of a method; heads of MEDUSA are its unrolled steps.
 _DEFAULTS = {"eagle3": (7, 0.8, 1e-4, 1), "eagle3.1": (7, 0.8, 1e-4, 1), "peagle": (5, 1.0, 6e-4, 2), "mtp": (3, 0.6, 1e-4, 1), "medusa": (4, 0.8, 1e-3, 1)}
 
 
