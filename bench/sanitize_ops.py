@@ -113,8 +113,14 @@ def row_wise(k: Kit) -> None:
             ops.rms_scale(k.random(rows, hidden, dtype=dtype), k.random(hidden, dtype=dtype), n, out, k.out(*ops.squares_shape(rows, hidden), dtype=F32))
             k.written(out, used)
             out = k.out(rows, hidden, dtype=dtype)
-            ops.embedding(k.random(11, hidden, dtype=dtype), torch.arange(rows, dtype=I32, device=k.device), n, out)
+            ids = torch.arange(rows, dtype=I32, device=k.device)
+            ops.embedding(k.random(11, hidden, dtype=dtype), ids, n, out)
             k.written(out, used)
+            for weight in (None, k.random(hidden, dtype=dtype)):
+                joined, stream = k.out(rows, 2 * hidden, dtype=dtype), k.out(rows, hidden, dtype=dtype)
+                ops.head_input(k.random(11, hidden, dtype=dtype), ids, k.random(rows + 2, hidden, dtype=dtype), ids + 2, weight, weight, 1e-5, False, n, joined, stream, False)
+                k.written(joined, used)
+                k.written(stream, used)
 
 
 def paged(k: Kit) -> None:
@@ -222,6 +228,14 @@ def sampling(k: Kit) -> None:
             k.written(child, used)
             k.written(score, used)
 
+        # Of 130 tokens or one that the drafter has, and of all; the second slot's stops are in force.
+        for ids in (torch.arange(130, dtype=I64, device=k.device) * (vocab // 131), k.ints(vocab - 1, dtype=I64), None):
+            child, score = k.out(capacity, 3, dtype=I32), k.out(capacity, 3)
+            ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
+                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, n, child, score)
+            k.written(child, used)
+            k.written(score, used)
+
         path, emitted, path_len, error = k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), k.out(slots, dtype=I32), k.out(slots, dtype=I32)
         walked = (path, path_len, emitted, error)
         ops.accept_walk(token, parent, size, offset, target, status, *walked)
@@ -252,13 +266,24 @@ def drafting(k: Kit) -> None:
     table = torch.arange(slots * 4, dtype=I32, device=k.device).view(slots, 4)
     token, parent, score = (k.out(slots, candidates, dtype=t) for t in (I32, I32, F32))
     beam, num_rows = k.full(slots, width, value=0), k.out(1, dtype=I32)
-    request, row_token, position, prefix = (k.out(rows, dtype=I32) for _ in range(4))
+    request, row_token, position, prefix, above = (k.out(rows, dtype=I32) for _ in range(5))
     slot, path = k.out(rows, dtype=I64), k.out(rows, levels, dtype=I32)
     lengths, depth = k.ints(3, 17, 0), k.ints(3, 1, 2)
     for level in range(1, levels + 1):
         given = slots if level == 1 else rows
         ops.tree_expand(level, width, k.full(given, width, value=level), -k.random(given, width).abs(), depth, lengths, table, page, token, parent, score, beam, request,
-                        row_token, position, prefix, slot, path, num_rows)
+                        row_token, position, prefix, slot, path, above, num_rows)
+    limits = [k.out(slots, dtype=I32) for _ in range(3)]
+    ops.draft_limits(k.ints(7, 0, 3), k.ints(4, 4, 4), k.ints(9, 17, 4), k.ints(1, 1, 0), 1, *limits)
+    assert [t.tolist() for t in limits] == [[7, 0, 0], [4, 0, 0], [8, 16, 3]]
+    num_rows, capacity = k.out(1, dtype=I32), 20
+    rows_of = [k.out(capacity, dtype=t) for t in (I32, I32, I32, I32, I64, I32, I64)]
+    ops.path_rows(history, k.ints(9, 17, 4), k.ints(8, 1, 3), k.ints(7, 7, 0), k.ints(*range(8)).repeat(slots, 1), k.ints(0, 8, 9, 12), table, page, *rows_of, num_rows)
+    assert num_rows.item() == 9
+    for t in rows_of[:5]:
+        k.written(t, 9)
+    for t in rows_of[5:]:
+        k.written(t, capacity)
     size = k.out(slots, dtype=I32)
     ops.tree_select(levels, width, width, k.ints(63, 5, 9), depth, token, parent, score, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), size)
     assert size.tolist() == [64, 6, 10]

@@ -138,6 +138,15 @@ def embedding(table: Tensor, ids: Tensor, num_rows: Tensor, out: Tensor) -> None
     _C.embedding(table, ids, num_rows, out)
 
 
+def head_input(table: Tensor, ids: Tensor, feature: Tensor, parent: Tensor | None, token_weight: Tensor | None, feature_weight: Tensor | None, eps: float, feature_first: bool,
+               num_rows: Tensor, joined: Tensor, stream: Tensor | None, stream_normed: bool) -> None:
+    """``embedding`` and ``rms_norm`` of both halves of a draft head's input, to the bit: joined act [R, 2 H] = (token, feature), or (feature, token) with feature_first.
+
+    table act [V, H], ids int32 [R]; feature act [F, H], parent int32 [R]: its row for each, None = its own (F = R). token_weight, feature_weight act [H]: of the norm, None = none. NaN
+    for an id or a parent that is outside. stream act [R, H]: the feature once more, after its norm if ``stream_normed``; not one of the inputs."""
+    _C.head_input(table, ids, feature, parent, token_weight, feature_weight, eps, feature_first, num_rows, joined, stream, stream_normed)
+
+
 # ------------------------------------------------------------------------------------------------ kv
 
 
@@ -230,6 +239,17 @@ def span_rows(history: Tensor, start: Tensor, end: Tensor, block_table: Tensor, 
     _C.span_rows(history, start, end, block_table, page_size, row_offset, row_request, row_token, row_position, row_prefix, row_slot, num_rows)
 
 
+def path_rows(history: Tensor, seq_lens: Tensor, path_len: Tensor, max_nodes: Tensor, path: Tensor, row_offset: Tensor, block_table: Tensor, page_size: int,
+              row_request: Tensor, row_token: Tensor, row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_source: Tensor, row_root: Tensor, num_rows: Tensor) -> None:
+    """``span_rows`` of what a round has committed, for a head: the last path_len[b] positions below seq_lens[b] (after the round), of slots with max_nodes[b] > 0.
+
+    history int32 [B, T]; seq_lens, path_len, max_nodes int32 [B]; path int32 [B, N] and row_offset int32 [B + 1] of the round. Rows as ``span_rows`` has them, but row_token is the token
+    *behind* the position's own. row_source int32 [R]: the round's row whose feature belongs to the position; row_root int64 [R]: b for a slot's last row, else B. Past
+    num_rows these two are 0 and B."""
+    _C.path_rows(history, seq_lens, path_len, max_nodes, path, row_offset, block_table, page_size, row_request, row_token, row_position, row_prefix, row_slot, row_source,
+                 row_root, num_rows)
+
+
 def accept_walk(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, row_offset: Tensor, row_target: Tensor, row_status: Tensor,
                 path: Tensor, path_len: Tensor, emitted: Tensor, error: Tensor) -> None:
     """The exact walk (verification.md 1 and 6): from the root, move to the child whose token is the target's token at this node; at the first
@@ -270,9 +290,15 @@ def ngram_propose(history: Tensor, seq_lens: Tensor, max_nodes: Tensor, max_dept
     _C.ngram_propose(history, seq_lens, max_nodes, max_depth, min_n, max_n, branches, seeds, sampling_f, tree_token, tree_parent, tree_size)
 
 
+def draft_limits(max_nodes: Tensor, max_depth: Tensor, seq_lens: Tensor, active: Tensor, lag: int, nodes: Tensor, depth: Tensor, base: Tensor | None) -> None:
+    """What the slots' trees may grow to, int32 [B] each: nodes and depth are max_nodes and max_depth, and 0 for a slot that is not active, has no drafter (max_nodes 0), or has
+    nothing committed that a tree could grow from; base, where it is wanted, = seq_lens - lag, for ``tree_expand``."""
+    _C.draft_limits(max_nodes, max_depth, seq_lens, active, lag, nodes, depth, base)
+
+
 def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                 cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor, beam: Tensor, row_request: Tensor, row_token: Tensor, row_position: Tensor,
-                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, num_rows: Tensor) -> None:
+                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, row_parent: Tensor, num_rows: Tensor) -> None:
     """One level of a drafter's tree expansion (EAGLE-2): appends the children of the current beam to the candidates and picks the next beam.
 
     level >= 1 is the depth of the children. Let W = beam_width, k = topk_token.shape[1], F(1) = 0, F(l) = k + (l-2) W k the first candidate of level l.
@@ -282,9 +308,9 @@ def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Ten
     beam int32 [B, W]: candidate indices; read (level > 1), then replaced by the W best children of this level by cumulative score (ties: lower
     index), in descending order; k >= W. Rows of the next level, for slots with max_depth[b] > level: row_token, row_position = seq_len + level, row_prefix = seq_len + 1,
     row_slot int64 (scratch slot seq_len + 1 + (level-1) W + w for beam entry w, through the block table), row_path int32 [R, depth capacity]: for
-    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself."""
+    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself, row_parent: the row of topk_token that the row is a child of."""
     _C.tree_expand(level, beam_width, topk_token, topk_score, max_depth, seq_lens, block_table, page_size, cand_token, cand_parent, cand_score, beam,
-                   row_request, row_token, row_position, row_prefix, row_slot, row_path, num_rows)
+                   row_request, row_token, row_position, row_prefix, row_slot, row_path, row_parent, num_rows)
 
 
 def tree_select(levels: int, beam_width: int, topk: int, max_nodes: Tensor, max_depth: Tensor, cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor,
@@ -339,6 +365,16 @@ def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tens
     (the target's own noise), NOISE_DRAFT (private: the draw order is then exactly sampling without replacement). No noise where temperature is 0.
     perturbed float32 [R, V] is scratch; token int32, score float32 [R, k], k <= 64. Missing tokens: -1 with score -inf."""
     _C.draft_topk(z, row_request, row_position, seeds, sampling_f, noise, num_rows, perturbed, token, score)
+
+
+def draft_children(logits: Tensor, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor, stop_ids: Tensor,
+                   bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
+    """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children and scores, to the bit.
+
+    logits float32 [R, D], raw and left so; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
+    stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k], k <= 64: a token that
+    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: V <= 327680."""
+    _C.draft_children(logits, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
 
 
 def accept_rejection(z: Tensor, row_status: Tensor, row_offset: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, q: Tensor,

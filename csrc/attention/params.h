@@ -18,6 +18,9 @@ namespace specrt {
 constexpr int kTile = 64, kChunkTiles = 4, kGroupChunks = 8;
 constexpr int kChunk = kTile * kChunkTiles, kGroup = kChunk * kGroupChunks;
 
+// On CUDA tree attention in bfloat16 reads the plan, the block table, the rows' tables, num_rows, and keys and values of positions that were there before this pass (of a request's rows
+// without ancestors or paths: below its first row's; of others: below prefix) while the kernel before it may still run. So what writes those must be older than that kernel (rope_append,
+// say), or be attention_plan, which lets no other kernel start before it has written. The plan is made after all of them.
 struct AttentionParams {
   DType dtype;
   const void* q;              // [R, Hq, D]
@@ -48,7 +51,7 @@ struct AttentionPlanParams {
   int rows, requests, q_heads, kv_heads, path_depth;
 };
 
-constexpr int kPlanHeader = 4, kPlanBlock = 8;  // ints
+constexpr int kPlanHeader = 4, kPlanBlock = 12;  // ints
 constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
 
 // CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.

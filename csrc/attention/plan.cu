@@ -37,7 +37,6 @@ struct Plus {
 
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
   __shared__ int warps[kWarps];
-  ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
@@ -55,7 +54,10 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     const bool leads = r < rows && (r - begin) % most == 0;
     int leaders;
     const int place = count + scan(leads, Plus(), 0, leaders, warps) - 1;
-    if (leads) blocks[place].begin = r;
+    if (leads) {
+      blocks[place].begin = r;
+      blocks[place].settled = has_paths ? p.row_prefix[r] : p.row_prefix[begin] - 1;
+    }
     count += leaders;
   }
   __syncthreads();
@@ -64,6 +66,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   for (int b = warp; b < count; b += kWarps) {
     const int begin = blocks[b].begin, end = b + 1 < count ? blocks[b + 1].begin : rows;
     int prefix = 0, shortest = 0x7fffffff, longest = 0, nodes = 0;
+    unsigned long long wanted = 0;
     for (int r = begin + lane; r < end; r += 32) {
       int len = p.row_prefix[r];
       prefix = max(prefix, len);
@@ -71,6 +74,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
         const long long word = p.ancestors[r];
         len += __popcll(word);
         nodes = max(nodes, 64 - __clzll(word));
+        wanted |= word;
       } else if (p.paths) {
         for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++len;
       }
@@ -81,6 +85,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     shortest = __reduce_min_sync(~0u, shortest);
     longest = __reduce_max_sync(~0u, longest);
     nodes = __reduce_max_sync(~0u, nodes);
+    const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
     if (lane == 0) {
       blocks[b].rows = end - begin;
       blocks[b].request = p.row_request[begin];
@@ -88,6 +93,8 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
       blocks[b].shortest = shortest;
       blocks[b].longest = longest;
       blocks[b].nodes = nodes;
+      blocks[b].wanted_low = static_cast<int>(low);
+      blocks[b].wanted_high = static_cast<int>(high);
     }
   }
   __syncthreads();
@@ -115,6 +122,9 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     pieces += total;
   }
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
+  __threadfence();
+  __syncthreads();
+  ptx::launch_dependents();  // not before: attention reads the plan without waiting for the kernel before it (params.h)
 }
 
 }  // namespace

@@ -18,10 +18,10 @@ struct Row {
 
 __device__ __forceinline__ Row describe_row(const AttentionParams& p, int r) {
   Row row;
-  row.prefix = row.len = p.row_prefix[r];
-  if (p.ancestors) row.len += __popcll(p.ancestors[r]);
+  row.prefix = row.len = __ldcg(p.row_prefix + r);  // from L2, as it may be before the wait (params.h)
+  if (p.ancestors) row.len += __popcll(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + r));
   else if (p.paths)
-    for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++row.len;
+    for (int d = 0; d < p.path_depth && __ldcg(p.paths + static_cast<int64_t>(r) * p.path_depth + d) >= 0; ++d) ++row.len;
   if (p.window > 0) row.first = max(0, row.len - p.window);
   return row;
 }

@@ -121,16 +121,12 @@ template <typename S> struct Producer {
 
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
     const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
-    uint64_t wanted = 0;
-    if (p.ancestors && !job.many_nodes && job.chunk_end * kChunk > job.own_begin()) {
-      for (int r = lane; r < job.block.rows; r += 32) wanted |= static_cast<uint64_t>(p.ancestors[job.block.begin + r]);
-      const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
-      wanted = static_cast<uint64_t>(high) << 32 | low;
-    }
+    const uint64_t wanted = static_cast<uint64_t>(static_cast<uint32_t>(job.block.wanted_high)) << 32 | static_cast<uint32_t>(job.block.wanted_low);
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
       const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
+      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
       for (int at = begin; at < end; at += kTile) {
+        if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
         const bool slots = job.loads_slots(at), more = job.loads_more(at);
         const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
         const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
@@ -191,13 +187,13 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   }
   __syncthreads();
   ptx::launch_dependents();
-  ptx::grid_dependency_wait();
+  // Before the wait: who does what, and the producer's first tiles (params.h).
   const PlanHeader header = plan_header(p.plan);
-  const Block first_blocks = plan_blocks(p.plan)[lane];
+  const Block first_blocks = plan_block(p.plan, lane);
   // Neighbouring jobs to a CTA: pieces of one block and KV head.
   const int jobs = header.pieces * p.kv_heads, each = jobs / static_cast<int>(gridDim.x), over = jobs % static_cast<int>(gridDim.x), cta = blockIdx.x;
   const int jobs_begin = cta * each + min(cta, over), jobs_end = jobs_begin + each + (cta < over);
-  if (jobs_begin == jobs_end) return;
+  if (jobs_begin == jobs_end) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
   BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
 
   if (warp >= S::warps) {
@@ -225,8 +221,9 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     const int warp_rows_begin = first_vector / group_heads, warp_rows_end = min((first_vector + 15) / group_heads + 1, block.rows);
 
     if (block.begin != loaded_block || job.kv_head != loaded_head) {
-    loaded_block = block.begin;
-    loaded_head = job.kv_head;
+      loaded_block = block.begin;
+      loaded_head = job.kv_head;
+      ptx::grid_dependency_wait();
       ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
       constexpr int kEach = S::vectors * (S::columns / 8) / S::consumers;
       uint4 q[kEach];
@@ -418,10 +415,9 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_k
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32, r = static_cast<int>(vector / p.q_heads), chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
   ptx::launch_dependents();
+  const int rows = min(__ldcg(p.num_rows), p.rows), run = plan_header(p.plan).run;
+  const Row row = describe_row(p, min(r, p.rows - 1));
   ptx::grid_dependency_wait();
-  if (r >= p.rows) return;
-  const int rows = *p.num_rows, run = plan_header(p.plan).run;  // all loads at once
-  const Row row = describe_row(p, r);
   if (r >= rows) return;
   const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
   if (run == kGroupChunks && end - begin == 1) return;  // written where it was computed

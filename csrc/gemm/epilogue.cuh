@@ -19,16 +19,20 @@ template <int warpgroups, int tokens> struct EpilogueShared {
   alignas(16) uint64_t full, empty;       // of `scale`: made, read
 };
 
-// f(j, fragment j) for all of a thread's fragments, one after the other: between the rounds of a loop the values move down, as registers have no index. Code behind the main loop is
-// cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so it must be short: written out for each of the fragments of 64
-// tokens it cost 10 us a kernel.
-template <int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
+// f(j, fragment j) for all of a thread's fragments, one after the other, kTogether of them written out: between the rounds of a loop the values move down, as registers have no index.
+// Code behind the main loop is cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so few rows' must be short: written out for each
+// of the fragments of 64 tokens it cost 10 us a kernel. Many rows' runs tile after tile, where the moves count: together = 1 has 4k of them a tile of 256 tokens.
+template <int kTogether, int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
+  static_assert(N % (4 * kTogether) == 0, "whole rounds");
 #pragma unroll 1
-  for (int j = 0; j < N / 4; ++j) {
-    float d[4] = {value[0], value[1], value[2], value[3]};
-    f(j, d);
+  for (int first = 0; first < N / 4; first += kTogether) {
 #pragma unroll
-    for (int i = 0; i + 4 < N; ++i) value[i] = value[i + 4];
+    for (int k = 0; k < kTogether; ++k) {
+      float d[4] = {value[4 * k], value[4 * k + 1], value[4 * k + 2], value[4 * k + 3]};
+      f(first + k, d);
+    }
+#pragma unroll
+    for (int i = 0; i + 4 * kTogether < N; ++i) value[i] = value[i + 4 * kTogether];
   }
 }
 

@@ -64,6 +64,7 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
+  static constexpr int together = ways == Ways::kTurn ? 2 : tokens > 128 ? 8 : tokens > 64 ? 4 : 1;  // fragments of the epilogue
   static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
   using Tail = EpilogueShared<warpgroups, tokens>;
@@ -107,18 +108,18 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
     auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (p.out_features - first_output + 63) / 64)); };
     // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
-    const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();  // keep: of x, every CTA reads it
     auto copy_weights = [&](const char* weight, int units, int step, int s) {
       ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
 #pragma unroll
-      for (int u = 0; u < T::warpgroups; ++u) {
-        if (u >= units) continue;
-        const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
-        const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-        if (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-        else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
-      }
+      for (int u = 0; u < T::warpgroups; ++u)
+        if (u < units) {
+          const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+          const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+          if constexpr (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+          else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
+        }
     };
+    const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
     auto copy_tokens = [&](int first_row, int step, int s) {
       const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + slot * T::box * kRowBytes;
       const int column = (begin + step) * kStepColumns, row = first_row + slot * T::box;
@@ -243,14 +244,14 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           theirs[i] = rank == 0 ? sum[4 * T::own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment(theirs, [&](int j, float (&d)[4]) {
+        for_each_fragment<T::together>(theirs, [&](int j, float (&d)[4]) {
           if (j < sent) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int half = 8 * rank * T::own;
         uint2 stream = epilogue.residual(half);
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment(mine, [&](int j, float (&d)[4]) {
+        for_each_fragment<T::together>(mine, [&](int j, float (&d)[4]) {
           if (j >= awaited) return;
           const uint2 next = epilogue.residual(half + 8 * (j + 1));
           const float4 other = from[j * T::fragment_bytes / 16];
@@ -267,7 +268,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 #pragma unroll
           for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
         uint2 stream = epilogue.residual(0);
-        for_each_fragment(sum, [&](int j, float (&d)[4]) {
+        for_each_fragment<T::together>(sum, [&](int j, float (&d)[4]) {
           if (first_row + 8 * j >= rows) return;
           const uint2 next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);

@@ -23,6 +23,9 @@ namespace specrt {
 namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
+// Of layers that narrow: a stage more than in bfloat16, out of what tile.cuh's two sizes leave of an SM.
+constexpr int kNarrow = 91000;
+static_assert(kWideBytes + kNarrow + (2 << 10) <= 228 << 10);
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
 constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
@@ -39,6 +42,7 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
+  static constexpr int together = tokens > 64 ? 4 : 1;               // fragments of the epilogue
   static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
@@ -280,14 +284,14 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment(theirs, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::together>(theirs, [&](int j, float(&d)[4]) {
           if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int first = 8 * rank * own;
         auto stream = epilogue.residual(first);
         ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment(mine, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::together>(mine, [&](int j, float(&d)[4]) {
           if (j >= awaited) return;
           const auto next = epilogue.residual(first + 8 * (j + 1));
           const float4 other = from[j * (T::fragment_bytes / 16)];
@@ -301,7 +305,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         epilogue.finish_squares(first, first + 8 * own);
       } else {
         auto stream = epilogue.residual(0);
-        for_each_fragment(sum, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::together>(sum, [&](int j, float(&d)[4]) {
           if (first_row + 8 * j >= rows) return;
           const auto next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);
@@ -321,15 +325,18 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
-  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
+  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrow;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
+  // Of one row, each quantiser fills a stage of its own, and a barrier's parity tells one round from the next alone.
+  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= std::min(kNarrow, kWideBytes));
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
 // Blocks of 16 to 128 tokens, as the rows need.
 template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
   const int rows = fp8.linear.rows;
+  static_assert(kSelfQuantizedRows <= 16, "one block of tokens");
   if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, pair, true>>(fp8, stream);
   else if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
   else if (rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(fp8, stream);

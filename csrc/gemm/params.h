@@ -69,7 +69,8 @@ struct QuantizeFp8Params {
   int rows, columns;  // R (capacity), K
 };
 
-constexpr int kSelfQuantizedRows = 4;  // up to so many rows of bfloat16 linear_fp8 quantises itself on CUDA, to the same bits
+// Up to so many rows of bfloat16 linear_fp8 quantises itself on CUDA, to the same bits. More take longer than the weights (8 rows: down of the 8B shape 36 us, with a kernel before it 24).
+constexpr int kSelfQuantizedRows = 4;
 
 struct LinearFp8Params {
   // dtype kE4M3: x as quantize_fp8 writes it; CUDA, up to kSelfQuantizedRows rows: or kBF16. weight packed (CPU: as above; CUDA: in units of 64 outputs x 128 k, pack.cu,

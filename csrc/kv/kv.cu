@@ -69,8 +69,8 @@ constexpr int kCommitThreads = 256, kBatch = 4;  // pieces of K and of V a threa
 
 // A batch reads all its sources before it writes. Later batches' sources lie above this batch's destinations (path[i] >= i), so batches may follow
 // one another; pieces of 16 bytes are ordered by node.
+// No kernel starts before this one has ended: attention reads committed keys before its wait.
 __global__ void __launch_bounds__(kCommitThreads) kv_commit_kernel(KvCommitParams p, int pieces) {
-  ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const int layer = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
   const int32_t* table = p.block_table + static_cast<int64_t>(b) * p.max_pages;

@@ -56,8 +56,28 @@ template <typename T> void embedding(const EmbeddingParams& p) {
   }
 }
 
+// Row `from` of [count, hidden], NaN if there is none; after its norm where there is a weight.
+template <typename T> void copy_row(const void* table, int64_t from, int64_t count, const void* weight, float eps, int hidden, T* out) {
+  const T* x = static_cast<const T*>(table) + from * hidden;
+  if (from < 0 || from >= count) std::fill(out, out + hidden, round_to<T>(bits_to_float(0x7fc00000u)));
+  else if (weight) rms_norm_row(x, static_cast<const T*>(weight), out, eps, hidden);
+  else std::copy(x, x + hidden, out);
+}
+
+template <typename T> void head_input(const HeadInputParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
+  parallel_for(n, n * h * 16, [&](int64_t r) {
+    T *first = static_cast<T*>(p.joined) + 2 * r * h, *second = first + h;
+    const int64_t from = p.parent ? p.parent[r] : r;
+    copy_row(p.table, p.ids[r], p.vocab, p.token_weight, p.eps, p.hidden, p.feature_first ? second : first);
+    copy_row(p.feature, from, p.features, p.feature_weight, p.eps, p.hidden, p.feature_first ? first : second);
+    if (p.stream) copy_row(p.feature, from, p.features, p.stream_normed ? p.feature_weight : nullptr, p.eps, p.hidden, static_cast<T*>(p.stream) + r * h);
+  });
+}
+
 }  // namespace
 
+void launch_head_input_cpu(const HeadInputParams& p) { p.dtype == DType::kBF16 ? head_input<bf16>(p) : head_input<float>(p); }
 void launch_rms_norm_cpu(const RmsNormParams& p) { p.dtype == DType::kBF16 ? rms_norm<bf16>(p) : rms_norm<float>(p); }
 void launch_rms_scale_cpu(const RmsScaleParams& p) { p.dtype == DType::kBF16 ? rms_scale<bf16>(p) : rms_scale<float>(p); }
 void launch_embedding_cpu(const EmbeddingParams& p) { p.dtype == DType::kBF16 ? embedding<bf16>(p) : embedding<float>(p); }

@@ -44,12 +44,35 @@ void embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor out) {
   SPECRT_LAUNCH(embedding, check, p);
 }
 
+void head_input(Tensor table, Tensor ids, Tensor feature, std::optional<Tensor> parent, std::optional<Tensor> token_weight, std::optional<Tensor> feature_weight, double eps,
+                bool feature_first, Tensor num_rows, Tensor joined, std::optional<Tensor> stream, bool stream_normed) {
+  Checker check("head_input", table);
+  Sym V("V"), H("H"), R("R"), F("F");
+  const auto act = table.scalar_type();
+  check("table", table, {V, H}, {kF32, kBF16});
+  check("ids", ids, {R}, {kI32});
+  check("feature", feature, {F, H}, {act});
+  check("parent", parent, {R}, {kI32});
+  check("token_weight", token_weight, {H}, {act});
+  check("feature_weight", feature_weight, {H}, {act});
+  check("num_rows", num_rows, {1}, {kI32});
+  check("joined", joined, {R, 2 * H}, {act});
+  check("stream", stream, {R, H}, {act});
+  check.require(parent.has_value() || F == R, "feature", "a row a token, or parents");
+  if (R == 0) return;
+  HeadInputParams p{dtype_of(table), in<void>(table), in<int32_t>(ids), in<void>(feature), in<int32_t>(parent), in<void>(token_weight), in<void>(feature_weight),
+                    inout<void>(joined), inout<void>(stream), in<int32_t>(num_rows), static_cast<float>(eps), feature_first, stream_normed,
+                    static_cast<int>(R), static_cast<int>(V), static_cast<int>(F), static_cast<int>(H)};
+  SPECRT_LAUNCH(head_input, check, p);
+}
+
 }  // namespace
 
 #define SPECRT_NORM_OPS(m)                    \
   m.impl("rms_norm", TORCH_BOX(&rms_norm));   \
   m.impl("rms_scale", TORCH_BOX(&rms_scale)); \
-  m.impl("embedding", TORCH_BOX(&embedding));
+  m.impl("embedding", TORCH_BOX(&embedding)); \
+  m.impl("head_input", TORCH_BOX(&head_input));
 
 STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) { SPECRT_NORM_OPS(m) }
 STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) { SPECRT_NORM_OPS(m) }

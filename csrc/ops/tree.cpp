@@ -71,6 +71,32 @@ void span_rows(Tensor history, Tensor start, Tensor end, Tensor block_table, int
   SPECRT_LAUNCH(span_rows, check, p);
 }
 
+void path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, Tensor path, Tensor row_offset, Tensor block_table, int64_t page_size,
+               Tensor row_request, Tensor row_token, Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_source, Tensor row_root, Tensor num_rows) {
+  Checker check("path_rows", history);
+  Sym B("B"), T("T"), N("N"), R("R");
+  check("history", history, {B, T}, {kI32});
+  check("seq_lens", seq_lens, {B}, {kI32});
+  check("path_len", path_len, {B}, {kI32});
+  check("max_nodes", max_nodes, {B}, {kI32});
+  check("path", path, {B, N}, {kI32});
+  check("row_offset", row_offset, {B + 1}, {kI32});
+  const Paging paging = paging_of(check, block_table, page_size, B);
+  check("row_request", row_request, {R}, {kI32});
+  check("row_token", row_token, {R}, {kI32});
+  check("row_position", row_position, {R}, {kI32});
+  check("row_prefix", row_prefix, {R}, {kI32});
+  check("row_slot", row_slot, {R}, {kI64});
+  check("row_source", row_source, {R}, {kI32});
+  check("row_root", row_root, {R}, {kI64});
+  check("num_rows", num_rows, {1}, {kI32});
+  check.require(B >= 1, "history", "at least one slot");
+  PathRowsParams p{in<int32_t>(history), in<int32_t>(seq_lens), in<int32_t>(path_len), in<int32_t>(max_nodes), in<int32_t>(path), in<int32_t>(row_offset), paging,
+                   inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix), inout<int64_t>(row_slot),
+                   inout<int32_t>(row_source), inout<int64_t>(row_root), inout<int32_t>(num_rows), as_int(B), as_int(T), as_int(N), as_int(R)};
+  SPECRT_LAUNCH(path_rows, check, p);
+}
+
 AcceptWalkParams walk_params(Checker& check, Sym& B, const Tensor& tree_token, const Tensor& tree_parent, const Tensor& tree_size, const Tensor& row_offset,
                              const Tensor& row_target, const Tensor& row_status, const Tensor& path, const Tensor& path_len, const Tensor& emitted,
                              const Tensor& error) {
@@ -163,9 +189,25 @@ void require_expansion(const Checker& check, int64_t levels, int64_t width, int6
   check.require(candidates >= need, "cand_token", "room for k + (levels - 1) W k = " + std::to_string(need) + " candidates a slot");
 }
 
+void draft_limits(Tensor max_nodes, Tensor max_depth, Tensor seq_lens, Tensor active, int64_t lag, Tensor nodes, Tensor depth, std::optional<Tensor> base) {
+  Checker check("draft_limits", max_nodes);
+  Sym B("B");
+  check("max_nodes", max_nodes, {B}, {kI32});
+  check("max_depth", max_depth, {B}, {kI32});
+  check("seq_lens", seq_lens, {B}, {kI32});
+  check("active", active, {B}, {kI32});
+  check("nodes", nodes, {B}, {kI32});
+  check("depth", depth, {B}, {kI32});
+  check("base", base, {B}, {kI32});
+  if (B == 0) return;
+  DraftLimitsParams p{in<int32_t>(max_nodes), in<int32_t>(max_depth), in<int32_t>(seq_lens), in<int32_t>(active), inout<int32_t>(nodes), inout<int32_t>(depth),
+                      inout<int32_t>(base), as_int(B), as_int(lag)};
+  SPECRT_LAUNCH(draft_limits, check, p);
+}
+
 void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens, Tensor block_table,
                  int64_t page_size, Tensor cand_token, Tensor cand_parent, Tensor cand_score, Tensor beam, Tensor row_request, Tensor row_token,
-                 Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor num_rows) {
+                 Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor row_parent, Tensor num_rows) {
   Checker check("tree_expand", topk_token);
   Sym rows("rows"), k("k"), B("B"), C("C"), R("R"), depth("depth");
   check("topk_token", topk_token, {rows, k}, {kI32});
@@ -183,6 +225,7 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   check("row_prefix", row_prefix, {R}, {kI32});
   check("row_slot", row_slot, {R}, {kI64});
   check("row_path", row_path, {R, depth}, {kI32});
+  check("row_parent", row_parent, {R}, {kI32});
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "max_depth", "at least one slot");
   require_expansion(check, level, beam_width, k, C);
@@ -192,7 +235,7 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   TreeExpandParams p{in<int32_t>(topk_token), in<float>(topk_score), in<int32_t>(max_depth), in<int32_t>(seq_lens), paging,
                      inout<int32_t>(cand_token), inout<int32_t>(cand_parent), inout<float>(cand_score), inout<int32_t>(beam),
                      inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
-                     inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(num_rows),
+                     inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(row_parent), inout<int32_t>(num_rows),
                      as_int(level), as_int(beam_width), as_int(k), as_int(B), as_int(C), as_int(depth), as_int(rows)};
   SPECRT_LAUNCH(tree_expand, check, p);
 }
@@ -227,6 +270,8 @@ void tree_select(int64_t levels, int64_t beam_width, int64_t topk, Tensor max_no
   m.impl("accept_synthetic", TORCH_BOX(&accept_synthetic)); \
   m.impl("round_advance", TORCH_BOX(&round_advance));     \
   m.impl("ngram_propose", TORCH_BOX(&ngram_propose));     \
+  m.impl("path_rows", TORCH_BOX(&path_rows));             \
+  m.impl("draft_limits", TORCH_BOX(&draft_limits));       \
   m.impl("tree_expand", TORCH_BOX(&tree_expand));         \
   m.impl("tree_select", TORCH_BOX(&tree_select));
 

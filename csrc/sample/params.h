@@ -75,6 +75,25 @@ struct DraftTopkParams {
   int rows, vocab, k;
 };
 
+struct DraftChildrenParams {
+  const float* logits;          // [R, D]
+  const int64_t* ids;           // [D], ascending, or null: 0, 1, ...
+  const int32_t* row_request;   // [R]
+  const int32_t* row_position;  // [R]
+  const float* sampling_f;      // [B, 6]
+  const int32_t* sampling_i;    // [B, 5]
+  const int32_t* stop_ids;      // [B, S], -1 pads
+  const float* bias;            // [B, V]
+  const int64_t* seeds;         // [B]
+  const int32_t* num_rows;
+  int32_t* token;               // [R, k]
+  float* score;                 // [R, k]
+  int ahead;                    // the child's position - row_position
+  int noise;                    // purpose, or -1
+  int rows, columns, vocab, stops, k;  // R, D, V, S
+};
+constexpr int kChildrenVocab = 5 << 16;  // on CUDA: as kTransformVocab, with the statistics of the row's blocks beside it
+
 struct AcceptRejectionParams {
   const float* z;              // [R, V]
   const int32_t* row_status;   // [R]
@@ -103,6 +122,8 @@ void launch_row_logprobs_cpu(const RowLogprobsParams& p);
 void launch_row_logprobs_cuda(const RowLogprobsParams& p, void* stream);
 void launch_draft_topk_cpu(const DraftTopkParams& p);
 void launch_draft_topk_cuda(const DraftTopkParams& p, void* stream);
+void launch_draft_children_cpu(const DraftChildrenParams& p);
+void launch_draft_children_cuda(const DraftChildrenParams& p, void* stream);
 void launch_accept_rejection_cpu(const AcceptRejectionParams& p);
 void launch_accept_rejection_cuda(const AcceptRejectionParams& p, void* stream);
 

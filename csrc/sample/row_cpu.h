@@ -116,6 +116,18 @@ SPECRT_ROW void lse_block(const float* z, int n, float* max, float* sum) {
   *sum = lane[0];
 }
 
+// What sample_transform does to a row after the penalties; the columns of a row's slot.
+struct Adjustments {
+  const float* f;           // of sampling_f
+  const int32_t* i;         // of sampling_i
+  const float* bias;        // [V]
+  const int32_t* stop_ids;  // [stops]
+  const int32_t* mask;      // [ceil(V/32)] or null
+  int stops;
+  int32_t position;         // of the token to be chosen
+};
+RowStatus adjust_row(float* z, int n, const Adjustments& a);
+
 // Log-sum-exp of rows [0, n) of z, n * V worth of work over all threads.
 void rows_lse(const float* z, int64_t n, int vocab, float* lse);
 

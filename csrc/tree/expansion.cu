@@ -10,6 +10,12 @@ namespace {
 
 constexpr int kExpandThreads = 256, kSelectThreads = 1024, kWords = kMaxCandidates / 32;
 
+__global__ void draft_limits_kernel(DraftLimitsParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
+  for (int b = threadIdx.x; b < p.batch; b += blockDim.x) limit_slot(p, b);
+}
+
 __global__ void __launch_bounds__(kExpandThreads) tree_expand_kernel(TreeExpandParams p) {
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
@@ -53,6 +59,7 @@ __global__ void __launch_bounds__(kExpandThreads) tree_expand_kernel(TreeExpandP
     p.row_position[row] = prefix - 1 + p.level;
     p.row_prefix[row] = prefix;
     p.row_slot[row] = kv_slot(p.paging, b, prefix + (p.level - 1) * width + w);
+    p.row_parent[row] = min(row0 + (candidate - first) / k, p.rows - 1);
     int32_t* path = p.row_path + static_cast<int64_t>(row) * p.path_depth;
     for (int i = p.level; i < p.path_depth; ++i) path[i] = -1;
     path[p.level - 1] = (p.level - 1) * width + w;
@@ -125,6 +132,10 @@ __global__ void __launch_bounds__(kSelectThreads) tree_select_kernel(TreeSelectP
 }
 
 }  // namespace
+
+void launch_draft_limits_cuda(const DraftLimitsParams& p, void* stream) {
+  launch({dim3(1), dim3(128), 0, static_cast<cudaStream_t>(stream), 1, true}, draft_limits_kernel, p);
+}
 
 void launch_tree_expand_cuda(const TreeExpandParams& p, void* stream) {
   launch({dim3(p.batch), dim3(kExpandThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, tree_expand_kernel, p);

@@ -1,4 +1,4 @@
-// Packed rows: of all token trees, and of spans of committed tokens. A block a slot; each sums the sizes of the slots before it, so no block
+// Packed rows: of all token trees, of spans of committed tokens, and of accepted paths. A block a slot; each sums the sizes of the slots before it, so no block
 // waits for another. Bytes: a few words a row.
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
@@ -61,6 +61,19 @@ __global__ void span_rows_kernel(SpanRowsParams p) {
   }
 }
 
+__global__ void path_rows_kernel(PathRowsParams p) {
+  ptx::launch_dependents();
+  ptx::grid_dependency_wait();
+  const int b = blockIdx.x, first = block_sum(b, [&](int i) { return path_size(p, i); }), size = path_size(p, b), end = min(first + size, p.rows);
+  for (int row = first + threadIdx.x; row < end; row += blockDim.x) write_path_row(p, b, row - first, size, row);
+  if (b < p.batch - 1) return;
+  if (threadIdx.x == 0) *p.num_rows = end;
+  for (int row = end + threadIdx.x; row < p.rows; row += blockDim.x) {
+    p.row_source[row] = 0;
+    p.row_root[row] = p.batch;
+  }
+}
+
 }  // namespace
 
 void launch_tree_build_cuda(const TreeBuildParams& p, void* stream) {
@@ -69,6 +82,10 @@ void launch_tree_build_cuda(const TreeBuildParams& p, void* stream) {
 
 void launch_span_rows_cuda(const SpanRowsParams& p, void* stream) {
   launch({dim3(p.batch), dim3(256), 0, static_cast<cudaStream_t>(stream), 1, true}, span_rows_kernel, p);
+}
+
+void launch_path_rows_cuda(const PathRowsParams& p, void* stream) {
+  launch({dim3(p.batch), dim3(128), 0, static_cast<cudaStream_t>(stream), 1, true}, path_rows_kernel, p);
 }
 
 }  // namespace specrt

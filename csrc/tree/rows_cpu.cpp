@@ -47,4 +47,15 @@ void launch_span_rows_cpu(const SpanRowsParams& p) {
   p.row_offset[p.batch] = *p.num_rows = row;
 }
 
+void launch_path_rows_cpu(const PathRowsParams& p) {
+  int row = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    const int size = path_size(p, b);
+    for (int i = 0; i < size && row < p.rows; ++i) write_path_row(p, b, i, size, row++);
+  }
+  *p.num_rows = row;
+  std::fill(p.row_source + row, p.row_source + p.rows, 0);
+  std::fill(p.row_root + row, p.row_root + p.rows, p.batch);
+}
+
 }  // namespace specrt

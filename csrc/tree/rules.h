@@ -18,12 +18,34 @@ SPECRT_HD int parent_before(int parent, int node) { return clamp_to(parent, 0, n
 // The parent of a candidate, -1 for the root. Likewise.
 SPECRT_HD int candidate_before(int parent, int candidate) { return parent < candidate ? parent : candidate - 1; }
 
+// Tokens that slot b has committed in a round and its drafter takes in.
+SPECRT_HD int path_size(const PathRowsParams& p, int b) { return p.max_nodes[b] > 0 ? clamp_to(p.path_len[b], 0, clamp_to(p.seq_lens[b], 0, p.nodes)) : 0; }
+
 // page * P + offset of a logical slot of request b; -1 outside the table, or where the table has no page (negative).
 SPECRT_HD int64_t kv_slot(const Paging& paging, int b, int logical) {
   const int index = logical / paging.page_size;
   if (logical < 0 || index >= paging.max_pages) return -1;
   const int64_t page = paging.block_table[static_cast<int64_t>(b) * paging.max_pages + index];
   return page < 0 ? -1 : page * paging.page_size + logical % paging.page_size;
+}
+
+// Row `row`: of the i-th of the `size` tokens of path_size.
+SPECRT_HD void write_path_row(const PathRowsParams& p, int b, int i, int size, int row) {
+  const int position = p.seq_lens[b] - size + i;
+  p.row_request[row] = b;
+  p.row_token[row] = position + 1 < p.max_len ? p.history[static_cast<int64_t>(b) * p.max_len + position + 1] : -1;
+  p.row_position[row] = position;
+  p.row_prefix[row] = position + 1;
+  p.row_slot[row] = kv_slot(p.paging, b, position);
+  p.row_source[row] = p.row_offset[b] + p.path[static_cast<int64_t>(b) * p.nodes + i];
+  p.row_root[row] = i == size - 1 ? b : p.batch;
+}
+
+SPECRT_HD void limit_slot(const DraftLimitsParams& p, int b) {
+  const bool grows = p.max_nodes[b] > 0 && p.active[b] != 0 && p.seq_lens[b] > 0;
+  p.nodes[b] = grows ? p.max_nodes[b] : 0;
+  p.depth[b] = grows ? p.max_depth[b] : 0;
+  if (p.base) p.base[b] = p.seq_lens[b] - p.lag;
 }
 
 // F(level): the index of an expansion's first candidate at depth `level`. Level 1 has k, every later level W k.

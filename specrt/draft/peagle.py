@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specrt import ops
 from specrt.draft.head import HeadDrafter
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import PEagleModel
 from specrt.round.state import RoundState
@@ -57,6 +57,19 @@ class PEagleDrafter(HeadDrafter):
         token = torch.where(masked, self.mask_tokens[: batch.rows], s.history[request, (batch.position + 1).long()])
         self._keep(batch, *m.forward(batch.with_tokens(token), feature, self.pool), s.seq_lens)
 
+    def _place(self, rows: int) -> RowBatch:
+        """The rows of the span from ``span.start`` to ``span.end``, at most ``rows`` of them."""
+        s, sp = self.state, self.span
+        ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
+        return self.span_batch.head(rows)
+
+    def _rows_of(self, features: dict[int, Tensor], batch: RowBatch) -> list[Tensor]:
+        """The features of the round's accepted path at the batch's positions; of any row at all where a position is not on the path, or a row not in use."""
+        s, request = self.state, batch.request.long()
+        nth = (batch.position - self.span.start[request]).clamp(0, s.nodes - 1).long()
+        row = (s.row_offset[request] + s.path[request, nth]).clamp(0, s.rows - 1)
+        return [features[j].index_select(0, row) for j in self.features]
+
     def _keep(self, batch: RowBatch, hidden: Tensor, feature: Tensor, end: Tensor) -> None:
         request = batch.request.long()
         level = batch.position + 1 - end[request]
@@ -64,15 +77,14 @@ class PEagleDrafter(HeadDrafter):
         self.hidden.index_copy_(0, place, hidden)
 
     def propose(self, slots: int, depth: int) -> None:
-        grow, ids = self.expansion, self.model.target_ids
-        mine = self._mine()
-        depths = self.max_depth * mine
+        grow = self.expansion
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         self.model.logits(self.hidden[:-1], self.all_rows, self.own_logits)
-        over_target(self.own_logits[:: self.levels], ids, grow.logits[: self.state.batch])
+        grow.logits[: self.state.batch].copy_(self.own_logits[:: self.levels])
         grow.first(depths)
         for level in range(2, depth + 1):
             row = beam.request.long() * self.levels + level - 1
-            over_target(self.own_logits.index_select(0, row), ids, grow.logits[: beam.rows])
+            torch.index_select(self.own_logits, 0, row, out=grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
+        grow.select(nodes, depths, depth)

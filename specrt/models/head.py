@@ -77,7 +77,7 @@ class HeadModel(ABC):
         self.norm = weights.optional("norm")
         self.lm_head = weights.lm_head()
         ids = weights.head.target_ids()
-        #: int64 [D]: the target's id of each token of the head's vocabulary; None = the same ids.
+        #: int64 [D], ascending: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
         self.vocab = self.config.draft_vocab_size
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
@@ -100,18 +100,24 @@ class HeadModel(ABC):
         return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
 
     @abstractmethod
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        """(residual stream [R, h], input of the first layer's q, k and v). May keep ``feature`` as the stream."""
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(residual stream [R, h], input of the first layer's q, k and v)."""
 
-    def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool) -> tuple[Tensor, Tensor]:
-        """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. Uses ``feature`` up."""
+    def _joined(self, batch: RowBatch, feature: Tensor, parent: Tensor | None, token_norm: Tensor | None, feature_norm: Tensor | None, feature_first: bool = False,
+                stream: Tensor | None = None, stream_normed: bool = False) -> Tensor:
+        """Embedding and feature side by side, see ``ops.head_input``."""
+        out = self.new(batch.rows, 2 * self.hidden_size)
+        ops.head_input(self.embedding, batch.token, feature, parent, token_norm, feature_norm, self.eps, feature_first, batch.num_rows, out, stream, stream_normed)
+        return out
+
+    def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. parent int32 [R]: each row's in ``feature``; None: its own."""
         n, rows, c, eps = batch.num_rows, batch.rows, self.config.layers, self.eps
         if not batch.prefill:
             ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads, batch.workspace.plan)
-        embedded = self.new(rows, self.hidden_size)
-        ops.embedding(self.embedding, batch.token, n, embedded)
-        residual, x = self._enter(embedded, feature, n)
-        squares = torch.zeros(ops.squares_shape(rows, self.hidden_size), dtype=torch.float32, device=self.device)
+        residual, x = self._enter(batch, feature, parent)
+        allocate = torch.zeros if self.hidden_size % 256 else torch.empty  # what pads a row's sums is read
+        squares = allocate(ops.squares_shape(rows, self.hidden_size), dtype=torch.float32, device=self.device)
         normed = Normed(self.new(rows, self.hidden_size), squares, eps)
         qkv = self.new(rows, (c.num_heads + 2 * self.kv_heads) * self.head_dim)
         q, attended = (self.new(rows, c.num_heads, self.head_dim) for _ in range(2))
@@ -145,13 +151,11 @@ class EagleModel(HeadModel):
 
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
-        self._norms = [weights.vector(name) for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else None
+        self._norms = [weights.vector(name) for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else [None, None]
 
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        if self._norms is not None:
-            embedded, feature = self.normed(embedded, self._norms[0], n), self.normed(feature, self._norms[1], n)
-        residual = torch.empty_like(embedded)
-        self.fc(torch.cat([embedded, feature], dim=1), n, residual)
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.new(batch.rows, self.hidden_size)
+        self.fc(self._joined(batch, feature, parent, *self._norms), batch.num_rows, residual)
         return residual, residual
 
 
@@ -177,10 +181,10 @@ class Eagle3Model(HeadModel):
         self.fc(joined, num_rows, out)
         return out
 
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.normed(feature, self._hidden_norm, n)
-        joined = torch.cat([self.normed(embedded, self.layers[0].input_norm, n), hidden], dim=1)
-        return hidden if self.config.norm_before_residual else feature, joined
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.new(batch.rows, self.hidden_size)
+        joined = self._joined(batch, feature, parent, self.layers[0].input_norm, self._hidden_norm, stream=residual, stream_normed=self.config.norm_before_residual)
+        return residual, joined
 
 
 class PEagleModel(Eagle3Model):
@@ -189,7 +193,7 @@ class PEagleModel(Eagle3Model):
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
         mask = weights.raw("mask_hidden").reshape(self.config.num_aux, 1, -1)
-        #: [1, h]: the feature of such a slot, through norms and fc like any other (``forward`` wants a copy).
+        #: [1, h]: the feature of such a slot, through norms and fc like any other.
         self.mask_feature = self.combine(list(mask), torch.ones(1, dtype=torch.int32, device=self.device))
 
 
@@ -201,10 +205,10 @@ class MtpModel(HeadModel):
         super().__init__(weights)
         self._token_norm, self._hidden_norm = weights.vector("token_layernorm"), weights.vector("hidden_layernorm")
 
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        residual = torch.empty_like(embedded)
-        self.fc(torch.cat([self.normed(feature, self._hidden_norm, n), self.normed(embedded, self._token_norm, n)], dim=1), n, residual)
-        return residual, self.normed(residual, self.layers[0].input_norm, n)
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.new(batch.rows, self.hidden_size)
+        self.fc(self._joined(batch, feature, parent, self._token_norm, self._hidden_norm, feature_first=True), batch.num_rows, residual)
+        return residual, self.normed(residual, self.layers[0].input_norm, batch.num_rows)
 
 
 def load_head(head: Head, target: DenseModel, quantization: str | None = None) -> HeadModel:

@@ -109,3 +109,32 @@ def test_a_wrong_argument_is_named(device):
         build(device, [[0]], [[0]], [1], [0], [[0]], 0, 1)
     with pytest.raises(RuntimeError, match="span_rows.*'start'"):
         span(device, [[0]], [0, 0], [1], [[0]], 16, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 9, 150])
+def test_path_rows_equals_brute_force(device, batch):
+    """Slots that are not in the round, that have no drafter, and whole paths; rows past the last have a source and a root all the same."""
+    rng, page_size, nodes, length = random.Random(batch), 16, 8, 200
+    table = random_table(rng, batch, 20)
+    history = [[rng.randrange(1000) for _ in range(length)] for _ in range(batch)]
+    path_len = [rng.randrange(0, nodes + 1) for _ in range(batch)]
+    seq_lens = [rng.randrange(p, length) if rng.random() < 0.8 else p for p in path_len]
+    max_nodes = [rng.choice([0, 3, 7]) for _ in range(batch)]
+    offset = [0]
+    for _ in range(batch):
+        offset.append(offset[-1] + rng.randrange(1, nodes))
+    path = [[rng.randrange(0, nodes) for _ in range(nodes)] for _ in range(batch)]
+    capacity = batch * nodes + 3
+    names = dict(request=I32, token=I32, position=I32, prefix=I32, slot=torch.int64, source=I32, root=torch.int64)
+    out = {name: poisoned(capacity, dtype=dtype, device=device) for name, dtype in names.items()}
+    num_rows = poisoned(1, dtype=I32, device=device)
+    ops.path_rows(*(ints(x, device) for x in (history, seq_lens, path_len, max_nodes, path, offset, table)), page_size, *out.values(), num_rows)
+    want = []
+    for b in range(batch):
+        for i in range(path_len[b] if max_nodes[b] else 0):
+            at = seq_lens[b] - path_len[b] + i
+            want.append((b, history[b][at + 1], at, at + 1, slot_of(table[b], page_size, at), offset[b] + path[b][i], b if i == path_len[b] - 1 else batch))
+    n = num_rows.item()
+    assert n == len(want) and list(zip(*(t[:n].tolist() for t in out.values()))) == want
+    assert set(out["source"][n:].tolist()) == {0} and set(out["root"][n:].tolist()) == {batch}
+    assert all((out[name][n:] == -77777).all() for name in ("request", "token", "position", "prefix", "slot"))
