@@ -151,19 +151,20 @@ def head_input(table: Tensor, ids: Tensor, feature: Tensor, parent: Tensor | Non
 
 
 def rope_append(qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-                eps: float, num_rows: Tensor, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+                eps: float, num_rows: Tensor, q: Tensor, k_pool: Tensor, v_pool: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Per-head q/k RMSNorm (where weights are given), RoPE (half-rotation layout), and the append of K and V to their pages.
 
     qkv [R, (Hq + 2 Hkv) * D] act: q heads, k heads, v heads. positions int32 [R]. slots int64 [R]: page * P + offset, or -1 to write no KV.
-    cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act, mutated.
-    The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once."""
-    _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool)
+    cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act or both float8_e4m3fn, mutated.
+    The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once. An FP8 pool gets e4m3(x / scale) of that, to nearest even, saturated to
+    +-448; k_scale, v_scale: finite and > 0, 1 for other pools."""
+    _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool, k_scale, v_scale)
 
 
 def kv_commit(k_pools: Tensor, v_pools: Tensor, block_table: Tensor, seq_lens: Tensor, path: Tensor, path_len: Tensor) -> None:
     """Makes the accepted path's KV contiguous, for all layers: slot seq_lens[b] + path[b, i] -> seq_lens[b] + i, for 1 <= i < path_len[b].
 
-    k_pools, v_pools [L, pages, Hkv, P, D] act, mutated. block_table int32 [B, max_pages]. seq_lens int32 [B]: committed length *before* the commit.
+    k_pools, v_pools [L, pages, Hkv, P, D] act or both float8_e4m3fn, mutated. block_table int32 [B, max_pages]. seq_lens int32 [B]: committed length *before* the commit.
     path int32 [B, N]: accepted nodes in order, path[b, 0] == 0 (the root), ascending. path_len int32 [B], 0 = no such request."""
     _C.kv_commit(k_pools, v_pools, block_table, seq_lens, path, path_len)
 
@@ -196,22 +197,23 @@ def attention_plan(row_request: Tensor, row_prefix: Tensor, ancestors: Tensor | 
 
 def tree_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor,
                    ancestors: Tensor | None, paths: Tensor | None, scale: float, window: int, num_rows: Tensor, plan: Tensor,
-                   workspace: Tensor, out: Tensor) -> None:
+                   workspace: Tensor, out: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Decode, verify and draft-expansion attention over paged KV (few rows a request), after ``attention_plan`` for the same rows; plan, workspace: of attention_workspace.
 
-    q, out [R, Hq, D] act; k_pool, v_pool [pages, Hkv, P, D] act; block_table int32 [B, max_pages]; row_request int32 [R].
+    q, out [R, Hq, D] act; k_pool, v_pool [pages, Hkv, P, D] act or both float8_e4m3fn (then of ``k_scale`` and ``v_scale``, see ``rope_append``; P V in act as ever);
+    block_table int32 [B, max_pages]; row_request int32 [R].
     Row r sees the logical positions 0 .. row_prefix[r]-1 of its request, each in its own slot, and then its path: the key at logical position
     row_prefix[r] + d lies in slot row_prefix[r] + n_d, n_d the d-th node of the path, ascending, the row itself last. The path is given by
     ``ancestors`` int64 [R] (bit j: node j; verify) or ``paths`` int32 [R, depth] (-1 ends it; expansion scratch, beyond 64 slots); with neither,
     or with an empty one, the row sees its prefix only. ``window`` > 0: only the last ``window`` logical positions (the row's own included)."""
-    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, plan, workspace, out)
+    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, plan, workspace, out, k_scale, v_scale)
 
 
 def prefill_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor, scale: float,
-                      window: int, num_rows: Tensor, out: Tensor) -> None:
+                      window: int, num_rows: Tensor, out: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """The same attention, same bits, for many rows a request and no trees: row r sees logical positions 0 .. row_prefix[r]-1 (its own
     position + 1). Rows of one request stand together, positions ascending by one. Shapes as ``tree_attention``."""
-    _C.prefill_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out)
+    _C.prefill_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out, k_scale, v_scale)
 
 
 # ------------------------------------------------------------------------------------------------ tree

@@ -41,6 +41,8 @@ class Checker {
   }
   // A condition on values or sizes: `what` says what would be accepted.
   void require(bool condition, const char* arg, const std::string& what) const;
+  // The scale of a key/value pool: 1 unless that is e4m3.
+  void pool_scale(const char* arg, double scale, const Tensor& pool) const;
   // CUDA kernels copy 16 bytes at a time from and to these.
   void aligned(const char* arg, const Tensor& t) const;
   bool cuda() const { return cuda_; }

@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   // kv
   m.def(
       "rope_append(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm"
-      ", float eps, Tensor num_rows, Tensor(a!) q, Tensor(b!) k_pool, Tensor(c!) v_pool) -> ()");
+      ", float eps, Tensor num_rows, Tensor(a!) q, Tensor(b!) k_pool, Tensor(c!) v_pool, float k_scale, float v_scale) -> ()");
   m.def(
       "kv_commit(Tensor(a!) k_pools, Tensor(b!) v_pools, Tensor block_table, Tensor seq_lens, Tensor path"
       ", Tensor path_len) -> ()");
@@ -41,10 +41,10 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   m.def(
       "tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request"
       ", Tensor row_prefix, Tensor? ancestors, Tensor? paths, float scale, int window, Tensor num_rows"
-      ", Tensor plan, Tensor(a!) workspace, Tensor(b!) out) -> ()");
+      ", Tensor plan, Tensor(a!) workspace, Tensor(b!) out, float k_scale, float v_scale) -> ()");
   m.def(
       "prefill_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request"
-      ", Tensor row_prefix, float scale, int window, Tensor num_rows, Tensor(a!) out) -> ()");
+      ", Tensor row_prefix, float scale, int window, Tensor num_rows, Tensor(a!) out, float k_scale, float v_scale) -> ()");
   // tree
   m.def(
       "tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor seq_lens, Tensor block_table"
