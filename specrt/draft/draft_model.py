@@ -29,12 +29,12 @@ class DraftModelDrafter(Drafter):
 
     def bytes_per_page(self, page_size: int) -> int:
         m = self.model
-        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.kv_dtype)
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
         m, device = self.model, state.device
-        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
+        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.kv_dtype, device, m.kv_scales)
         self.consumed = torch.zeros(state.batch, dtype=torch.int32, device=device)
         span_rows = state.batch * self._rows_a_slot()
         rows = max(span_rows, state.batch * self.beam_width)

@@ -32,13 +32,13 @@ class HeadDrafter(Drafter):
 
     def bytes_per_page(self, page_size: int) -> int:
         m = self.model
-        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.kv_dtype)
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
         m, device, batch = self.model, state.device, state.batch
         m.size(state.history.shape[1])
-        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
+        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.kv_dtype, device)
         span_rows = batch * self._rows_a_slot(min(self.levels, state.nodes - 1))
         rows = max(span_rows, batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)

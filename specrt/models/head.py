@@ -70,6 +70,7 @@ class HeadModel(ABC):
     def __init__(self, weights: HeadWeights):
         self.config, target, c = weights.config, weights.target, weights.config.layers
         self.dtype, self.device = target.dtype, target.device
+        self.kv_dtype = target.kv_dtype  # a head's own pool is as its target's; published heads have no scales
         self.num_layers, self.kv_heads, self.head_dim, self.hidden_size, self.eps = c.num_layers, c.num_kv_heads, c.head_dim, c.hidden_size, c.rms_norm_eps
         self.embedding = weights.embedding()
         self.layers = [weights.layer(i) for i in range(c.num_layers)]
@@ -122,17 +123,17 @@ class HeadModel(ABC):
         qkv = self.new(rows, (c.num_heads + 2 * self.kv_heads) * self.head_dim)
         q, attended = (self.new(rows, c.num_heads, self.head_dim) for _ in range(2))
         activated = self.new(rows, c.intermediate_size)
-        for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
+        for j, (layer, (k_pool, v_pool, *kv_scales)) in enumerate(zip(self.layers, pool.layers())):
             if j:
                 layer.qkv.normed(normed, n, qkv)
             else:
                 layer.qkv(x, n, qkv)
-            ops.rope_append(qkv, batch.position, batch.slot, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
+            ops.rope_append(qkv, batch.position, batch.slot, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool, *kv_scales)
             if batch.prefill:
-                ops.prefill_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, self._scale, layer.window, n, attended)
+                ops.prefill_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, self._scale, layer.window, n, attended, *kv_scales)
             else:
                 ops.tree_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, batch.ancestors, batch.paths, self._scale, layer.window, n,
-                                   batch.workspace.plan, batch.workspace.partials, attended)
+                                   batch.workspace.plan, batch.workspace.partials, attended, *kv_scales)
             layer.o.add(attended.flatten(1), n, residual, residual, layer.post_norm, normed)
             layer.gate_up.silu(normed, n, activated)
             layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else None, normed)

@@ -38,7 +38,7 @@ class Round:
         reach = config.max_model_len + 2 * self.slack
         max_pages = -(-reach // config.page_size)
         self.state = RoundState(batch, self.width, target.config.vocab_size, reach, max_pages, device)
-        self.pool = KVPool(target.num_layers, config.num_pages, target.kv_heads, config.page_size, target.head_dim, target.dtype, device)
+        self.pool = KVPool(target.num_layers, config.num_pages, target.kv_heads, config.page_size, target.head_dim, target.kv_dtype, device, target.kv_scales)
         s = self.state
         workspace = ops.attention_workspace(s.rows, target.config.num_heads, target.head_dim, max_pages * config.page_size, device)
         self.batch = RowBatch(token=s.row_token, position=s.row_position, request=s.row_request, prefix=s.row_prefix, slot=s.row_slot, num_rows=s.num_rows,
