@@ -131,10 +131,11 @@ def paged(k: Kit) -> None:
             per = max(lengths) // page + 7
             pages = len(lengths) * per
             table = torch.randperm(pages, generator=k.generator).view(len(lengths), per).to(device=k.device, dtype=I32)
-            pools = [k.random(2, pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)]
-            rope(k, dim, q_heads, kv_heads, page, pools, dtype)
-            trees(k, dim, q_heads, lengths, table, page, pools, dtype)
-            prompts(k, dim, q_heads, lengths, table, pools, dtype)
+            wide = [k.random(2, pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)]
+            for pools in (wide, [pool.to(ops.FP8) for pool in wide]):
+                rope(k, dim, q_heads, kv_heads, page, pools, dtype)
+                trees(k, dim, q_heads, lengths, table, page, pools, dtype)
+                prompts(k, dim, q_heads, lengths, table, pools, dtype)
 
 
 def rope(k: Kit, dim: int, q_heads: int, kv_heads: int, page: int, pools: list[Tensor], dtype: torch.dtype) -> None:
