@@ -42,15 +42,16 @@ template <int first> __device__ __forceinline__ uint32_t widen_e4m3_pair(uint32_
   return pair;
 }
 
-// Eight e4m3 as bf16, exactly; NaN stays NaN.
-__device__ __forceinline__ uint4 widen_e4m3(uint2 x) {
-  uint4 wide = {widen_e4m3_pair<0>(x.x), widen_e4m3_pair<2>(x.x), widen_e4m3_pair<0>(x.y), widen_e4m3_pair<2>(x.y)};
-  const uint32_t carry = ((x.x & 0x7f7f7f7fu) + 0x01010101u) | ((x.y & 0x7f7f7f7fu) + 0x01010101u);  // into the sign of a NaN, 0x7f
-  if (carry & 0x80808080u) {
-    auto mark = [](uint32_t pair) { return pair | (__vcmpeq2(pair & 0x7fff7fffu, 0x43f043f0u) & 0x7fc07fc0u); };
-    wide = {mark(wide.x), mark(wide.y), mark(wide.z), mark(wide.w)};
-  }
-  return wide;
+// Eight e4m3 as bf16, exactly; a NaN gives +-480.
+__device__ __forceinline__ uint4 widen_e4m3(uint2 x) { return {widen_e4m3_pair<0>(x.x), widen_e4m3_pair<2>(x.x), widen_e4m3_pair<0>(x.y), widen_e4m3_pair<2>(x.y)}; }
+
+// A sign bit is set where one of them is NaN.
+__device__ __forceinline__ uint32_t e4m3_nans(uint2 x) { return (((x.x & 0x7f7f7f7fu) + 0x01010101u) | ((x.y & 0x7f7f7f7fu) + 0x01010101u)) & 0x80808080u; }
+
+// What widen_e4m3 gave, with NaN for +-480.
+__device__ __forceinline__ uint4 mark_nans(uint4 wide) {
+  auto mark = [](uint32_t pair) { return pair | (__vcmpeq2(pair & 0x7fff7fffu, 0x43f043f0u) & 0x7fc07fc0u); };
+  return {mark(wide.x), mark(wide.y), mark(wide.z), mark(wide.w)};
 }
 
 }  // namespace specrt::ptx
