@@ -37,16 +37,16 @@ template <int Columns> __device__ __forceinline__ void widen_tile(uint32_t place
   for (unsigned row = 8 * warp; row < kTile; row += 8 * kWideners) {
     uint2 narrow[kSteps];
 #pragma unroll
-    for (unsigned j = 0; j < kSteps; ++j) narrow[j] = ptx::load_shared_8((from ^ (j * kStep * 16)) + j * kStep * 128);
+    for (unsigned j = 0; j < kSteps; ++j) narrow[j] = ptx::load_shared((from ^ (j * kStep * 16)) + j * kStep * 128);
     __syncwarp();
 #pragma unroll
-    for (unsigned j = 0; j < kSteps; ++j) ptx::store_shared_16((to ^ (j * kStep * 16)) + j * kStep * 128, ptx::widen_e4m3(narrow[j]));
+    for (unsigned j = 0; j < kSteps; ++j) ptx::store_shared((to ^ (j * kStep * 16)) + j * kStep * 128, ptx::widen_e4m3(narrow[j]));
     uint32_t nans = 0;
 #pragma unroll
     for (unsigned j = 0; j < kSteps; ++j) nans |= ptx::e4m3_nans(narrow[j]);
     if (nans)  // once more, out of everybody else's way
 #pragma unroll
-      for (unsigned j = 0; j < kSteps; ++j) ptx::store_shared_16((to ^ (j * kStep * 16)) + j * kStep * 128, ptx::mark_nans(ptx::widen_e4m3(narrow[j])));
+      for (unsigned j = 0; j < kSteps; ++j) ptx::store_shared((to ^ (j * kStep * 16)) + j * kStep * 128, ptx::mark_nans(ptx::widen_e4m3(narrow[j])));
     from += 8 * kWideners * 128;
     to += 8 * kWideners * 128;
   }
