@@ -18,12 +18,13 @@
 // multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs).
 // Bytes: the weights once per block of tokens, x once per block of weight rows, or per two that share (from L2).
 #include <algorithm>
+#include <type_traits>
 
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
-#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
+#include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -49,7 +50,7 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int outputs = 64 * warpgroups, values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
   // Behind the warpgroups one warp is the producer, and one makes the rows' scales. Where the others need more than an even share of the registers these are four, which give most of
   // their own, and three make scales.
-  static constexpr bool takes = tokens > 128;
+  static constexpr bool takes = tokens > 192 || (tokens > 128 && ways == Ways::kTurn);
   static constexpr int assistants = takes ? 3 : 1;
   static constexpr int given = 56, taken = 224;
   static_assert(128 * given + 256 * taken <= 384 * 168, "of 168 registers a thread, which is what 384 threads can have");
@@ -64,10 +65,10 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
-  static constexpr int together = ways == Ways::kTurn ? 2 : tokens > 128 ? 8 : tokens > 64 ? 4 : 1;  // fragments of the epilogue
   static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
-  using Tail = EpilogueShared<warpgroups, tokens>;
+  using Tail = std::conditional_t<many, StagedShared<warpgroups, tokens>, EpilogueShared<warpgroups, tokens>>;
+  using Ending = std::conditional_t<many, StagedEpilogue<Tail>, Epilogue<Tail>>;
 
   static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
@@ -194,7 +195,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     for (int tile = cta / T::cluster; tile < tiles; tile += tile_step) {
       if (tile % blocks > 0 && tile % blocks * T::tokens >= rows) continue;
       constexpr bool turn = T::ways == Ways::kTurn;
-      float sum[T::values], first_sum[turn ? T::values : 1];
+      float sum[T::values], first_sum[turn ? T::values : 1] = {};  // zeros: or the compiler keeps the last tile's through the epilogue
 #pragma unroll 1
       for (int range = 0; range < (turn ? 2 : 1); ++range) {
         if (turn && range == 1) {
@@ -225,7 +226,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       }
       if (T::lag && steps > 0) release((s == 0 ? num_stages : s) - 1);
       const int first_row = tile % blocks * T::tokens, first_output = (tile / blocks * T::share + slot) * T::outputs + warpgroup * 64;
-      const Epilogue<typename T::Tail> epilogue(p, tail, warpgroup, first_row, rows, first_output);
+      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
       if (p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
         parity ^= 2;
@@ -244,37 +245,52 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           theirs[i] = rank == 0 ? sum[4 * T::own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment<T::together>(theirs, [&](int j, float (&d)[4]) {
+        for_each_fragment<T::many ? T::own : 1>(theirs, [&](int j, float (&d)[4]) {
           if (j < sent) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int half = 8 * rank * T::own;
-        uint2 stream = epilogue.residual(half);
-        ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment<T::together>(mine, [&](int j, float (&d)[4]) {
-          if (j >= awaited) return;
-          const uint2 next = epilogue.residual(half + 8 * (j + 1));
+        auto add_other = [&](int j, float* d) {
           const float4 other = from[j * T::fragment_bytes / 16];
           d[0] = d[0] + other.x;
           d[1] = d[1] + other.y;
           d[2] = d[2] + other.z;
           d[3] = d[3] + other.w;
-          epilogue.finish(half + 8 * j, d, stream);
-          stream = next;
-        });
-        epilogue.finish_squares(half, half + 8 * T::own);
+        };
+        if constexpr (T::many) {
+          ptx::mbarrier_wait(received, 0);
+#pragma unroll
+          for (int j = 0; j < T::own; ++j)
+            if (j < awaited) add_other(j, mine + 4 * j);
+          epilogue.finish(half, mine);
+        } else {
+          uint2 stream = epilogue.residual(half);
+          ptx::mbarrier_wait(received, 0);
+          for_each_fragment<1>(mine, [&](int j, float (&d)[4]) {
+            if (j >= awaited) return;
+            const uint2 next = epilogue.residual(half + 8 * (j + 1));
+            add_other(j, d);
+            epilogue.finish(half + 8 * j, d, stream);
+            stream = next;
+          });
+          epilogue.finish_squares(half, half + 8 * T::own);
+        }
       } else {
         if constexpr (turn)
 #pragma unroll
           for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
-        uint2 stream = epilogue.residual(0);
-        for_each_fragment<T::together>(sum, [&](int j, float (&d)[4]) {
-          if (first_row + 8 * j >= rows) return;
-          const uint2 next = epilogue.residual(8 * (j + 1));
-          epilogue.finish(8 * j, d, stream);
-          stream = next;
-        });
-        epilogue.finish_squares(0, T::tokens);
+        if constexpr (T::many) {
+          epilogue.finish(0, sum);
+        } else {
+          uint2 stream = epilogue.residual(0);
+          for_each_fragment<1>(sum, [&](int j, float (&d)[4]) {
+            if (first_row + 8 * j >= rows) return;
+            const uint2 next = epilogue.residual(8 * (j + 1));
+            epilogue.finish(8 * j, d, stream);
+            stream = next;
+          });
+          epilogue.finish_squares(0, T::tokens);
+        }
       }
       __syncwarp();
       if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
@@ -312,9 +328,12 @@ void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {
     if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
+    else if (p.rows <= 160) launch_tile<Tile<2, 160, Ways::kOne>>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
   } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kEnoughCtas) {
     launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream);
+  } else if (p.rows > 128 && p.rows <= 160 && 2 * ceil_div(p.out_features, 128) <= sms) {  // one block of tokens: the weights once
+    2 * ceil_div(p.out_features, 64) <= sms ? launch_tile<Tile<1, 160, Ways::kPair>>(p, stream) : launch_tile<Tile<2, 160, Ways::kPair>>(p, stream);
   } else if (p.rows <= 64 ? 2 * pairs(2) < kEnoughCtas : 2 * pairs(1) <= sms) {
     launch_few<1, Ways::kPair>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
   } else if (p.rows <= 64 || 2 * pairs(2) <= sms) {
