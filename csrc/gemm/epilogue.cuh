@@ -75,10 +75,11 @@ template <int kLoads> __device__ __forceinline__ void make_scales(const LinearPa
   }
 }
 
-// What an extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs), `outputs` wide and the first
-// from first_output: 1 / rms of the tokens [begin, end) of each, and what the epilogue reads from memory, asked for early. T: of next_weight.
+// What an extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows, the first from base, for each of outputs), `outputs` wide
+// and the first from first_output: 1 / rms of the tokens [begin, end) of each, and what the epilogue reads from memory, asked for early. T: of next_weight.
 template <typename T, int kLoads, typename Shared>
-__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
+__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int base, int begin,
+                                       int end) {
   constexpr int tokens = sizeof(shared.scale) / sizeof(float), sector = 32 / sizeof(T);
   const int lane = threadIdx.x % 32;
   if (p.next_weight) {  // nobody has read it before
@@ -90,8 +91,8 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
   const int rows = min(*p.num_rows, p.rows);
   int parity = 1;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    const int first_row = tile % blocks * tokens;
-    if (first_row > 0 && first_row >= rows) continue;
+    const int first_row = base + tile % blocks * tokens;
+    if (first_row > base && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
     make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
     __syncwarp();

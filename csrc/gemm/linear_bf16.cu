@@ -41,8 +41,10 @@ constexpr int kStepsToL2 = 4;  // of weights, beyond the pipeline, that come to 
 
 enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
-template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
+// splits: of two CTAs that share, each has half of the tokens and all of the outputs, and they share the weights; otherwise each has its outputs, and they share the tokens.
+template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false> struct Tile {
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
+  static constexpr bool splits = splits_;
   static constexpr Ways ways = ways_;
   static constexpr bool pair = ways == Ways::kPair;
   static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
@@ -50,12 +52,12 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int outputs = 64 * warpgroups, values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
   // Behind the warpgroups one warp is the producer, and one makes the rows' scales. Where the others need more than an even share of the registers these are four, which give most of
   // their own, and three make scales.
-  static constexpr bool takes = tokens > 192 || (tokens > 128 && ways == Ways::kTurn);
+  static constexpr bool takes = tokens > 192 || (tokens > 128 && ways == Ways::kTurn) || warpgroups > 3;
   static constexpr int assistants = takes ? 3 : 1;
-  static constexpr int given = 56, taken = 224;
-  static_assert(128 * given + 256 * taken <= 384 * 168, "of 168 registers a thread, which is what 384 threads can have");
+  static constexpr int even = warpgroups > 3 ? 96 : 168, given = warpgroups > 3 ? 64 : 56, taken = warpgroups > 3 ? 104 : 224;  // registers a thread: what so many threads can have
+  static_assert(!takes || 128 * given + 128 * warpgroups * taken <= (128 + 128 * warpgroups) * even);
   static constexpr int threads = 128 * warpgroups + (takes ? 128 : 64);
-  static constexpr int box = tokens / share;  // the tokens a CTA brings
+  static constexpr int box = splits ? tokens : tokens / share;  // the tokens a CTA brings
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int own = fragments / 2, fragment_bytes = 16 * 128 * warpgroups;  // of a pair, each finishes half of the fragments of 8 tokens
   // What the other CTA of a pair sends: [own][thread of the warpgroups] of 4 values. Over the stages where it is large.
@@ -86,8 +88,11 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = T::cluster > 1 ? ptx::cluster_rank() : 0, slot = T::share > 1 ? rank : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = T::pair && rank == 1 ? middle : 0, steps = T::pair && rank == 0 ? middle : all_steps - begin;
-  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::share * T::outputs - 1) / (T::share * T::outputs));
-  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // a tile: of the cluster. A pair has one.
+  // A tile: of the cluster. A pair has one. Where the tokens are split, tiles count units: every cluster has the same number of them but for one, and takes them by `warpgroups`.
+  const int units_all = (p.out_features + 63) / 64, cluster = blockIdx.x / T::cluster, clusters = gridDim.x / T::cluster;
+  const int blocks = T::splits ? 1 : (p.rows + T::tokens - 1) / T::tokens;
+  const int tiles = T::splits ? units_all * (cluster + 1) / clusters : blocks * ((units_all + T::share * T::warpgroups - 1) / (T::share * T::warpgroups));
+  const int first_tile = T::splits ? units_all * cluster / clusters : cluster, tile_step = T::splits ? T::warpgroups : clusters;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -101,13 +106,14 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   }
   __syncthreads();
   if (T::share > 1 || T::own_inbox) ptx::cluster_arrive_relaxed();
+  if (T::splits) ptx::cluster_wait();  // weights go to both at once
 
   if (warp >= 4 * T::warpgroups) {
     if constexpr (T::takes) ptx::give_registers<T::given>();
-    auto row_of = [&](int tile) { return tile % blocks * T::tokens; };
-    auto output_of = [&](int tile) { return (tile / blocks * T::share + slot) * T::outputs; };
+    auto row_of = [&](int tile) { return T::splits ? slot * T::tokens : tile % blocks * T::tokens; };
+    auto output_of = [&](int tile) { return T::splits ? tile * 64 : (tile / blocks * T::share + slot) * T::outputs; };
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
-    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (p.out_features - first_output + 63) / 64)); };
+    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (T::splits ? tiles : units_all) - first_output / 64)); };
     // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
     auto copy_weights = [&](const char* weight, int units, int step, int s) {
       ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
@@ -116,19 +122,21 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         if (u < units) {
           const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
           const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-          if constexpr (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+          if constexpr (T::splits) {
+            if (u % 2 == slot) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
+          } else if constexpr (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
           else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
         }
     };
     const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
     auto copy_tokens = [&](int first_row, int step, int s) {
-      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + slot * T::box * kRowBytes;
-      const int column = (begin + step) * kStepColumns, row = first_row + slot * T::box;
-      if constexpr (T::share > 1) ptx::tma_load_to_all(to, &x_map, column, row, full + 8 * s, (1 << T::share) - 1, keep);
+      const int part = T::splits ? 0 : slot * T::box, column = (begin + step) * kStepColumns, row = first_row + part;
+      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + part * kRowBytes;
+      if constexpr (T::share > 1 && !T::splits) ptx::tma_load_to_all(to, &x_map, column, row, full + 8 * s, (1 << T::share) - 1, keep);
       else ptx::tma_load(to, &x_map, column, row, full + 8 * s, keep);
     };
     // The first block of rows always runs: its weights may come before the number of rows is known.
-    const int ahead = first_tile < tiles && row_of(first_tile) == 0 ? min(steps, num_stages) : 0;
+    const int ahead = first_tile < tiles && (T::splits || row_of(first_tile) == 0) ? min(steps, num_stages) : 0;
     const int units = units_of(output_of(first_tile));
     const char* weight = weights_of(output_of(first_tile));
     const bool producer = warp == 4 * T::warpgroups && lane == 0;
@@ -139,19 +147,20 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     if (warp > 4 * T::warpgroups) {
       constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
-      assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, begin, T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens));
+      const int end = T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens);
+      assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
-    if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
     if (producer) {
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_tokens(0, i, i);
+      for (int i = 0; i < ahead; ++i) copy_tokens(row_of(first_tile), i, i);
       const int further = ahead ? min(steps - ahead, kStepsToL2) : 0;
       for (int u = 0; u < units && further > 0; ++u) ptx::bulk_prefetch_l2(weight + (static_cast<int64_t>(u) * all_steps + ahead) * kUnitBytes, further * kUnitBytes);
       int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
       for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
         const int first_row = row_of(tile), units = units_of(output_of(tile));
-        if (first_row > 0 && first_row >= *p.num_rows) continue;
+        if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
         const char* weight = weights_of(output_of(tile));
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : -1;
 #pragma unroll 1
@@ -188,11 +197,11 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
     };
     ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
-    if (T::share > 1) ptx::cluster_wait();
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = min(*p.num_rows, p.rows);
     int cta;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));  // read anew: the compiler would keep first_tile for both branches, and spill it
-    for (int tile = cta / T::cluster; tile < tiles; tile += tile_step) {
+    for (int tile = T::splits ? first_tile : cta / T::cluster; tile < tiles; tile += tile_step) {
       if (tile % blocks > 0 && tile % blocks * T::tokens >= rows) continue;
       constexpr bool turn = T::ways == Ways::kTurn;
       float sum[T::values], first_sum[turn ? T::values : 1] = {};  // zeros: or the compiler keeps the last tile's through the epilogue
@@ -210,11 +219,13 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           ptx::mbarrier_wait(full + 8 * s, parity & 1);
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-          ptx::wgmma_fence();
+          if (!T::splits || tile + warpgroup < tiles) {
+            ptx::wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<T::lag>();
+            for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<T::lag>();
+          }
           if (T::lag == 0) release(s);
           else if (step > 0 || (range > 0 && middle > 0)) release((s == 0 ? num_stages : s) - 1);
           if (++s == num_stages) {
@@ -225,7 +236,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         ptx::wgmma_wait<0>();
       }
       if (T::lag && steps > 0) release((s == 0 ? num_stages : s) - 1);
-      const int first_row = tile % blocks * T::tokens, first_output = (tile / blocks * T::share + slot) * T::outputs + warpgroup * 64;
+      const int first_row = T::splits ? slot * T::tokens : tile % blocks * T::tokens;
+      const int first_output = (T::splits ? tile : (tile / blocks * T::share + slot) * T::warpgroups) * 64 + warpgroup * 64;
       const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
       if (p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
@@ -280,7 +292,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 #pragma unroll
           for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
         if constexpr (T::many) {
-          epilogue.finish(0, sum);
+          if (!T::splits || tile + warpgroup < tiles) epilogue.finish(0, sum);
         } else {
           uint2 stream = epilogue.residual(0);
           for_each_fragment<1>(sum, [&](int j, float (&d)[4]) {
@@ -304,7 +316,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 
 template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
   const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
-  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
+  const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
   const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
   const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
@@ -329,6 +341,7 @@ void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   if (num_ranges(p.out_features) == 1) {
     if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
     else if (p.rows <= 160) launch_tile<Tile<2, 160, Ways::kOne>>(p, stream);
+    else if (p.rows <= 256) launch_tile<Tile<4, 128, Ways::kOne, true>>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
   } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kEnoughCtas) {
     launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream);

@@ -154,7 +154,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - 2);
     } else if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
-      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
+      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, 0, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
       // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
       const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();

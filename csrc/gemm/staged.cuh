@@ -11,7 +11,9 @@ namespace specrt {
 template <int warpgroups, int tokens> struct StagedShared {
   float scale[tokens];                       // 1 / rms of the tile's tokens
   alignas(16) uint64_t full, empty;          // of `scale`: made, read
-  alignas(16) char rows[warpgroups][2][32 * (64 * 2 + 16)];  // 32 rows of bfloat16 or 16 of float32, padded by 16 bytes: eight rows lie in different banks. Two, so that one barrier a round suffices
+  // 32 rows of bfloat16 or 16 of float32, padded by 16 bytes: eight rows lie in different banks. Twice where there is room, so that one barrier a round suffices.
+  static constexpr int buffers = warpgroups > 3 ? 1 : 2;
+  alignas(16) char rows[warpgroups][buffers][32 * (64 * 2 + 16)];
 };
 
 // Activations in bfloat16; Bias: the bias's type.
@@ -62,9 +64,9 @@ template <typename Shared, typename Bias = bf16> struct StagedEpilogue {
   }
 
   // Two fragments, of the 16 tokens from the row at `to` on, as rows.
-  template <Finish kFinish, typename Out> static __device__ __forceinline__ void lay(char* to, const float* d) {
+  template <Finish kFinish, typename Out> static __device__ __forceinline__ void lay(char* to, const float* d, int thread) {
     constexpr int outputs = kFinish == Finish::kSilu ? 32 : 64, pitch = outputs * sizeof(Out) + 16;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const int lane = thread % 32, warp = thread % 128 / 32;
     if constexpr (sizeof(Out) == 4) {
       float* at = reinterpret_cast<float*>(to + 2 * (lane % 4) * pitch) + 16 * warp + lane / 4;
 #pragma unroll
@@ -89,19 +91,20 @@ template <typename Shared, typename Bias = bf16> struct StagedEpilogue {
         piece.half[h].all = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.residual) + static_cast<int64_t>(row) * p.out_features + column + 4 * h);
     return piece;
   }
-  __device__ __forceinline__ void add(int row, int column, const Piece& before, const Piece& sum, const Piece& factor) const {
+  __device__ __forceinline__ void add(int row, int column, const Piece& before, const Piece& sum) const {
     float squares = 0.0f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const bool valid = row < rows && column + 4 * h < p.out_features;
       const int64_t place = static_cast<int64_t>(row) * p.out_features + column + 4 * h;
-      Packed<bf16> stream, scaled;
+      Packed<bf16> stream, scaled, factor{};
+      if (valid && p.next_weight) factor.all = __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.next_weight) + column + 4 * h));
       float x[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         stream.each[e] = to_bf16(to_float(before.half[h].each[e]) + to_float(sum.half[h].each[e]));
         x[e] = valid ? to_float(stream.each[e]) : 0.0f;
-        scaled.each[e] = to_bf16(x[e] * to_float(factor.half[h].each[e]));
+        scaled.each[e] = to_bf16(x[e] * to_float(factor.each[e]));
       }
       if (valid) *reinterpret_cast<uint2*>(static_cast<bf16*>(p.residual_out) + place) = stream.all;
       if (valid && p.next_weight) *reinterpret_cast<uint2*>(static_cast<bf16*>(p.scaled) + place) = scaled.all;
@@ -117,38 +120,37 @@ template <typename Shared, typename Bias = bf16> struct StagedEpilogue {
     constexpr int outputs = kFinish == Finish::kSilu ? 32 : 64, pitch = outputs * sizeof(Out) + 16, each = 16 / sizeof(Out), pieces = outputs / each;  // of a row
     constexpr int tokens = sizeof(Out) == 4 ? 16 : 32, at_once = 128 / pieces, rounds = tokens / at_once;
     static_assert(N % 8 == 0, "two fragments at a time");
-    const int thread = threadIdx.x % 128, line = thread / pieces, part = thread % pieces;
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // read anew: the compiler would make the places of every way out before the main loop, and spill them
+    const int line = thread % 128 / pieces, part = thread % pieces;
     const int features = kFinish == Finish::kSilu ? p.out_features / 2 : p.out_features, column = (kFinish == Finish::kSilu ? output / 2 : output) + part * each;
-    Piece next[rounds], factor{};
-    if constexpr (kFinish == Finish::kResidual) {
+    constexpr int ahead = Shared::buffers == 2 ? tokens : 0;  // the residual stream is asked for a round before its use, where there are registers for it
+    Piece next[rounds];
+    auto ask = [&](int first) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (p.next_weight && column + 4 * h < features) factor.half[h].all = __ldg(reinterpret_cast<const uint2*>(static_cast<const bf16*>(p.next_weight) + column + 4 * h));
-#pragma unroll
-      for (int r = 0; r < rounds; ++r) next[r] = residual(first_row + begin + r * at_once + line, column);
-    }
+      for (int r = 0; r < rounds; ++r) next[r] = residual(first_row + begin + first + r * at_once + line, column);
+    };
+    if constexpr (kFinish == Finish::kResidual && ahead > 0) ask(0);
     ptx::named_barrier(1 + warpgroup, 128);  // the rows of the tile before have been taken up
 #pragma unroll
     for (int first = 0; first < 2 * N; first += tokens) {  // tokens from `begin` on
       if (first_row + begin + first >= rows) break;
-      char* const buffer = shared.rows[warpgroup][first / tokens % 2];
+      char* const buffer = shared.rows[warpgroup][first / tokens % Shared::buffers];
+      if (Shared::buffers == 1 && first > 0) ptx::named_barrier(1 + warpgroup, 128);
 #pragma unroll
-      for (int k = 0; k < tokens && first + k < 2 * N; k += 16) lay<kFinish, Out>(buffer + k * pitch, value + (first + k) / 2);
+      for (int k = 0; k < tokens && first + k < 2 * N; k += 16) lay<kFinish, Out>(buffer + k * pitch, value + (first + k) / 2, thread);
+      if (kFinish == Finish::kResidual && ahead == 0) ask(first);
       Piece before[rounds];
-      if constexpr (kFinish == Finish::kResidual) {
 #pragma unroll
-        for (int r = 0; r < rounds; ++r) {
-          before[r] = next[r];
-          if (first + tokens < 2 * N) next[r] = residual(first_row + begin + first + tokens + r * at_once + line, column);
-        }
-      }
+      for (int r = 0; r < rounds; ++r) before[r] = next[r];
+      if (kFinish == Finish::kResidual && ahead > 0 && first + ahead < 2 * N) ask(first + ahead);
       ptx::named_barrier(1 + warpgroup, 128);
 #pragma unroll
       for (int r = 0; r < rounds; ++r) {
         const int token = first + r * at_once + line, row = token < 2 * N ? first_row + begin + token : rows;
         const char* from = buffer + (r * at_once + line) * pitch + part * 16;
         if constexpr (kFinish == Finish::kResidual) {
-          add(row, column, before[r], *reinterpret_cast<const Piece*>(from), factor);
+          add(row, column, before[r], *reinterpret_cast<const Piece*>(from));
         } else if (row < rows && column < features) {
           Out* to = static_cast<Out*>(p.out) + static_cast<int64_t>(row) * features + column;
           if (features % each == 0) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
