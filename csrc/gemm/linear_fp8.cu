@@ -4,12 +4,14 @@
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
 // stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: the producer never waits for the layer before.
 // Bytes: the weights once per block of tokens; x and its scales once per block of weight rows (from L2).
+#include <type_traits>
+
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
-#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
 #include "gemm/quantize.cuh"
+#include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
@@ -23,9 +25,6 @@ namespace specrt {
 namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
-// Of layers that narrow: a stage more than in bfloat16, out of what tile.cuh's two sizes leave of an SM.
-constexpr int kNarrow = 91000;
-static_assert(kWideBytes + kNarrow + (2 << 10) <= 228 << 10);
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
 constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
@@ -42,14 +41,15 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  static constexpr int together = tokens > 64 ? 4 : 1;               // fragments of the epilogue
+  static constexpr bool staged = tokens > 64 && std::is_same_v<Activation, bf16>;
   static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
 
-  using Tail = EpilogueShared<warpgroups, tokens>;
+  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens>, EpilogueShared<warpgroups, tokens>>;
+  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float>, Epilogue<Tail, Activation, float>>;
 
   static constexpr int shared_bytes(int stages) {
     return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
@@ -266,7 +266,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           parity ^= 1;
         }
       }
-      const Epilogue<typename T::Tail, typename T::Activation, float> epilogue(p, tail, warpgroup, first_row, rows, first_output);
+      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
       if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
       scales_parity ^= 1;
       if constexpr (pair) {
@@ -284,28 +284,41 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment<T::together>(theirs, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::staged ? own : 1>(theirs, [&](int j, float(&d)[4]) {
           if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int first = 8 * rank * own;
-        auto stream = epilogue.residual(first);
-        ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment<T::together>(mine, [&](int j, float(&d)[4]) {
-          if (j >= awaited) return;
-          const auto next = epilogue.residual(first + 8 * (j + 1));
+        auto add_other = [&](int j, float* d) {  // of two ranges: either order is the same sum
           const float4 other = from[j * (T::fragment_bytes / 16)];
-          d[0] = d[0] + other.x;  // of two ranges: either order is the same sum
+          d[0] = d[0] + other.x;
           d[1] = d[1] + other.y;
           d[2] = d[2] + other.z;
           d[3] = d[3] + other.w;
-          epilogue.finish(first + 8 * j, d, stream);
-          stream = next;
-        });
-        epilogue.finish_squares(first, first + 8 * own);
+        };
+        if constexpr (T::staged) {
+          ptx::mbarrier_wait(received, 0);
+#pragma unroll
+          for (int j = 0; j < own; ++j)
+            if (j < awaited) add_other(j, mine + 4 * j);
+          epilogue.finish(first, mine);
+        } else {
+          auto stream = epilogue.residual(first);
+          ptx::mbarrier_wait(received, 0);
+          for_each_fragment<1>(mine, [&](int j, float(&d)[4]) {
+            if (j >= awaited) return;
+            const auto next = epilogue.residual(first + 8 * (j + 1));
+            add_other(j, d);
+            epilogue.finish(first + 8 * j, d, stream);
+            stream = next;
+          });
+          epilogue.finish_squares(first, first + 8 * own);
+        }
+      } else if constexpr (T::staged) {
+        epilogue.finish(0, sum);
       } else {
         auto stream = epilogue.residual(0);
-        for_each_fragment<T::together>(sum, [&](int j, float(&d)[4]) {
+        for_each_fragment<1>(sum, [&](int j, float(&d)[4]) {
           if (first_row + 8 * j >= rows) return;
           const auto next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);
@@ -325,11 +338,11 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
-  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrow;
+  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
   // Of one row, each quantiser fills a stage of its own, and a barrier's parity tells one round from the next alone.
-  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= std::min(kNarrow, kWideBytes));
+  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= std::min(kNarrowBytes, kWideBytes));
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
