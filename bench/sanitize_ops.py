@@ -53,7 +53,7 @@ def linears(k: Kit) -> None:
     cuda = torch.device(k.device).type == "cuda"
     # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
     few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
-    for rows, used, depth, outputs in [*few, (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
+    for rows, used, depth, outputs in [*few, (230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         packed = ops.pack_linear(weight)
         for dtype, b in [(BF16, bias), (F32, None)]:
