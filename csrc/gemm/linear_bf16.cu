@@ -67,12 +67,16 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false> struct
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
-  static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
+  static constexpr bool staged = tokens > 32;  // the way out, by shared memory
+  static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
-  using Tail = std::conditional_t<many, StagedShared<warpgroups, tokens>, EpilogueShared<warpgroups, tokens>>;
-  using Ending = std::conditional_t<many, StagedEpilogue<Tail>, Epilogue<Tail>>;
+  // Of two ranges in turn, the first's sum stays in registers, but for so many values of each thread, which go to shared memory. [kept / 4][thread of the warpgroups] of 4 values
+  static constexpr int kept = ways == Ways::kTurn && tokens > 192 ? 64 : 0, kept_bytes = kept * 4 * 128 * warpgroups;
 
-  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
+  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens, (tokens <= 64 || warpgroups > 3 || kept > 0 ? 1 : 2)>, EpilogueShared<warpgroups, tokens>>;
+  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, bf16, (tokens > 64 && warpgroups <= 3)>, Epilogue<Tail>>;
+
+  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + kept_bytes + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
 
 constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
@@ -81,7 +85,7 @@ template <typename T> __global__ void __launch_bounds__(T::threads, T::few_regis
 linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t stages = ptx::shared_address(shared), inbox = T::own_inbox ? stages + num_stages * T::stage_bytes : stages;
-  const int tail_at = num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0);
+  const int kept_at = num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0), tail_at = kept_at + T::kept_bytes;
   typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
   const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
   const uint32_t scales_made = ptx::shared_address(&tail.full), scales_read = ptx::shared_address(&tail.empty);
@@ -148,7 +152,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
       const int end = T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens);
-      assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
+      assist<bf16, T::takes && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
     if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
@@ -204,12 +208,15 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     for (int tile = T::splits ? first_tile : cta / T::cluster; tile < tiles; tile += tile_step) {
       if (tile % blocks > 0 && tile % blocks * T::tokens >= rows) continue;
       constexpr bool turn = T::ways == Ways::kTurn;
-      float sum[T::values], first_sum[turn ? T::values : 1] = {};  // zeros: or the compiler keeps the last tile's through the epilogue
+      float sum[T::values], first_sum[turn ? T::values - T::kept : 1] = {};  // zeros: or the compiler keeps the last tile's through the epilogue
+      float4* const kept = reinterpret_cast<float4*>(shared + kept_at) + threadIdx.x;
 #pragma unroll 1
       for (int range = 0; range < (turn ? 2 : 1); ++range) {
         if (turn && range == 1) {
 #pragma unroll
-          for (int i = 0; i < T::values; ++i) first_sum[i] = sum[i];
+          for (int i = 0; i < T::kept; i += 4) kept[i * 32 * T::warpgroups] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+#pragma unroll
+          for (int i = T::kept; i < T::values; ++i) first_sum[i - T::kept] = sum[i];
         }
 #pragma unroll
         for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
@@ -257,7 +264,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           theirs[i] = rank == 0 ? sum[4 * T::own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment<T::many ? T::own : 1>(theirs, [&](int j, float (&d)[4]) {
+        for_each_fragment<T::staged ? T::own : 1>(theirs, [&](int j, float (&d)[4]) {
           if (j < sent) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int half = 8 * rank * T::own;
@@ -269,7 +276,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           d[2] = d[2] + other.z;
           d[3] = d[3] + other.w;
         };
-        if constexpr (T::many) {
+        if constexpr (T::staged) {
           ptx::mbarrier_wait(received, 0);
 #pragma unroll
           for (int j = 0; j < T::own; ++j)
@@ -288,10 +295,19 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           epilogue.finish_squares(half, half + 8 * T::own);
         }
       } else {
-        if constexpr (turn)
+        if constexpr (turn) {
 #pragma unroll
-          for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
-        if constexpr (T::many) {
+          for (int i = 0; i < T::kept; i += 4) {
+            const float4 first = kept[i * 32 * T::warpgroups];
+            sum[i] = first.x + sum[i];
+            sum[i + 1] = first.y + sum[i + 1];
+            sum[i + 2] = first.z + sum[i + 2];
+            sum[i + 3] = first.w + sum[i + 3];
+          }
+#pragma unroll
+          for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
+        }
+        if constexpr (T::staged) {
           if (!T::splits || tile + warpgroup < tiles) epilogue.finish(0, sum);
         } else {
           uint2 stream = epilogue.residual(0);
@@ -344,7 +360,8 @@ void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
     else if (p.rows <= 256) launch_tile<Tile<4, 128, Ways::kOne, true>>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
   } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kEnoughCtas) {
-    launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream);
+    auto time = [&](int tokens) { return ceil_div(ceil_div(p.rows, tokens) * ceil_div(p.out_features, 256), sms / 2) * tokens; };
+    time(192) < time(256) ? launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream) : launch_tile<Tile<2, 256, Ways::kTurn>>(p, stream);
   } else if (p.rows > 128 && p.rows <= 160 && 2 * ceil_div(p.out_features, 128) <= sms) {  // one block of tokens: the weights once
     2 * ceil_div(p.out_features, 64) <= sms ? launch_tile<Tile<1, 160, Ways::kPair>>(p, stream) : launch_tile<Tile<2, 160, Ways::kPair>>(p, stream);
   } else if (p.rows <= 64 ? 2 * pairs(2) < kEnoughCtas : 2 * pairs(1) <= sms) {

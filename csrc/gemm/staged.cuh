@@ -8,16 +8,16 @@
 namespace specrt {
 
 // In shared memory behind a kernel's pipeline.
-template <int warpgroups, int tokens> struct StagedShared {
+template <int warpgroups, int tokens, int buffers_ = 2> struct StagedShared {
   float scale[tokens];                       // 1 / rms of the tile's tokens
   alignas(16) uint64_t full, empty;          // of `scale`: made, read
   // 32 rows of bfloat16 or 16 of float32, padded by 16 bytes: eight rows lie in different banks. Twice where there is room, so that one barrier a round suffices.
-  static constexpr int buffers = warpgroups > 3 ? 1 : 2;
+  static constexpr int buffers = buffers_;
   alignas(16) char rows[warpgroups][buffers][32 * (64 * 2 + 16)];
 };
 
 // Activations in bfloat16; Bias: the bias's type.
-template <typename Shared, typename Bias = bf16> struct StagedEpilogue {
+template <typename Shared, typename Bias = bf16, bool kAhead = true> struct StagedEpilogue {
   const LinearParams& p;
   Shared& shared;
   int warpgroup, first_row, rows, output;  // of the tile and of this warpgroup
@@ -124,7 +124,7 @@ template <typename Shared, typename Bias = bf16> struct StagedEpilogue {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));  // read anew: the compiler would make the places of every way out before the main loop, and spill them
     const int line = thread % 128 / pieces, part = thread % pieces;
     const int features = kFinish == Finish::kSilu ? p.out_features / 2 : p.out_features, column = (kFinish == Finish::kSilu ? output / 2 : output) + part * each;
-    constexpr int ahead = Shared::buffers == 2 ? tokens : 0;  // the residual stream is asked for a round before its use, where there are registers for it
+    constexpr int ahead = kAhead ? tokens : 0;  // the residual stream is asked for a round before its use, where there are registers for it
     Piece next[rounds];
     auto ask = [&](int first) {
 #pragma unroll
