@@ -1,4 +1,4 @@
-// bfloat16 linear on Hopper's warpgroup tensor cores: 64 to 192 weight rows on the wide side, 16 to 256 tokens on the narrow one.
+// bfloat16 linear on Hopper's warpgroup tensor cores: 64 to 256 weight rows on the wide side, 16 to 256 tokens on the narrow one.
 //
 // One kernel, three ways through K (params.h has the order; which way runs, who shares what, and how deep the pipeline is, changes no bit):
 //   one range:       a CTA walks all of K.
@@ -14,8 +14,11 @@
 // take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ. For the same reason the code is short: what lies straight on for
 // every fragment of a tile does not stay in an SM's instruction cache, and every kernel would fetch it from memory again.
 //
-// Many rows: the tokens' way from L2 (at most 59 GB/s an SM) counts as much, so two CTAs with different outputs share it: each brings half of the tokens and
-// multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs).
+// Many rows: the way from L2 and shared memory counts as much, so two CTAs share what both need. With outputs of their own, each brings half of the tokens and multicasts them to both.
+// Or each has half of the tokens, of all outputs, and brings half of the weights: a cluster then takes any number of units of 64 outputs, all clusters the same (161 to 256 rows of
+// 28672 outputs: 7 units for each of 64, where tiles of four would be two for some and one for others). Not more than two CTAs: of clusters of four that fill their SMs, the card's uneven
+// groups of SMs hold 30 (120 SMs), and o and down of the 8B shape have 32 blocks of 128 outputs. Products on 128 tokens read shared memory faster than it is (160 of 128 bytes a cycle,
+// with the copies' writes), on 256 just not.
 // Bytes: the weights once per block of tokens, x once per block of weight rows, or per two that share (from L2).
 #include <algorithm>
 #include <type_traits>
@@ -63,11 +66,12 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false> struct
   // What the other CTA of a pair sends: [own][thread of the warpgroups] of 4 values. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? own * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
-  // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long.
-  static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
+  // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long, and less where many warpgroups take turns.
+  static constexpr int lag = (tokens > 64 && warpgroups < 4) || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
   static constexpr bool staged = tokens > 32;  // the way out, by shared memory
+  static constexpr bool prompts = ways == Ways::kTurn || tokens > 192;  // of many blocks of tokens
   static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
   // Of two ranges in turn, the first's sum stays in registers, but for so many values of each thread, which go to shared memory. [kept / 4][thread of the warpgroups] of 4 values
@@ -118,7 +122,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     auto output_of = [&](int tile) { return T::splits ? tile * 64 : (tile / blocks * T::share + slot) * T::outputs; };
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
     auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (T::splits ? tiles : units_all) - first_output / 64)); };
-    // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
+    // Weights that pass once would displace from L2 what the next kernels need: their code, and what this one writes. Those that two blocks of tokens read must not go first.
     auto copy_weights = [&](const char* weight, int units, int step, int s) {
       ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
 #pragma unroll
@@ -127,9 +131,12 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
           const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
           if constexpr (T::splits) {
-            if (u % 2 == slot) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
-          } else if constexpr (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-          else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
+            if (u % 2 == slot) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3, ptx::evict_first_policy());
+          } else if (T::prompts || (T::many && blocks > 1)) {
+            ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+          } else {
+            ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
+          }
         }
     };
     const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
