@@ -1,4 +1,4 @@
-"""SmolLM2 in bfloat16 on the CPU, side by side in one run: transformers' generate (greedy, and with its prompt lookup), ours plain, ours with n-gram drafts,
+"""SmolLM2 in bfloat16 on the CPU, side by side in one run: transformers' generate (greedy, and with its prompt lookup), ours plain, ours with drafts (--spec),
 and prefill of both. Rates of decoding are of the tokens after the first. Writes bench/results/cpu.json."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from specrt.cli.prompts import BUILT_IN, Prompt, load_prompts
 from specrt.weights import open_checkpoint
 
 PREFILL_TOKENS = 1000
+TITLES = {"ngram": "n-gram", "eagle3": "EAGLE-3"}
 
 
 class Rates:
@@ -56,9 +57,9 @@ def decode(llm: LLM, peer: Transformers, prompts: list[Prompt], max_tokens: int,
             if ours[prompt.id, "off"].token_ids != ours[prompt.id, "on"].token_ids:
                 raise SystemExit(f"bench_cpu: speculation changed the output of {prompt.id}")
             ids = output.prompt_token_ids
-            first = peer.generate(ids, 1)[1]
+            first = peer.generate([ids], 1)[1]
             for mode, options in (("transformers", {}), ("transformers prompt lookup", {"prompt_lookup_num_tokens": lookup})):
-                tokens, seconds = peer.generate(ids, max_tokens, **options)
+                (tokens,), seconds = peer.generate([ids], max_tokens, **options)
                 if len(tokens) > 1:
                     rates.add(mode, prompt.category, repeat, len(tokens) - 1, seconds - first)
     return rates
@@ -73,7 +74,7 @@ def prefill(llm: LLM, peer: Transformers, repeats: int) -> tuple[int, list[float
         start = time.perf_counter()
         llm.generate([ids], SamplingParams(max_tokens=1, speculative=False))
         mine = time.perf_counter() - start
-        seconds = peer.generate(ids, 1)[1]
+        seconds = peer.generate([ids], 1)[1]
         if repeat:
             ours.append(len(ids) / mine)
             theirs.append(len(ids) / seconds)
@@ -100,13 +101,14 @@ def main() -> None:
         length, ours, theirs = prefill(llm, peer, args.repeats)
     shape = f"{args.model} bf16, batch 1, up to {args.max_tokens} tokens"
     for category in [*dict.fromkeys(p.category for p in prompts), "all"]:
-        plain, ngram = rates.of("off", category), rates.of("on", category)
+        plain, drafted = rates.of("off", category), rates.of("on", category)
         if not plain:
             continue
         where = f"{shape}, {category}"
         results.add("decode, plain", where, plain, "tokens/s", "transformers generate", middle(rates.of("transformers", category)))
-        results.add("decode, n-gram", where, ngram, "tokens/s", "specrt plain", middle(plain))
-        results.add("decode, n-gram", where, ngram, "tokens/s", "transformers prompt lookup", middle(rates.of("transformers prompt lookup", category)))
+        name = f"decode, {TITLES.get(args.spec['method'], args.spec['method'])}"
+        results.add(name, where, drafted, "tokens/s", "specrt plain", middle(plain))
+        results.add(name, where, drafted, "tokens/s", "transformers prompt lookup", middle(rates.of("transformers prompt lookup", category)))
     results.add("prefill", f"{args.model} bf16, {length} tokens", ours, "tokens/s", "transformers", middle(theirs))
     results.write()
     print_table(results.rows)

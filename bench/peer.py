@@ -1,4 +1,4 @@
-"""transformers with the weights of our own checkpoint loader: the peer of the CPU benchmark."""
+"""transformers with the weights of our own checkpoint loader: the peer of bench_cpu.py and bench_gpu.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def config_json(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 class Transformers:
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu"):
         from transformers import LlamaConfig, LlamaForCausalLM
 
         self.model = LlamaForCausalLM(LlamaConfig(**config_json(checkpoint))).eval()
@@ -32,14 +32,17 @@ class Transformers:
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise RuntimeError(f"transformers and the checkpoint disagree: missing {missing}, unexpected {unexpected}")
         self.model.tie_weights()
-        self.model.to(dtype)
+        self.model.to(device, dtype)
         self.eos = checkpoint.config.eos_token_ids
 
-    def generate(self, prompt: list[int], max_tokens: int, **options: Any) -> tuple[list[int], float]:
-        """Greedy. Returns the new tokens and the seconds of the whole call."""
-        ids = torch.tensor([prompt])
+    def generate(self, prompts: list[list[int]], max_tokens: int, **options: Any) -> tuple[list[list[int]], float]:
+        """Greedy, all prompts in one batch. Returns each one's new tokens, up to the one that ended it, and the seconds of the whole call."""
+        longest, pad = max(map(len, prompts)), self.eos[0]
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
+        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         start = time.perf_counter()
         with torch.inference_mode():
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, pad_token_id=self.eos[0],
-                                      eos_token_id=list(self.eos), **options)
-        return out[0, len(prompt) :].tolist(), time.perf_counter() - start
+            out = self.model.generate(ids, attention_mask=seen, do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=list(self.eos), **options)
+        rows = out[:, longest:].tolist()  # waits for the device
+        seconds = time.perf_counter() - start
+        return [row[: next((i + 1 for i, token in enumerate(row) if token in self.eos), len(row))] for row in rows], seconds

@@ -71,12 +71,16 @@ class TargetRows:
         width = vocab if self.target_ids is None else len(self.target_ids)
         logp = torch.empty(count, width, dtype=torch.float32, device=states.device)
         inside = torch.empty(count, dtype=torch.bool, device=states.device)
-        z = torch.empty(min(count, _LOGIT_ROWS), vocab, dtype=torch.float32, device=states.device)
+        most, i32 = min(count, _LOGIT_ROWS), dict(dtype=torch.int32, device=states.device)
+        z, columns = torch.empty(most, vocab, dtype=torch.float32, device=states.device), torch.empty(3, most, 1, dtype=torch.float32, device=states.device)
+        token, first = torch.zeros(most, **i32), torch.empty(most, 1, **i32)
         for at in range(0, count, _LOGIT_ROWS):
             part = states[at : at + _LOGIT_ROWS].contiguous()
             n = part.shape[0]
-            self.target.logits(part, torch.full((1,), n, dtype=torch.int32, device=states.device), z[:n])
+            rows, (lse, unused, best) = torch.full((1,), n, **i32), columns[:, :n]
+            self.target.logits(part, rows, z[:n])
+            ops.row_logprobs(z[:n], token[:n], rows, lse[:, 0], unused[:, 0], first[:n], best)
             mine = z[:n] if self.target_ids is None else z[:n, self.target_ids]
-            torch.sub(mine, z[:n].logsumexp(1, keepdim=True), out=logp[at : at + n])
-            inside[at : at + n] = mine.amax(1) == z[:n].amax(1)
+            torch.sub(mine, lse, out=logp[at : at + n])
+            inside[at : at + n] = mine.amax(1) == z[:n].gather(1, first[:n].long())[:, 0]
         return logp, inside
