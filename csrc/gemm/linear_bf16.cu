@@ -18,11 +18,12 @@
 // multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs).
 // Bytes: the weights once per block of tokens, x once per block of weight rows, or per two that share (from L2).
 #include <algorithm>
+#include <type_traits>
 
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
-#include "gemm/epilogue.cuh"
+#include "gemm/choose.cuh"
 #include "gemm/kernels_cuda.h"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
@@ -40,9 +41,12 @@ constexpr int kStepsToL2 = 4;  // of weights, beyond the pipeline, that come to 
 
 enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
-template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
+// chooses: the finish is kChoose, of kernels of its own, since it takes shared memory and registers that the others need.
+template <int warpgroups_, int tokens_, Ways ways_, bool chooses_ = false> struct Tile {
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
   static constexpr Ways ways = ways_;
+  static constexpr bool chooses = chooses_;
+  static_assert(!chooses || (warpgroups == 2 && ways != Ways::kPair), "a block of 128 outputs");
   static constexpr bool pair = ways == Ways::kPair;
   static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
   static constexpr int cluster = pair ? 2 : share;
@@ -64,10 +68,11 @@ template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
-  static constexpr int together = ways == Ways::kTurn ? 2 : tokens > 128 ? 8 : tokens > 64 ? 4 : 1;  // fragments of the epilogue
+  static constexpr int together = chooses ? (tokens > 64 ? 2 : 1) : ways == Ways::kTurn ? 2 : tokens > 128 ? 8 : tokens > 64 ? 4 : 1;  // fragments of the epilogue
   static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
-  using Tail = EpilogueShared<warpgroups, tokens>;
+  using Tail = std::conditional_t<chooses, ChooseShared<tokens>, EpilogueShared<warpgroups, tokens>>;
+  using Ending = std::conditional_t<chooses, ChooseEpilogue<Tail>, Epilogue<Tail>>;
 
   static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
@@ -138,7 +143,9 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     if (warp > 4 * T::warpgroups) {
       constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
-      assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, begin, T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens));
+      const int end = T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens);
+      if constexpr (T::chooses) assist_choice(p, tail, first_tile, tile_step, tiles, blocks, begin, end);
+      else assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, begin, end);
     }
     ptx::grid_dependency_wait();
     if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
@@ -225,8 +232,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       }
       if (T::lag && steps > 0) release((s == 0 ? num_stages : s) - 1);
       const int first_row = tile % blocks * T::tokens, first_output = (tile / blocks * T::share + slot) * T::outputs + warpgroup * 64;
-      const Epilogue<typename T::Tail> epilogue(p, tail, warpgroup, first_row, rows, first_output);
-      if (p.squares) {
+      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
+      if (T::chooses || p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
         parity ^= 2;
       }
@@ -277,7 +284,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         epilogue.finish_squares(0, T::tokens);
       }
       __syncwarp();
-      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
+      if ((T::chooses || p.squares) && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
     if (T::share > 1) {  // the other may still arrive at this CTA's barriers
       ptx::cluster_arrive_relaxed();
@@ -303,10 +310,20 @@ template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cuda
   else launch_tile<Tile<warpgroups, 128, ways>>(p, stream);
 }
 
+void launch_choice(const LinearParams& p, cudaStream_t stream) {
+  if (num_ranges(p.out_features) == 2) launch_tile<Tile<2, 32, Ways::kTurn, true>>(p, stream);  // a small vocabulary
+  else if (p.rows <= 16) launch_tile<Tile<2, 16, Ways::kOne, true>>(p, stream);
+  else if (p.rows <= 32) launch_tile<Tile<2, 32, Ways::kOne, true>>(p, stream);
+  else if (p.rows <= 64) launch_tile<Tile<2, 64, Ways::kOne, true>>(p, stream);
+  else if (p.rows <= 128) launch_tile<Tile<2, 128, Ways::kOne, true>>(p, stream);
+  else launch_tile<Tile<2, 256, Ways::kOne, true>>(p, stream);
+}
+
 }  // namespace
 
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   require_hopper("linear", "bfloat16");
+  if (p.finish == Finish::kChoose) return launch_choice(p, stream);
   const int sms = num_sms();
   auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA

@@ -118,8 +118,6 @@ struct Best {
   }
 };
 
-constexpr uint64_t kBadRank = ~uint64_t{0};  // above every rank: some logit is not finite
-
 // One pass over the logits into shared memory: change(quad, its first token); returns 0, or NaN if a raw logit is not finite. Each thread loads `Batch` quads at once.
 template <bool kVector, int Batch, typename Change> __device__ __forceinline__ float first_pass(const RowSlice& row, const float* logits, int n, Best& best, Change&& change) {
   float zeros = 0.0f;  // the sum of 0 * x
