@@ -28,16 +28,17 @@ template <typename Noisy> SPECRT_ROW BlockChoice choice_of(float* z, int n, int3
   if (!all_finite(z, n)) return {kBadRank, -infinity(), -infinity()};
   if (how.temperature > 0.0f && how.temperature != 1.0f)
     for (int i = 0; i < n; ++i) z[i] = z[i] / how.temperature;
-  float max = max_of(z, n);
-  if (sum) lse_block(z, n, &max, sum);
   Best best;
+  float max;
   if (!(how.temperature > 0.0f)) {
     best = argmax_of(z, n, first);
-  } else if (noisy(max)) {
+    max = best.score;
+  } else if (max = max_of(z, n); noisy(max)) {
     float score[kLseBlock];
     score_block<kLseBlock>(z, n, how.seed, how.position, kNoiseShared, first, score);
     best = argmax_of(score, kLseBlock, first);
   }
+  if (sum) lse_block(z, n, &max, sum);
   return {best.token < 0 ? 0 : rank_of(best.score, best.token), best.token < 0 ? -infinity() : z[best.token - first], max};
 }
 
