@@ -1,7 +1,7 @@
 // lm_head and the choice of a token, without logits (ops.linear_sample), beside what it replaces: the logits written, then sample_transform with the choice in it.
 //
-// floor: the weights' bytes over the read bandwidth measured in the run. Before anything is timed, both ways are compared with `==`: tokens, and log-probabilities with row_logprobs
-// of the logits; row 0 with itself alone; and a row that has a NaN says so.
+// floor: the weights' bytes over the read bandwidth measured in the run. Before anything is timed, both ways are compared with `==`: tokens, and log-probabilities with
+// row_logprobs of the logits; row 0 with itself alone; and a row that has a NaN says so.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -67,7 +67,10 @@ class Bench {
 
   void measure(const Case& row, double bandwidth, Report& report) {
     std::vector<float> floats(row.rows * kSamplingF, 0.0f);
-    for (int r = 0; r < row.rows; ++r) floats[r * kSamplingF + kTemperature] = row.temperature, floats[r * kSamplingF + kTopP] = 1.0f, floats[r * kSamplingF + kRepetition] = 1.0f;
+    for (int r = 0; r < row.rows; ++r) {
+      floats[r * kSamplingF + kTemperature] = row.temperature;
+      floats[r * kSamplingF + kTopP] = floats[r * kSamplingF + kRepetition] = 1.0f;
+    }
     floats_ = upload(floats);
     const Buffer counts = upload<int32_t>({row.rows, 1});
     const Said said(row.rows);
@@ -78,10 +81,10 @@ class Bench {
     out.shape = shape;
     out.correct = check(row, counts.as<int32_t>(), out.checks);
     const Timing ours = time_graph([&](cudaStream_t stream) {
-      for (int i = 0; i < kCalls; ++i) choose(row, row.rows, counts.as<int32_t>(), said, row.logprob, stream);
+      for (int i = 0; i < kCalls; ++i) choose(row.rows, counts.as<int32_t>(), said, row.logprob, stream);
     });
     const Timing peer = time_graph([&](cudaStream_t stream) {
-      for (int i = 0; i < kCalls; ++i) by_logits(row, row.rows, counts.as<int32_t>(), said, row.logprob, stream);
+      for (int i = 0; i < kCalls; ++i) by_logits(row.rows, counts.as<int32_t>(), said, row.logprob, stream);
     });
     out.seconds = ours.seconds / kCalls;
     out.spread = ours.spread;
@@ -106,7 +109,7 @@ class Bench {
     return p;
   }
 
-  void choose(const Case&, int rows, const int32_t* num_rows, const Said& said, bool logprob, cudaStream_t stream) const {
+  void choose(int rows, const int32_t* num_rows, const Said& said, bool logprob, cudaStream_t stream) const {
     LinearParams p = product(rows, num_rows);
     p.finish = Finish::kChoose;
     p.row_request = request_.as<int32_t>();
@@ -116,10 +119,11 @@ class Bench {
     p.choice = choice_.as<BlockChoice>();
     p.sums = logprob ? sums_.as<float>() : nullptr;
     launch_linear_cuda(p, stream);
-    launch_sample_blocks_cuda({p.choice, p.sums, num_rows, said.token.as<int32_t>(), said.status.as<int32_t>(), logprob ? said.logprob.as<float>() : nullptr, rows, blocks_}, stream);
+    launch_sample_blocks_cuda({p.choice, p.sums, num_rows, said.token.as<int32_t>(), said.status.as<int32_t>(), logprob ? said.logprob.as<float>() : nullptr, rows, blocks_},
+                              stream);
   }
 
-  void by_logits(const Case&, int rows, const int32_t* num_rows, const Said& said, bool logprob, cudaStream_t stream) const {
+  void by_logits(int rows, const int32_t* num_rows, const Said& said, bool logprob, cudaStream_t stream) const {
     LinearParams p = product(rows, num_rows);
     p.out = logits_.as();
     launch_linear_cuda(p, stream);
@@ -146,17 +150,17 @@ class Bench {
   }
 
   static bool same(const Said& a, const Said& b, int rows, bool logprob) {
-    return download<int32_t>(a.token.as(), rows) == download<int32_t>(b.token.as(), rows) && download<int32_t>(a.status.as(), rows) == download<int32_t>(b.status.as(), rows) &&
-           (!logprob || download<float>(a.logprob.as(), rows) == download<float>(b.logprob.as(), rows));
+    auto equal = [rows](const Buffer& x, const Buffer& y) { return download<uint32_t>(x.as(), rows) == download<uint32_t>(y.as(), rows); };
+    return equal(a.token, b.token) && equal(a.status, b.status) && (!logprob || equal(a.logprob, b.logprob));
   }
 
   bool check(const Case& row, const int32_t* counts, std::string& text) const {
     const Said ours(row.rows), bare(row.rows), theirs(row.rows), alone(1), bad(row.rows);
-    by_logits(row, row.rows, counts, theirs, true, nullptr);
+    by_logits(row.rows, counts, theirs, true, nullptr);
     poison(choice_.as(), choice_.bytes());
-    choose(row, row.rows, counts, ours, true, nullptr);
-    choose(row, row.rows, counts, bare, false, nullptr);
-    choose(row, 1, counts + 1, alone, true, nullptr);
+    choose(row.rows, counts, ours, true, nullptr);
+    choose(row.rows, counts, bare, false, nullptr);
+    choose(1, counts + 1, alone, true, nullptr);
     const std::vector<int32_t> status = download<int32_t>(ours.status.as(), row.rows);
     const bool right = same(ours, theirs, row.rows, true) && same(bare, theirs, row.rows, false) && same(alone, ours, 1, true) &&
                        std::all_of(status.begin(), status.end(), [](int32_t s) { return s == kStatusOk; });
@@ -164,7 +168,7 @@ class Bench {
     bf16* last = x_.as<bf16>() + static_cast<int64_t>(row.rows - 1) * hidden_ + hidden_ / 2;
     const std::vector<bf16> before = download<bf16>(last, 1);
     poison(last, sizeof(bf16));
-    choose(row, row.rows, counts, bad, false, nullptr);
+    choose(row.rows, counts, bad, false, nullptr);
     std::vector<int32_t> want = status, tokens = download<int32_t>(ours.token.as(), row.rows);
     want.back() = kStatusNotFinite;
     tokens.back() = 0;
@@ -188,7 +192,8 @@ bool measure_all(int argc, char** argv) {
   if (arguments.answered()) return true;
   const std::string shape = arguments.value("--shape", "128256x4096");
   int vocab = 0, hidden = 0, end = 0;
-  if (std::sscanf(shape.c_str(), "%dx%d%n", &vocab, &hidden, &end) != 2 || end != static_cast<int>(shape.size()) || vocab <= 0 || hidden <= 0 || hidden % 8 || vocab > kTransformVocab)
+  if (std::sscanf(shape.c_str(), "%dx%d%n", &vocab, &hidden, &end) != 2 || end != static_cast<int>(shape.size()) || vocab <= 0 || hidden <= 0 || hidden % 8 ||
+      vocab > kTransformVocab)
     fail("--shape: VxK with K a multiple of 8; got '" + shape + "'");
   int most = 1;
   for (const Case& row : kCases)

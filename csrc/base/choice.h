@@ -39,6 +39,39 @@ SPECRT_HD void noise_words(int64_t seed, int32_t position, int32_t purpose, int 
              static_cast<uint32_t>(position), static_cast<uint32_t>(purpose), 0u, words);
 }
 
+#ifdef __CUDACC__
+// Division by one number, IEEE: by its reciprocal and two corrections where neither operand is extreme, as the compiler does it, but for what is the same for all.
+struct Divide {
+  float by, reciprocal;
+  bool plain;
+
+  __device__ explicit Divide(float by) : by(by), reciprocal(1.0f / by), plain(by > 0x1p-30f && by < 0x1p30f) {}
+
+  __device__ void operator()(float (&x)[4]) const {
+    const float low = fminf(fminf(fabsf(x[0]), fabsf(x[1])), fminf(fabsf(x[2]), fabsf(x[3]))), high = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
+    if (plain && low > 0x1p-60f && high < 0x1p60f) {
+#pragma unroll
+      for (float& value : x) {
+        float q = value * reciprocal;
+        q = fma_rn(fma_rn(-q, by, value), reciprocal, q);
+        value = fma_rn(fma_rn(-q, by, value), reciprocal, q);
+      }
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {  // no index that is not a constant: x stays in registers
+        const float y = (e < 2 ? (e == 0 ? x[0] : x[1]) : (e == 2 ? x[2] : x[3])) / by;
+        e < 2 ? (e == 0 ? x[0] = y : x[1] = y) : (e == 2 ? x[2] = y : x[3] = y);
+      }
+    }
+  }
+};
+
+// Scores below `bound` cannot win, so most noise is never made: G < kGumbelMax; and since E = -log1p(-W) >= W, a score reaches the bound only where W <= exp(z - bound), up to roundings
+// that the slack of noise_reach covers many times.
+__device__ __forceinline__ float noise_reach(float bound) { return bound - (0.01f + fabsf(bound) * 1e-6f); }
+__device__ __forceinline__ bool word_reaches(uint32_t word, float z, float reach) { return !(static_cast<float>(word) * 2.3283064365386963e-10f > __expf(z - reach)); }
+#endif
+
 // What a row's choice needs of kLseBlock tokens. z: the logit, divided by the temperature where there is one.
 struct alignas(16) BlockChoice {
   uint64_t rank;  // of the best z + G, or 0 where no token of the block can be the row's choice; kBadRank if some logit is not finite

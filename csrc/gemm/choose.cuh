@@ -2,11 +2,12 @@
 // takes a row's block, a lane four outputs of it, which is the order of the sampler's own log-sum-exp and what one noise counter gives.
 #pragma once
 #include "gemm/epilogue.cuh"
+#include "ptx/shared.cuh"
 
 namespace specrt {
 
-// By a whole warp: z4, the sums of the outputs from first_output + 4 * lane on.
-__device__ __forceinline__ void choose_block(const LinearParams& p, const RowChoice& how, int row, int first_output, float4 z4) {
+// By a whole warp: z4, the sums of the outputs from first_output + 4 * lane on. bound: a score that the row has reached in blocks before this one; raised.
+__device__ __forceinline__ void choose_block(const LinearParams& p, const RowChoice& how, float& bound, int row, int first_output, float4 z4) {
   constexpr unsigned all = 0xffffffffu;
   const int lane = threadIdx.x % 32, first = first_output + 4 * lane;
   const int64_t at = static_cast<int64_t>(row) * ((p.out_features + kLseBlock - 1) / kLseBlock) + first_output / kLseBlock;
@@ -18,28 +19,41 @@ __device__ __forceinline__ void choose_block(const LinearParams& p, const RowCho
     finite = finite && (!there || finite_bits(float_to_bits(z[e])));
     z[e] = there ? z[e] : -infinity();
   }
-  finite = __all_sync(all, finite);
-  if (how.temperature > 0.0f && how.temperature != 1.0f)
-#pragma unroll
-    for (float& value : z) value = value / how.temperature;
-  const float max = key_value(__reduce_max_sync(all, order_key(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])))));
-
-  float score[4] = {z[0], z[1], z[2], z[3]};
-  if (how.temperature > 0.0f) {
-    uint32_t words[4];
-    noise_words(how.seed, how.position, kNoiseShared, first / 4, words);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) score[e] = z[e] + gumbel(words[e]);
+  if (how.temperature > 0.0f && how.temperature != 1.0f) Divide(how.temperature)(z);
+  const float high = fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3]));
+  constexpr uint32_t bad = 0xffffffffu;  // above every number's key
+  uint32_t key = finite ? order_key(high) : bad, top = __reduce_max_sync(all, key);
+  if (top == bad) {
+    if (lane == 0) p.choice[at] = {kBadRank, 0.0f, 0.0f};
+    return;
   }
-  float best = -infinity(), own = z[0];
-  int32_t token = -1;
+  const float max = key_value(top);
+  const int e_high = z[0] == high ? 0 : z[1] == high ? 1 : z[2] == high ? 2 : 3;
+  float best = high, own = e_high == 0 ? z[0] : e_high == 1 ? z[1] : e_high == 2 ? z[2] : z[3];  // not `high`, which has one sign for both zeros
+  int32_t token = first + e_high;
+  if (how.temperature > 0.0f) {
+    best = -infinity();
+    const float reach = noise_reach(bound);
+    if (high > -infinity() && high + kGumbelMax >= bound) {
+      uint32_t words[4];
+      noise_words(how.seed, how.position, kNoiseShared, first / 4, words);
 #pragma unroll
-  for (int e = 0; e < 4; ++e)
-    if (score[e] > best) best = score[e], own = z[e], token = first + e;
-  const uint32_t key = token < 0 ? 0 : order_key(best), top = __reduce_max_sync(all, key);
-  const bool wins = finite && top > 0 && __ffs(__ballot_sync(all, key == top)) - 1 == lane;  // lower lanes have the lower tokens
-  if (wins) p.choice[at] = {rank_of(best, token), own, max};
-  else if ((!finite || top == 0) && lane == 0) p.choice[at] = {finite ? 0 : kBadRank, -infinity(), max};
+      for (int e = 0; e < 4; ++e) {
+        if (!(z[e] > -infinity()) || !word_reaches(words[e], z[e], reach)) continue;
+        const float score = z[e] + gumbel(words[e]);
+        if (score > best) best = score, own = z[e], token = first + e;
+      }
+    }
+    __syncwarp();
+    key = order_key(best);
+    top = __reduce_max_sync(all, key);
+  }
+  // Lower lanes have the lower tokens. Where there is no score at all, every lane's rank is 0.
+  if (__ffs(__ballot_sync(all, key == top)) - 1 == lane) {
+    p.choice[at] = {rank_of(best, token), own, max};
+    bound = fmaxf(bound, best);
+  }
+  __syncwarp();
 
   if (!p.sums) return;
   float sum = 0.0f;
@@ -54,6 +68,7 @@ __device__ __forceinline__ void choose_block(const LinearParams& p, const RowCho
 template <int tokens> struct ChooseShared {
   static constexpr int pitch = kLseBlock + 4;  // the eight rows of a store in different banks
   RowChoice row[tokens];
+  float bound[tokens];                // a score that each has reached so far
   alignas(16) float z[2][8][pitch];   // sums on their way from fragments to rows: two rounds of 8 tokens
   alignas(16) uint64_t full, empty;   // of `row`: made, read
 };
@@ -70,7 +85,10 @@ __device__ __forceinline__ void assist_choice(const LinearParams& p, Shared& sha
     const int first_row = tile % blocks * tokens;
     if (first_row > 0 && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
-    for (int t = begin + lane; t < min(end, rows - first_row); t += 32) shared.row[t] = row_choice(p, first_row + t);
+    for (int t = begin + lane; t < min(end, rows - first_row); t += 32) {
+      shared.row[t] = row_choice(p, first_row + t);
+      if (blocks > 1 || tile == first_tile) shared.bound[t] = -infinity();  // otherwise the rows are those of the tile before
+    }
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
     parity ^= 1;
@@ -89,10 +107,11 @@ template <typename Shared> struct ChooseEpilogue {
   __device__ void finish(int at, float (&d)[4], uint2) const {
     float(&z)[8][Shared::pitch] = shared.z[at / 8 % 2];  // its readers of two rounds ago have come to the barrier of the last round since
     const Quad quad = quad_of(0, 64 * warpgroup, d);
-    *reinterpret_cast<float4*>(&z[quad.token][quad.output]) = make_float4(quad.value[0], quad.value[1], quad.value[2], quad.value[3]);
+    ptx::store_shared(ptx::shared_address(&z[quad.token][quad.output]), quad.value);
     ptx::named_barrier(1, 256);
     const int warp = threadIdx.x / 32, row = first_row + at + warp, first_output = output - 64 * warpgroup;
-    if (row < rows && first_output < p.out_features) choose_block(p, shared.row[at + warp], row, first_output, *reinterpret_cast<const float4*>(&z[warp][4 * (threadIdx.x % 32)]));
+    if (row >= rows || first_output >= p.out_features) return;
+    choose_block(p, shared.row[at + warp], shared.bound[at + warp], row, first_output, *reinterpret_cast<const float4*>(&z[warp][4 * (threadIdx.x % 32)]));
   }
 
   // After the last fragment: the next tile begins again with the first of the two rounds.

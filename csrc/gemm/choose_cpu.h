@@ -8,7 +8,7 @@
 
 namespace specrt {
 
-// A score that some block of each row has reached: a block that cannot reach it need not make its noise. Threads may overwrite a better one: less is skipped then, nothing else.
+// A score that some block of each row has reached: a block that cannot reach it need not make its noise. A thread may overwrite a better one: then less is skipped.
 class RowBounds {
  public:
   explicit RowBounds(int64_t rows) : bound_(new std::atomic<float>[rows]) {
