@@ -80,18 +80,19 @@ __device__ __forceinline__ void assist_choice(const LinearParams& p, Shared& sha
   const int lane = threadIdx.x % 32;
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows);
-  int parity = 1;
+  int parity = 1, rows_before = -1;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
     const int first_row = tile % blocks * tokens;
     if (first_row > 0 && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
     for (int t = begin + lane; t < min(end, rows - first_row); t += 32) {
       shared.row[t] = row_choice(p, first_row + t);
-      if (blocks > 1 || tile == first_tile) shared.bound[t] = -infinity();  // otherwise the rows are those of the tile before
+      if (first_row != rows_before) shared.bound[t] = -infinity();
     }
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
     parity ^= 1;
+    rows_before = first_row;
   }
 }
 
