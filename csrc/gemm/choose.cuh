@@ -6,8 +6,18 @@
 
 namespace specrt {
 
-// By a whole warp: z4, the sums of the outputs from first_output + 4 * lane on. bound: a score that the row has reached in blocks before this one; raised.
-__device__ __forceinline__ void choose_block(const LinearParams& p, const RowChoice& how, float& bound, int row, int first_output, float4 z4) {
+// How a row is to be chosen, and the noise words of this lane's four outputs from first_output + 4 * lane on: made while the sums are on their way.
+struct Draw {
+  RowChoice how;
+  uint32_t words[4];
+
+  __device__ __forceinline__ Draw(const RowChoice& how_, int first_output) : how(how_), words{} {
+    if (how.temperature > 0.0f) noise_words(how.seed, how.position, kNoiseShared, first_output / 4 + static_cast<int>(threadIdx.x) % 32, words);
+  }
+};
+
+// By a whole warp: z4, the sums of a lane's four outputs. bound: a score that the row has reached in blocks before this one; raised.
+__device__ __forceinline__ void choose_block(const LinearParams& p, const Draw& draw, float& bound, int row, int first_output, float4 z4) {
   constexpr unsigned all = 0xffffffffu;
   const int lane = threadIdx.x % 32, first = first_output + 4 * lane;
   const int64_t at = static_cast<int64_t>(row) * ((p.out_features + kLseBlock - 1) / kLseBlock) + first_output / kLseBlock;
@@ -19,7 +29,11 @@ __device__ __forceinline__ void choose_block(const LinearParams& p, const RowCho
     finite = finite && (!there || finite_bits(float_to_bits(z[e])));
     z[e] = there ? z[e] : -infinity();
   }
-  if (how.temperature > 0.0f && how.temperature != 1.0f) Divide(how.temperature)(z);
+  const float temperature = draw.how.temperature;
+  if (temperature > 0.0f && temperature != 1.0f) {
+    const Divide divide(temperature);
+    divide(z);
+  }
   const float high = fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3]));
   constexpr uint32_t bad = 0xffffffffu;  // above every number's key
   uint32_t key = finite ? order_key(high) : bad, top = __reduce_max_sync(all, key);
@@ -31,22 +45,20 @@ __device__ __forceinline__ void choose_block(const LinearParams& p, const RowCho
   const int e_high = z[0] == high ? 0 : z[1] == high ? 1 : z[2] == high ? 2 : 3;
   float best = high, own = e_high == 0 ? z[0] : e_high == 1 ? z[1] : e_high == 2 ? z[2] : z[3];  // not `high`, which has one sign for both zeros
   int32_t token = first + e_high;
-  if (how.temperature > 0.0f) {
+  if (temperature > 0.0f) {
     best = -infinity();
+    key = top = order_key(best);
     const float reach = noise_reach(bound);
-    if (high > -infinity() && high + kGumbelMax >= bound) {
-      uint32_t words[4];
-      noise_words(how.seed, how.position, kNoiseShared, first / 4, words);
+    bool reaches = false;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!(z[e] > -infinity()) || !word_reaches(words[e], z[e], reach)) continue;
-        const float score = z[e] + gumbel(words[e]);
-        if (score > best) best = score, own = z[e], token = first + e;
-      }
+    for (int e = 0; e < 4; ++e) reaches |= word_reaches(draw.words[e], z[e], reach);
+    if (__any_sync(all, reaches)) {  // hardly ever, once a block or two of the row have been seen
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (const float score = z[e] + gumbel(draw.words[e]); score > best) best = score, own = z[e], token = first + e;
+      key = order_key(best);
+      top = __reduce_max_sync(all, key);
     }
-    __syncwarp();
-    key = order_key(best);
-    top = __reduce_max_sync(all, key);
   }
   // Lower lanes have the lower tokens. Where there is no score at all, every lane's rank is 0.
   if (__ffs(__ballot_sync(all, key == top)) - 1 == lane) {
@@ -109,10 +121,11 @@ template <typename Shared> struct ChooseEpilogue {
     float(&z)[8][Shared::pitch] = shared.z[at / 8 % 2];  // its readers of two rounds ago have come to the barrier of the last round since
     const Quad quad = quad_of(0, 64 * warpgroup, d);
     ptx::store_shared(ptx::shared_address(&z[quad.token][quad.output]), quad.value);
-    ptx::named_barrier(1, 256);
     const int warp = threadIdx.x / 32, row = first_row + at + warp, first_output = output - 64 * warpgroup;
+    const Draw draw(shared.row[at + warp], first_output);
+    ptx::named_barrier(1, 256);
     if (row >= rows || first_output >= p.out_features) return;
-    choose_block(p, shared.row[at + warp], shared.bound[at + warp], row, first_output, *reinterpret_cast<const float4*>(&z[warp][4 * (threadIdx.x % 32)]));
+    choose_block(p, draw, shared.bound[at + warp], row, first_output, *reinterpret_cast<const float4*>(&z[warp][4 * (threadIdx.x % 32)]));
   }
 
   // After the last fragment: the next tile begins again with the first of the two rounds.

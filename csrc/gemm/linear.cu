@@ -71,7 +71,7 @@ template <int TM, int OM> __global__ void __launch_bounds__(256) linear_f32(Line
     __syncthreads();
     for (int t = threadIdx.x / 32; t < min(tokens, num_rows - first_row); t += 8) {
       float bound = -infinity();
-      choose_block(p, row_choice(p, first_row + t), bound, first_row + t, first_output, *reinterpret_cast<const float4*>(&z[t][4 * (threadIdx.x % 32)]));
+      choose_block(p, Draw(row_choice(p, first_row + t), first_output), bound, first_row + t, first_output, *reinterpret_cast<const float4*>(&z[t][4 * (threadIdx.x % 32)]));
     }
     return;
   }
