@@ -81,6 +81,19 @@ def test_a_batch_changes_ways_as_requests_come_and_go(model, rounds, device, oth
     assert rounds[False] and (rounds[True] or "token_mask" in other)
 
 
+@pytest.mark.parametrize("style, logits", [(GREEDY, False), (SAMPLED, True), (dict(SAMPLED, logprobs=0), False)], ids=["greedy", "sampled", "logprobs"])
+def test_many_sampled_rows_go_through_logits(model, rounds, device, style, logits):
+    spec = dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, num_steps=8, eagle_topk=4, num_draft_tokens=64)
+    batch = [Case(c.prompt, SamplingParams(**style, seed=c.params.seed, max_tokens=30, ignore_eos=True)) for c in cases(2, VOCAB, (16, 40), 30)]
+    with make(model, device=device, max_batch_size=1) as llm:
+        want = [out.token_ids for out in llm.generate([c.prompt for c in batch], [c.params for c in batch])]
+    assert set(rounds) == {False}
+    rounds.clear()
+    with make(model, device=device, max_batch_size=2, speculative_config=spec) as llm:
+        assert [out.token_ids for out in llm.generate([c.prompt for c in batch], [c.params for c in batch])] == want
+    assert rounds[logits] and (logits or not rounds[True])  # the last request alone has 64 rows
+
+
 def test_which_requests_need_their_logits():
     def needs(stop_ids=(), **params) -> bool:
         return SlotSetup([1, 2], 2, 0, SamplingParams(**params), stop_ids, None, 0, 0, 10).needs_logits
