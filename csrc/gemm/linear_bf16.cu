@@ -26,6 +26,7 @@
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
+#include "gemm/choose.cuh"
 #include "gemm/kernels_cuda.h"
 #include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
@@ -45,10 +46,13 @@ constexpr int kStepsToL2 = 4;  // of weights, beyond the pipeline, that come to 
 enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
 // splits: of two CTAs that share, each has half of the tokens and all of the outputs, and they share the weights; otherwise each has its outputs, and they share the tokens.
-template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false> struct Tile {
+// chooses: the finish is kChoose, of kernels of its own, since it takes shared memory and registers that the others need.
+template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool chooses_ = false> struct Tile {
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
   static constexpr bool splits = splits_;
   static constexpr Ways ways = ways_;
+  static constexpr bool chooses = chooses_;
+  static_assert(!chooses || (warpgroups == 2 && ways != Ways::kPair), "a block of 128 outputs");
   static constexpr bool pair = ways == Ways::kPair;
   static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
   static constexpr int cluster = pair ? 2 : share;
@@ -70,15 +74,17 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false> struct
   static constexpr int lag = (tokens > 64 && warpgroups < 4) || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
-  static constexpr bool staged = tokens > 32;  // the way out, by shared memory
+  static constexpr bool staged = tokens > 32 && !chooses;  // the way out, by shared memory
   static constexpr bool prompts = ways == Ways::kTurn || tokens > 192;  // of many blocks of tokens
   static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
   // Of two ranges in turn, the first's sum stays in registers, but for so many values of each thread, which go to shared memory. [kept / 4][thread of the warpgroups] of 4 values
   static constexpr int kept = ways == Ways::kTurn && tokens > 192 ? 64 : 0, kept_bytes = kept * 4 * 128 * warpgroups;
 
-  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens, (tokens <= 64 || warpgroups > 3 || kept > 0 ? 1 : 2)>, EpilogueShared<warpgroups, tokens>>;
-  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, bf16, (tokens > 64 && warpgroups <= 3)>, Epilogue<Tail>>;
+  using Plain = std::conditional_t<staged, StagedShared<warpgroups, tokens, (tokens <= 64 || warpgroups > 3 || kept > 0 ? 1 : 2)>, EpilogueShared<warpgroups, tokens>>;
+  using Tail = std::conditional_t<chooses, ChooseShared<tokens>, Plain>;
+  using PlainEnding = std::conditional_t<staged, StagedEpilogue<Tail, bf16, (tokens > 64 && warpgroups <= 3)>, Epilogue<Tail>>;
+  using Ending = std::conditional_t<chooses, ChooseEpilogue<Tail>, PlainEnding>;
 
   static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + kept_bytes + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
@@ -159,7 +165,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
       const int end = T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens);
-      assist<bf16, T::takes && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
+      if constexpr (T::chooses) assist_choice(p, tail, first_tile, tile_step, tiles, blocks, begin, end);
+      else assist<bf16, T::takes && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
     if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
@@ -253,7 +260,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       const int first_row = T::splits ? slot * T::tokens : tile % blocks * T::tokens;
       const int first_output = (T::splits ? tile : (tile / blocks * T::share + slot) * T::warpgroups) * 64 + warpgroup * 64;
       const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
-      if (p.squares) {
+      if (T::chooses || p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
         parity ^= 2;
       }
@@ -328,7 +335,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         }
       }
       __syncwarp();
-      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
+      if ((T::chooses || p.squares) && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
     if (T::share > 1) {  // the other may still arrive at this CTA's barriers
       ptx::cluster_arrive_relaxed();
@@ -354,10 +361,20 @@ template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cuda
   else launch_tile<Tile<warpgroups, 128, ways>>(p, stream);
 }
 
+void launch_choice(const LinearParams& p, cudaStream_t stream) {
+  if (num_ranges(p.out_features) == 2) launch_tile<Tile<2, 32, Ways::kTurn, false, true>>(p, stream);  // a small vocabulary
+  else if (p.rows <= 16) launch_tile<Tile<2, 16, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 32) launch_tile<Tile<2, 32, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 64) launch_tile<Tile<2, 64, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 128) launch_tile<Tile<2, 128, Ways::kOne, false, true>>(p, stream);
+  else launch_tile<Tile<2, 256, Ways::kOne, false, true>>(p, stream);
+}
+
 }  // namespace
 
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   require_hopper("linear", "bfloat16");
+  if (p.finish == Finish::kChoose) return launch_choice(p, stream);
   const int sms = num_sms();
   auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
