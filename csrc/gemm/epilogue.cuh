@@ -20,8 +20,8 @@ template <int warpgroups, int tokens> struct EpilogueShared {
 };
 
 // f(j, fragment j) for all of a thread's fragments, one after the other, kTogether of them written out: between the rounds of a loop the values move down, as registers have no index.
-// Code behind the main loop is cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so few rows' must be short: written out for each
-// of the fragments of 64 tokens it cost 10 us a kernel. Many rows' runs tile after tile, where the moves count: together = 1 has 4k of them a tile of 256 tokens.
+// Code behind the main loop is cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so few rows' must be short, one fragment: written
+// out for each of the fragments of 64 tokens it cost 10 us a kernel. Where rows are many the moves count, 4k of them a tile of 256 tokens, and few instructions a fragment (staged.cuh).
 template <int kTogether, int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
   static_assert(N % (4 * kTogether) == 0, "whole rounds");
 #pragma unroll 1

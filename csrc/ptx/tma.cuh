@@ -59,10 +59,10 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int byt
                : "memory");
 }
 
-// The same into every CTA of the cluster whose bit is set in `ctas`, at this offset of its shared memory and completing on its own barrier there.
-__device__ __forceinline__ void bulk_load_to_all(uint32_t to, const void* from, int bytes, uint32_t barrier, int ctas, uint64_t policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(to), "l"(from), "r"(bytes),
-               "r"(barrier), "h"(static_cast<uint16_t>(ctas)), "l"(policy)
+// Without a hint, into every CTA of the cluster whose bit is set in `ctas`, at this offset of its shared memory and completing on its own barrier there.
+__device__ __forceinline__ void bulk_load_to_all(uint32_t to, const void* from, int bytes, uint32_t barrier, int ctas) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier),
+               "h"(static_cast<uint16_t>(ctas))
                : "memory");
 }
 
