@@ -75,7 +75,6 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool c
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
   static constexpr bool staged = tokens > 32 && !chooses;  // the way out, by shared memory
-  static constexpr bool prompts = ways == Ways::kTurn || tokens > 192;  // of many blocks of tokens
   static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
   // Of two ranges in turn, the first's sum stays in registers, but for so many values of each thread, which go to shared memory. [kept / 4][thread of the warpgroups] of 4 values
@@ -139,7 +138,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
           if constexpr (T::splits) {
             if (u % 2 == slot) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
-          } else if (T::prompts || (T::many && blocks > 1)) {
+          } else if (T::ways == Ways::kTurn || T::tokens > 192 || (T::many && blocks > 1)) {
             ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
           } else {
             ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
