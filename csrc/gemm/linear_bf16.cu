@@ -283,13 +283,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         });
         const int half = 8 * rank * T::own;
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        auto add_other = [&](int j, float* d) {
-          const float4 other = from[j * T::fragment_bytes / 16];
-          d[0] = d[0] + other.x;
-          d[1] = d[1] + other.y;
-          d[2] = d[2] + other.z;
-          d[3] = d[3] + other.w;
-        };
+        auto add_other = [&](int j, float* d) { add_four(d, from[j * T::fragment_bytes / 16]); };
         if constexpr (T::staged) {
           ptx::mbarrier_wait(received, 0);
 #pragma unroll
@@ -311,13 +305,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       } else {
         if constexpr (turn) {
 #pragma unroll
-          for (int i = 0; i < T::kept; i += 4) {
-            const float4 first = kept[i * 32 * T::warpgroups];
-            sum[i] = first.x + sum[i];
-            sum[i + 1] = first.y + sum[i + 1];
-            sum[i + 2] = first.z + sum[i + 2];
-            sum[i + 3] = first.w + sum[i + 3];
-          }
+          for (int i = 0; i < T::kept; i += 4) add_four(sum + i, kept[i * 32 * T::warpgroups]);
 #pragma unroll
           for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
         }

@@ -1,4 +1,4 @@
-// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (pairs of CTAs, pipelines of two sizes, early start) and its epilogue, in steps of
+// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (three ways through K, pipelines of two sizes, early start) and its epilogues, in steps of
 // 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
 //
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
@@ -283,13 +283,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       }
       if constexpr (T::turn)
 #pragma unroll
-        for (int i = 0; i < T::values; i += 4) {
-          const float4 first = kept(i);
-          sum[i] = first.x + sum[i];
-          sum[i + 1] = first.y + sum[i + 1];
-          sum[i + 2] = first.z + sum[i + 2];
-          sum[i + 3] = first.w + sum[i + 3];
-        }
+        for (int i = 0; i < T::values; i += 4) add_four(sum + i, kept(i));
       const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
       if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
       scales_parity ^= 1;
@@ -313,13 +307,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         });
         const int first = 8 * rank * own;
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        auto add_other = [&](int j, float* d) {  // of two ranges: either order is the same sum
-          const float4 other = from[j * (T::fragment_bytes / 16)];
-          d[0] = d[0] + other.x;
-          d[1] = d[1] + other.y;
-          d[2] = d[2] + other.z;
-          d[3] = d[3] + other.w;
-        };
+        auto add_other = [&](int j, float* d) { add_four(d, from[j * (T::fragment_bytes / 16)]); };
         if constexpr (T::staged) {
           ptx::mbarrier_wait(received, 0);
 #pragma unroll
