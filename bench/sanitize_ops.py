@@ -53,7 +53,7 @@ def linears(k: Kit) -> None:
     cuda = torch.device(k.device).type == "cuda"
     # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
     few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
-    for rows, used, depth, outputs in [*few, (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
+    for rows, used, depth, outputs in [*few, (230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         packed = ops.pack_linear(weight)
         for dtype, b in [(BF16, bias), (F32, None)]:
@@ -66,6 +66,16 @@ def linears(k: Kit) -> None:
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
         finishes(k, (x, ops.pack_linear(k.random(48, 35)), k.random(48)), rows, used, 48, F32)
+    for rows, used, outputs in [(1, 1, 48), (16, 13, 16304), (30, 29, 16304), (51, 43, 16304), (130, 77, 16304), (130, 127, 1000), (260, 257, 16304)]:
+        for dtype in (BF16, F32):
+            x, weight = k.random(rows, 1352, dtype=dtype), k.random(outputs if cuda else 208, 1352, dtype=dtype)
+            request, temperature = torch.arange(rows, dtype=I32, device=k.device) % 2, k.full(2, 6, value=0.0, dtype=F32)
+            temperature[1] = 0.8
+            for logprob in (None, k.out(rows)):
+                token, status = k.out(rows, dtype=I32), k.out(rows, dtype=I32)
+                ops.linear_sample(x, ops.pack_linear(weight), len(weight), k.ints(used), request, request, k.ints(3, 4, dtype=I64), temperature, token, status, logprob)
+                for out in (token, status) if logprob is None else (token, status, logprob):
+                    k.written(out, used)
     few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
     for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
         weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)

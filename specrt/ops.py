@@ -87,6 +87,15 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Te
     _C.linear_residual(x, weight, bias, num_rows, residual, residual_out, next_weight, scaled, next_squares)
 
 
+def linear_sample(x: Tensor, weight: Tensor, out_features: int, num_rows: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tensor, sampling_f: Tensor, token: Tensor,
+                  status: Tensor, logprob: Tensor | None = None) -> None:
+    """lm_head and the choice of a token in one, where nobody wants the logits: what ``linear`` into float32 logits, ``sample_transform`` with no penalty, bias, stop, mask or filter, and
+    ``sample_exact`` give, to the bit. x [R, K] act; weight packed from [out_features, K]; the other inputs as in ``sample_transform``, of sampling_f the temperature.
+
+    token, status int32 [R]: as ``sample_transform`` writes them. logprob float32 [R]: of the token, as ``row_logprobs`` gives it of the transformed row; -inf where the status is not OK."""
+    _C.linear_sample(x, weight, out_features, num_rows, row_request, row_position, seeds, sampling_f, token, status, logprob)
+
+
 def fp8_scale_shape(rows: int, columns: int) -> tuple[int, int]:
     """Shape of the scales of activations [rows, columns]: [ceil(columns/128), rows rounded up to 16]."""
     return ((columns + 127) // 128, (rows + 15) // 16 * 16)

@@ -11,7 +11,7 @@ constexpr int kUnitBytes = 64 * 128;  // of packed weights: 64 outputs x 128 byt
 
 // Shared memory of a CTA. An SM has 228 KiB; every CTA takes 1 KiB more than it asks for. Kernels of few rows overlap with their neighbours in the stream, which needs
 // room on every SM, evenly: one of each of the two sizes fits, but not two of the larger. Layers that widen take the larger and layers that narrow the smaller.
-constexpr int kWholeBytes = 227 << 10, kWideBytes = 140000, kNarrowBytes = 83800;
+constexpr int kWholeBytes = 227 << 10, kWideBytes = 140000, kNarrowBytes = 91000;
 static_assert(kWideBytes + kNarrowBytes + (2 << 10) <= 228 << 10 && 2 * kWideBytes > 228 << 10, "one of each an SM, not two of the larger");
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -73,6 +73,14 @@ template <> union Packed<float> {
   float each[4];
   float4 all;
 };
+
+// Of two ranges' sums: either order is the same sum.
+__device__ __forceinline__ void add_four(float* sum, const float4& other) {
+  sum[0] = sum[0] + other.x;
+  sum[1] = sum[1] + other.y;
+  sum[2] = sum[2] + other.z;
+  sum[3] = sum[3] + other.w;
+}
 
 __device__ __forceinline__ void store_quad(void* out, DType dtype, int out_features, int rows, const Quad& quad) {
   if (quad.token >= rows || quad.output >= out_features) return;

@@ -65,6 +65,9 @@ template <typename T> const T* in(const std::optional<Tensor>& t) { return t.has
 template <typename T> T* inout(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 template <typename T> T* inout(const std::optional<Tensor>& t) { return t.has_value() ? inout<T>(*t) : nullptr; }
 
+inline constexpr int64_t kMaxVocab = 1 << 19;  // block statistics of a row fit the default shared memory
+inline constexpr const char* kVocabText = "a vocabulary of at most 524288 tokens";
+
 // Without CUDA kernels in the build, or without a CUDA torch, a CUDA tensor is refused by name.
 [[noreturn]] void no_cuda(const char* op);
 

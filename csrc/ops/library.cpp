@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   m.def(
       "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor num_rows, Tensor residual, Tensor(a!) residual_out, Tensor? next_weight"
       ", Tensor(b!)? scaled, Tensor(c!)? next_squares) -> ()");
+  m.def(
+      "linear_sample(Tensor x, Tensor weight, int out_features, Tensor num_rows, Tensor row_request, Tensor row_position, Tensor seeds, Tensor sampling_f"
+      ", Tensor(a!) token, Tensor(b!) status, Tensor(c!)? logprob) -> ()");
   m.def("quantize_fp8(Tensor x, Tensor num_rows, Tensor(a!) q, Tensor(b!) scale) -> ()");
   m.def(
       "linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor num_rows"

@@ -4,9 +4,6 @@
 namespace specrt::ops {
 namespace {
 
-constexpr int64_t kMaxVocab = 1 << 19;  // block statistics of a row fit the default shared memory
-constexpr const char* kVocabText = "a vocabulary of at most 524288 tokens";
-
 void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, std::optional<Tensor> row_node, std::optional<Tensor> tree_token,
                       std::optional<Tensor> tree_ancestors, Tensor sampling_f, Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor output_count,
                       Tensor prompt_mask, std::optional<Tensor> mask_bits, std::optional<Tensor> row_mask, Tensor num_rows, Tensor status, std::optional<Tensor> seeds,

@@ -6,14 +6,9 @@
 //   * everything else that is summed (top-p mass, residual mass) is an integer: no order.
 //   * every choice is a maximum with the lowest token id on ties: no order.
 #pragma once
-#include "base/types.h"
+#include "base/choice.h"
 
 namespace specrt {
-
-// Columns of the per-slot tables (specrt/ops.py).
-enum SamplingF { kTemperature, kTopP, kMinP, kRepetition, kPresence, kFrequency, kSamplingF };  // [B, 6]
-enum SamplingI { kTopK, kMinTokens, kPromptLen, kHasBias, kHasPenalty, kSamplingI };            // [B, 5]
-enum RowStatus : int32_t { kStatusOk, kStatusNotFinite, kStatusAllMasked };
 
 struct SampleTransformParams {
   float* logits;                  // [R, V], in place
@@ -114,10 +109,23 @@ struct AcceptRejectionParams {
   int slots, nodes, depth, vocab;  // B, N, D, V
 };
 
+// The choice of rows whose blocks are given (base/choice.h): what sample_transform without filters, sample_exact and row_logprobs would have of the logits.
+struct SampleBlocksParams {
+  const BlockChoice* choice;  // [R, J]
+  const float* sums;          // [R, J], with logprob
+  const int32_t* num_rows;
+  int32_t* token;             // [R]; 0 where the status is not OK
+  int32_t* status;            // [R]
+  float* logprob;             // [R] or null: of the token; -inf where the status is not OK
+  int rows, blocks;           // R, J
+};
+
 void launch_sample_transform_cpu(const SampleTransformParams& p);
 void launch_sample_transform_cuda(const SampleTransformParams& p, void* stream);
 void launch_sample_exact_cpu(const SampleExactParams& p);
 void launch_sample_exact_cuda(const SampleExactParams& p, void* stream);
+void launch_sample_blocks_cpu(const SampleBlocksParams& p);
+void launch_sample_blocks_cuda(const SampleBlocksParams& p, void* stream);
 void launch_row_logprobs_cpu(const RowLogprobsParams& p);
 void launch_row_logprobs_cuda(const RowLogprobsParams& p, void* stream);
 void launch_draft_topk_cpu(const DraftTopkParams& p);

@@ -8,32 +8,6 @@
 namespace specrt {
 namespace {
 
-// Division by one number, IEEE: by its reciprocal and two corrections where neither operand is extreme, as the compiler does it, but for what is the same for all.
-struct Divide {
-  float by, reciprocal;
-  bool plain;
-
-  __device__ explicit Divide(float by) : by(by), reciprocal(1.0f / by), plain(by > 0x1p-30f && by < 0x1p30f) {}
-
-  __device__ void operator()(float (&x)[4]) const {
-    const float low = fminf(fminf(fabsf(x[0]), fabsf(x[1])), fminf(fabsf(x[2]), fabsf(x[3]))), high = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-    if (plain && low > 0x1p-60f && high < 0x1p60f) {
-#pragma unroll
-      for (float& value : x) {
-        float q = value * reciprocal;
-        q = fma_rn(fma_rn(-q, by, value), reciprocal, q);
-        value = fma_rn(fma_rn(-q, by, value), reciprocal, q);
-      }
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {  // no index that is not a constant: x stays in registers
-        const float y = (e < 2 ? (e == 0 ? x[0] : x[1]) : (e == 2 ? x[2] : x[3])) / by;
-        e < 2 ? (e == 0 ? x[0] = y : x[1] = y) : (e == 2 ? x[2] = y : x[3] = y);
-      }
-    }
-  }
-};
-
 // What is done to a logit before the filters: penalties, bias, mask, temperature.
 struct Adjust {
   const int32_t* count;   // [V] or null: no penalty
@@ -117,8 +91,6 @@ struct Best {
     return rank_of(value, 4 * (row.first + quad) + (x.x == value ? 0 : x.y == value ? 1 : x.z == value ? 2 : 3));
   }
 };
-
-constexpr uint64_t kBadRank = ~uint64_t{0};  // above every rank: some logit is not finite
 
 // One pass over the logits into shared memory: change(quad, its first token); returns 0, or NaN if a raw logit is not finite. Each thread loads `Batch` quads at once.
 template <bool kVector, int Batch, typename Change> __device__ __forceinline__ float first_pass(const RowSlice& row, const float* logits, int n, Best& best, Change&& change) {

@@ -166,6 +166,15 @@ class DenseModel:
         """Raw logits of hidden rows [R, H] into float32 [R, V], unrounded."""
         self.lm_head(hidden, num_rows, out)
 
+    @property
+    def samples(self) -> bool:
+        """Whether lm_head can choose tokens itself (``sample``): not with FP8 weights."""
+        return isinstance(self.lm_head, Linear)
+
+    def sample(self, hidden: Tensor, batch: RowBatch, seeds: Tensor, sampling_f: Tensor, token: Tensor, status: Tensor, logprob: Tensor | None) -> None:
+        """The tokens of hidden rows [R, H], and how likely each was, without a row of logits (ops.linear_sample)."""
+        self.lm_head.sample(hidden, batch.num_rows, batch.request, batch.position, seeds, sampling_f, token, status, logprob)
+
 
 def check_kernels(config: ModelConfig, device: torch.device, fp8: bool) -> None:
     """What the ops are built for (csrc/ops), said in the words of the config."""
