@@ -106,7 +106,8 @@ template <typename Shared> struct ChooseEpilogue {
   __device__ void finish(int at, float (&d)[4], uint2) const {
     float(&z)[8][Shared::pitch] = shared.z[at / 8 % 2];  // its readers of two rounds ago have come to the barrier of the last round since
     const Quad quad = quad_of(0, 64 * warpgroup, d);
-    ptx::store_shared(ptx::shared_address(&z[quad.token][quad.output]), quad.value);
+    const float(&x)[4] = quad.value;
+    ptx::store_shared(ptx::shared_address(&z[quad.token][quad.output]), make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])));
     const int warp = threadIdx.x / 32, row = first_row + at + warp, first_output = output - 64 * warpgroup;
     const Draw draw(shared.row[at + warp], first_output);
     ptx::named_barrier(1, 256);

@@ -4,9 +4,14 @@
 
 namespace specrt::ptx {
 
-// Four floats to a multiple of 16 bytes as one store, which the compiler does not make of what it cannot prove aligned.
-__device__ __forceinline__ void store_shared(uint32_t to, const float (&x)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+__device__ __forceinline__ uint2 load_shared(uint32_t from) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 }  // namespace specrt::ptx
