@@ -68,7 +68,7 @@ template <int warpgroups_, int tokens_, Ways ways_, bool chooses_ = false> struc
   static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
-  static constexpr int together = chooses ? (tokens > 64 ? 4 : 1) : ways == Ways::kTurn ? 2 : tokens > 128 ? 8 : tokens > 64 ? 4 : 1;  // fragments of the epilogue
+  static constexpr int together = chooses ? (tokens > 64 ? 2 : 1) : ways == Ways::kTurn ? 2 : tokens > 128 ? 8 : tokens > 64 ? 4 : 1;  // fragments of the epilogue
   static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
   using Tail = std::conditional_t<chooses, ChooseShared<tokens>, EpilogueShared<warpgroups, tokens>>;
