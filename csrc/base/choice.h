@@ -65,6 +65,11 @@ struct Divide {
     }
   }
 };
+
+// Scores below `bound` cannot win, so most noise is never made: G < kGumbelMax; and since E = -log1p(-W) >= W, a score reaches the bound only where W <= exp(z - bound), up to roundings
+// that the slack of noise_reach covers many times.
+__device__ __forceinline__ float noise_reach(float bound) { return bound - (0.01f + fabsf(bound) * 1e-6f); }
+__device__ __forceinline__ bool word_reaches(uint32_t word, float z, float reach) { return !(static_cast<float>(word) * 2.3283064365386963e-10f > __expf(z - reach)); }
 #endif
 
 // What a row's choice needs of kLseBlock tokens. z: the logit, divided by the temperature where there is one.

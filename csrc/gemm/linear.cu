@@ -69,8 +69,10 @@ template <int TM, int OM> __global__ void __launch_bounds__(256) linear_f32(Line
 #pragma unroll
       for (int i = 0; i < OM; ++i) z[ty + 16 * j][tx + 16 * i] = acc[i][j];
     __syncthreads();
-    for (int t = threadIdx.x / 32; t < min(tokens, num_rows - first_row); t += 8)
-      choose_block(p, Draw(row_choice(p, first_row + t), first_output), first_row + t, first_output, *reinterpret_cast<const float4*>(&z[t][4 * (threadIdx.x % 32)]));
+    for (int t = threadIdx.x / 32; t < min(tokens, num_rows - first_row); t += 8) {
+      float bound = -infinity();
+      choose_block(p, Draw(row_choice(p, first_row + t), first_output), bound, first_row + t, first_output, *reinterpret_cast<const float4*>(&z[t][4 * (threadIdx.x % 32)]));
+    }
     return;
   }
   if (p.squares) {

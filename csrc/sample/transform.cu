@@ -181,15 +181,13 @@ template <bool kVector> __device__ uint64_t finish_row(const RowSlice& row, floa
       for (float& z : x) z = exp_rn(z - f.max) >= f.min_p ? z : -infinity();
     const float top = highest_of(x);
     if (f.write) store_quad<kVector>(logits, v, n, x);
-    // Scores below `bound` cannot win, so most noise is never made: G < kGumbelMax; and since E = -log1p(-W) >= W, a score reaches the bound only where
-    // W <= exp(z - bound), up to roundings that the slack covers many times.
     if (!f.draw || !(top > -infinity() && top + kGumbelMax >= bound)) continue;
     uint32_t words[4];
     noise_words(f.seed, f.position, kNoiseShared, row.first + q, words);
-    const float reach = bound - (0.01f + fabsf(bound) * 1e-6f);
+    const float reach = noise_reach(bound);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (!(x[e] > -infinity()) || static_cast<float>(words[e]) * 2.3283064365386963e-10f > __expf(x[e] - reach)) continue;
+      if (!(x[e] > -infinity()) || !word_reaches(words[e], x[e], reach)) continue;
       const float score = x[e] + gumbel(words[e]);
       const uint64_t rank = rank_of(score, v + e);
       if (rank > best) best = rank;
