@@ -1,4 +1,4 @@
-// Makes the plan of tree attention (plan.cuh): one block walks the packed rows.
+// Makes the plan of tree attention (plan.cuh): one block walks the packed rows. Short, for it stands before the weights of a first layer, which come while it works.
 #include "attention/plan.cuh"
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
@@ -6,7 +6,7 @@
 namespace specrt {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 // The combination of what the threads before and the thread itself have, over the block; `total`: of all. Operator: max or plus.
 template <typename F> __device__ int scan(int x, F f, int identity, int& total, int* warps) {
@@ -37,6 +37,7 @@ struct Plus {
 
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
   __shared__ int warps[kWarps];
+  ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
@@ -76,7 +77,11 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
         nodes = max(nodes, 64 - __clzll(word));
         wanted |= word;
       } else if (p.paths) {
-        for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++len;
+        bool goes_on = true;
+        for (int d = 0; d < p.path_depth; ++d) {  // loads that do not wait for each other
+          goes_on = goes_on && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0;
+          len += goes_on;
+        }
       }
       shortest = min(shortest, len);
       longest = max(longest, len);
@@ -122,9 +127,6 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     pieces += total;
   }
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
-  __threadfence();
-  __syncthreads();
-  ptx::launch_dependents();  // not before: attention reads the plan without waiting for the kernel before it (params.h)
 }
 
 }  // namespace
