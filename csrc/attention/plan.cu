@@ -78,8 +78,10 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
         wanted |= word;
       } else if (p.paths) {
         bool goes_on = true;
+#pragma unroll 8
         for (int d = 0; d < p.path_depth; ++d) {  // loads that do not wait for each other
-          goes_on = goes_on && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0;
+          const int node = p.paths[static_cast<int64_t>(r) * p.path_depth + d];
+          goes_on = goes_on && node >= 0;
           len += goes_on;
         }
       }

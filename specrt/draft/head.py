@@ -91,8 +91,7 @@ class HeadDrafter(Drafter):
         grow.first(depths)
         feature = self.root_feature
         for level in range(2, depth + 1):
-            hidden, feature = m.forward(beam, feature, self.pool, grow.parent[: beam.rows])
-            m.logits(hidden, beam.num_rows, grow.logits[: beam.rows])
+            feature = m.draft(beam, feature, self.pool, grow.parent[: beam.rows], grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
         grow.select(nodes, depths, depth)
 

@@ -120,18 +120,29 @@ class HeadModel(ABC):
 
     def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. parent int32 [R]: each row's in ``feature``; None: its own."""
-        residual = self._stream(batch, feature, pool, parent)
+        residual, _ = self._stream(batch, feature, pool, parent, None)
         if self.norm is None:
             return residual, residual
         hidden = self.normed(residual, self.norm, batch.num_rows)
         return hidden, hidden if self.config.norm_output else residual
 
+    def draft(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor, out: Tensor) -> Tensor:
+        """``forward`` and ``logits`` of its hidden rows into ``out``; returns the features. A last norm that only lm_head reads is deferred (ops.linear)."""
+        if self.norm is None or self.config.norm_output:
+            hidden, following = self.forward(batch, feature, pool, parent)
+            self.logits(hidden, batch.num_rows, out)
+            return following
+        residual, normed = self._stream(batch, feature, pool, parent, self.norm)
+        self.lm_head.normed(normed, batch.num_rows, out)
+        return residual
+
     def keep(self, batch: RowBatch, feature: Tensor, pool: KVPool, place: Tensor, hidden: Tensor, following: Tensor | None) -> None:
         """``forward``, of which row r's outputs go to row place[r] (int32 [R], -1: to none) of hidden and following [B, h]."""
-        ops.keep_rows(self._stream(batch, feature, pool, None), self.norm, self.eps, place, batch.num_rows, hidden, following, self.config.norm_output)
+        residual, _ = self._stream(batch, feature, pool, None, None)
+        ops.keep_rows(residual, self.norm, self.eps, place, batch.num_rows, hidden, following, self.config.norm_output)
 
-    def _stream(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None) -> Tensor:
-        """The residual stream behind the last layer."""
+    def _stream(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Normed]:
+        """The residual stream behind the last layer; with ``norm`` the first half of that RMSNorm of it too."""
         n, rows, c, eps = batch.num_rows, batch.rows, self.config.layers, self.eps
         if not batch.prefill:
             ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads, batch.workspace.plan)
@@ -155,8 +166,8 @@ class HeadModel(ABC):
                                    batch.workspace.plan, batch.workspace.partials, attended)
             layer.o.add(attended.flatten(1), n, residual, residual, layer.post_norm, normed)
             layer.gate_up.silu(normed, n, activated)
-            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else None, normed)
-        return residual
+            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else norm, normed)
+        return residual, normed
 
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, h] into float32 [R, D], ids of the head's vocabulary."""
