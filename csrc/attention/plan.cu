@@ -7,6 +7,7 @@ namespace specrt {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kNear = 256;  // blocks that are made in shared memory: a plan of more rows is made where it will lie
 
 // The combination of what the threads before and the thread itself have, over the block; `total`: of all. Operator: max or plus.
 template <typename F> __device__ int scan(int x, F f, int identity, int& total, int* warps) {
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
-  Block* blocks = reinterpret_cast<Block*>(p.plan + kPlanHeader);
+  __shared__ Block near[kNear];
+  Block* const blocks = p.rows <= kNear ? near : reinterpret_cast<Block*>(p.plan + kPlanHeader);
   auto together = [&](int r) {  // row r goes on with row r - 1's run
     return r > 0 && p.row_request[r] == p.row_request[r - 1] && (!has_paths || p.row_prefix[r] == p.row_prefix[r - 1]);
   };
@@ -129,6 +131,9 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     pieces += total;
   }
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
+  if (blocks != near) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * kPlanBlock; i += kThreads) p.plan[kPlanHeader + i] = reinterpret_cast<const int32_t*>(near)[i];
 }
 
 }  // namespace
