@@ -1,4 +1,4 @@
-// Makes the plan of tree attention (plan.cuh): one block walks the packed rows. Short, for it stands before the weights of a first layer, which come while it works.
+// Makes the plan of tree attention (plan.cuh): one block walks the packed rows. It stands before the weights of a first layer, which come while it works.
 #include "attention/plan.cuh"
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
@@ -38,8 +38,8 @@ struct Plus {
 
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
   __shared__ int warps[kWarps];
-  ptx::launch_dependents();
   ptx::grid_dependency_wait();
+  ptx::launch_dependents();  // now: sooner, weights that fill a pipeline and then wait would only stand in the way of what is before
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
   __shared__ Block near[kNear];

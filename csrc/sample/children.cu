@@ -3,6 +3,7 @@
 // this kernel, so the k best are not sought one after the other: few columns reach a floor that is found first, and a column's place among those is how many are above it.
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
+#include "ptx/prefetch.cuh"
 #include "sample/cluster.cuh"
 
 namespace specrt {
@@ -254,6 +255,8 @@ __global__ void __launch_bounds__(kMostThreads) draft_children_kernel(const __gr
   out.broken = out.found + ctas * p.k;
   out.best = out.broken + ctas;
   ptx::launch_dependents();
+  if (p.ids)  // a few are looked up at the end
+    for (int c = 4 * first + 16 * threadIdx.x; c < min(4 * (first + row.quads), p.columns); c += 16 * blockDim.x) ptx::prefetch_l2(p.ids + c);
   if (threadIdx.x == 0) {  // nothing of this was written by a kernel
     init_bells(row);
     used = !p.ids ? min(p.columns, p.vocab) : p.ids[p.columns - 1] < p.vocab ? p.columns : first_at_least(p.ids, p.columns, p.vocab);

@@ -63,8 +63,8 @@ __global__ void span_rows_kernel(SpanRowsParams p) {
 }
 
 __global__ void path_rows_kernel(PathRowsParams p) {
-  ptx::launch_dependents();
   ptx::grid_dependency_wait();
+  ptx::launch_dependents();  // as in attention/plan.cu: a head's weights come from here on
   auto all = [&](int i) {
     const int size = path_size(p, i);
     return size + path_masks(p, i, size);
