@@ -131,6 +131,13 @@ def row_wise(k: Kit) -> None:
                 ops.head_input(k.random(11, hidden, dtype=dtype), ids, k.random(rows + 2, hidden, dtype=dtype), ids + 2, weight, weight, 1e-5, False, n, joined, stream, False)
                 k.written(joined, used)
                 k.written(stream, used)
+            parts, joined = [k.random(rows + 2, hidden, dtype=dtype) for _ in range(3)], k.out(rows, 3 * hidden, dtype=dtype)
+            ops.join_rows(parts, [k.random(hidden, dtype=dtype) for _ in range(3)], ids - 1, k.random(3 * hidden, dtype=dtype), 1e-5, n, joined)
+            k.written(joined, used)
+            kept, stream = k.out(rows, hidden, dtype=dtype), k.out(rows, hidden, dtype=dtype)
+            ops.keep_rows(k.random(rows, hidden, dtype=dtype), k.random(hidden, dtype=dtype), 1e-5, ids, n, kept, stream, False)
+            k.written(kept, used)
+            k.written(stream, used)
 
 
 def paged(k: Kit) -> None:
@@ -169,8 +176,8 @@ def trees(k: Kit, dim: int, q_heads: int, lengths: list[int], table: Tensor, pag
     i32 = [k.out(capacity, dtype=I32) for _ in range(5)]
     request, node, row_token, position, prefix = i32
     slot, ancestors, num_rows = k.out(capacity, dtype=I64), k.out(capacity, dtype=I64), k.out(1, dtype=I32)
-    ops.tree_build(token, parent, size, seq_lens, table, page, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I64), k.out(slots + 1, dtype=I32), request, node,
-                   row_token, position, prefix, slot, ancestors, num_rows)
+    ops.tree_build(token, parent, k.full(slots, value=1), size, seq_lens, table, page, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I64), k.out(slots + 1, dtype=I32),
+                   request, node, row_token, position, prefix, slot, ancestors, num_rows)
     assert num_rows.item() == used
     for t in (*i32, slot, ancestors):
         k.written(t, used)
@@ -242,7 +249,7 @@ def sampling(k: Kit) -> None:
         # Of 130 tokens or one that the drafter has, and of all; the second slot's stops are in force.
         for ids in (torch.arange(130, dtype=I64, device=k.device) * (vocab // 131), k.ints(vocab - 1, dtype=I64), None):
             child, score = k.out(capacity, 3, dtype=I32), k.out(capacity, 3)
-            ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
+            ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), 0, 0, ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
                                k.random(slots, vocab), seeds, ops.NOISE_SHARED, n, child, score)
             k.written(child, used)
             k.written(score, used)
@@ -288,13 +295,12 @@ def drafting(k: Kit) -> None:
     ops.draft_limits(k.ints(7, 0, 3), k.ints(4, 4, 4), k.ints(9, 17, 4), k.ints(1, 1, 0), 1, *limits)
     assert [t.tolist() for t in limits] == [[7, 0, 0], [4, 0, 0], [8, 16, 3]]
     num_rows, capacity = k.out(1, dtype=I32), 20
-    rows_of = [k.out(capacity, dtype=t) for t in (I32, I32, I32, I32, I64, I32, I64)]
-    ops.path_rows(history, k.ints(9, 17, 4), k.ints(8, 1, 3), k.ints(7, 7, 0), k.ints(*range(8)).repeat(slots, 1), k.ints(0, 8, 9, 12), table, page, *rows_of, num_rows)
-    assert num_rows.item() == 9
-    for t in rows_of[:5]:
-        k.written(t, 9)
-    for t in rows_of[5:]:
-        k.written(t, capacity)
+    rows_of = [k.out(capacity, dtype=t) for t in (I32, I32, I32, I32, I64, I32, I32)]
+    ops.path_rows(history, k.ints(9, 17, 4), k.ints(8, 1, 3), k.ints(7, 7, 0), k.ints(3, 1, 3), 3, 1, k.ints(*range(8)).repeat(slots, 1), k.ints(0, 8, 9, 12), table, page,
+                  *rows_of, num_rows)
+    assert num_rows.item() == 8 + 2 + 1
+    for t in rows_of:
+        k.written(t, 11)
     size = k.out(slots, dtype=I32)
     ops.tree_select(levels, width, width, k.ints(63, 5, 9), depth, token, parent, score, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), size)
     assert size.tolist() == [64, 6, 10]

@@ -156,6 +156,19 @@ def head_input(table: Tensor, ids: Tensor, feature: Tensor, parent: Tensor | Non
     _C.head_input(table, ids, feature, parent, token_weight, feature_weight, eps, feature_first, num_rows, joined, stream, stream_normed)
 
 
+def join_rows(parts: list[Tensor], weights: list[Tensor], source: Tensor | None, missing: Tensor | None, eps: float, num_rows: Tensor, out: Tensor) -> None:
+    """Rows of several tensors side by side: out act [R, n H] = row source[r] of each of the n parts, act [F, H]; after its ``rms_norm`` with weights act [H], one a part, if there are any.
+
+    source int32 [R], None = each row's own (F = R); -1 takes ``missing`` act [n H] instead of the parts' rows. NaN for a source that is outside. n <= 16."""
+    _C.join_rows(parts, weights, source, missing, eps, num_rows, out)
+
+
+def keep_rows(x: Tensor, weight: Tensor | None, eps: float, place: Tensor, num_rows: Tensor, normed: Tensor, stream: Tensor | None, stream_normed: bool) -> None:
+    """``rms_norm`` of some rows, and the rows themselves, to where they are kept: normed[place[r]] = the norm of x[r] (with no weight x[r]), stream[place[r]] = x[r], or with
+    stream_normed its norm. x act [R, H], place int32 [R]: outside [0, B), say -1: the row is not kept; normed, stream act [B, H], not x."""
+    _C.keep_rows(x, weight, eps, place, num_rows, normed, stream, stream_normed)
+
+
 # ------------------------------------------------------------------------------------------------ kv
 
 
@@ -228,16 +241,16 @@ def prefill_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Te
 # ------------------------------------------------------------------------------------------------ tree
 
 
-def tree_build(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
+def tree_build(tree_token: Tensor, tree_parent: Tensor, active: Tensor, tree_size: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                tree_depth: Tensor, tree_ancestors: Tensor, row_offset: Tensor, row_request: Tensor, row_node: Tensor, row_token: Tensor,
                row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_ancestors: Tensor, num_rows: Tensor) -> None:
     """From nodes and parents: depths, ancestor words, and the packed rows of all requests.
 
-    In: tree_token, tree_parent int32 [B, N] (topological: parent < node; the root's parent is -1), tree_size int32 [B] (0: slot not in this
-    round), seq_lens int32 [B], block_table int32 [B, max_pages]. Out: tree_depth int32 [B, N]; tree_ancestors int64 [B, N]; row_offset int32 [B+1] (first row of each
+    In: tree_token, tree_parent int32 [B, N] (topological: parent < node; the root's parent is -1), active int32 [B] (0: slot not in this round: its size becomes 0), tree_size
+    int32 [B], seq_lens int32 [B], block_table int32 [B, max_pages]. Out: tree_depth int32 [B, N]; tree_ancestors int64 [B, N]; row_offset int32 [B+1] (first row of each
     slot); and by row, slots ascending, nodes ascending: row_request, row_node, row_token, row_position (= seq_len + depth), row_prefix (= seq_len)
     int32 [R], row_slot int64 [R] (page * P + offset of logical slot seq_len + node), row_ancestors int64 [R]; num_rows int32 [1]."""
-    _C.tree_build(tree_token, tree_parent, tree_size, seq_lens, block_table, page_size, tree_depth, tree_ancestors, row_offset, row_request,
+    _C.tree_build(tree_token, tree_parent, active, tree_size, seq_lens, block_table, page_size, tree_depth, tree_ancestors, row_offset, row_request,
                   row_node, row_token, row_position, row_prefix, row_slot, row_ancestors, num_rows)
 
 
@@ -250,15 +263,17 @@ def span_rows(history: Tensor, start: Tensor, end: Tensor, block_table: Tensor, 
     _C.span_rows(history, start, end, block_table, page_size, row_offset, row_request, row_token, row_position, row_prefix, row_slot, num_rows)
 
 
-def path_rows(history: Tensor, seq_lens: Tensor, path_len: Tensor, max_nodes: Tensor, path: Tensor, row_offset: Tensor, block_table: Tensor, page_size: int,
-              row_request: Tensor, row_token: Tensor, row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_source: Tensor, row_root: Tensor, num_rows: Tensor) -> None:
-    """``span_rows`` of what a round has committed, for a head: the last path_len[b] positions below seq_lens[b] (after the round), of slots with max_nodes[b] > 0.
+def path_rows(history: Tensor, seq_lens: Tensor, path_len: Tensor, max_nodes: Tensor, levels: Tensor | None, most_levels: int, mask_token: int, path: Tensor, row_offset: Tensor,
+              block_table: Tensor, page_size: int, row_request: Tensor, row_token: Tensor, row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_source: Tensor,
+              row_place: Tensor, num_rows: Tensor) -> None:
+    """``span_rows`` of what a round has committed, for a head: the last path_len[b] positions below seq_lens[b] (after the round), of slots with max_nodes[b] > 0; and with
+    levels int32 [B] (each 1 to most_levels) levels[b] - 1 rows of mask_token behind them.
 
     history int32 [B, T]; seq_lens, path_len, max_nodes int32 [B]; path int32 [B, N] and row_offset int32 [B + 1] of the round. Rows as ``span_rows`` has them, but row_token is the token
-    *behind* the position's own. row_source int32 [R]: the round's row whose feature belongs to the position; row_root int64 [R]: b for a slot's last row, else B. Past
-    num_rows these two are 0 and B."""
-    _C.path_rows(history, seq_lens, path_len, max_nodes, path, row_offset, block_table, page_size, row_request, row_token, row_position, row_prefix, row_slot, row_source,
-                 row_root, num_rows)
+    *behind* the position's own. row_source int32 [R]: the round's row whose feature belongs to the position, -1 of a mask row; row_place int32 [R]: b * most_levels for a slot's last row
+    of a token, one more for each mask row behind it, -1 for the rows before it."""
+    _C.path_rows(history, seq_lens, path_len, max_nodes, levels, most_levels, mask_token, path, row_offset, block_table, page_size, row_request, row_token, row_position,
+                 row_prefix, row_slot, row_source, row_place, num_rows)
 
 
 def accept_walk(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, row_offset: Tensor, row_target: Tensor, row_status: Tensor,
@@ -378,14 +393,15 @@ def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tens
     _C.draft_topk(z, row_request, row_position, seeds, sampling_f, noise, num_rows, perturbed, token, score)
 
 
-def draft_children(logits: Tensor, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor, stop_ids: Tensor,
-                   bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
-    """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children and scores, to the bit.
+def draft_children(logits: Tensor, slot_rows: int, level: int, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor,
+                   stop_ids: Tensor, bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
+    """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children, to the bit, and their scores but for the order
+    of the log-sum-exp, which is by blocks of the D columns.
 
-    logits float32 [R, D], raw and left so; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
+    logits float32 [R, D], raw and left so, or with slot_rows > 0 [B slot_rows, D], of which a row takes row_request * slot_rows + level; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
     stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k], k <= 64: a token that
-    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: V <= 327680."""
-    _C.draft_children(logits, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
+    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: D <= 327680."""
+    _C.draft_children(logits, slot_rows, level, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
 
 
 def accept_rejection(z: Tensor, row_status: Tensor, row_offset: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, q: Tensor,

@@ -1,4 +1,4 @@
-// RoPE with the append to pages: one warp a (row, head). Commit: one block a (layer, KV head, request), 16 bytes a thread.
+// RoPE with the append to pages: one warp a (row, head). Commit: one block a (layer, request), 16 bytes a thread.
 #include "base/launch.h"
 #include "base/math.h"
 #include "kv/params.h"
@@ -73,35 +73,35 @@ template <typename T, typename KV> __global__ void __launch_bounds__(kWarps * 32
 constexpr int kCommitThreads = 256, kBatch = 4;  // pieces of K and of V a thread holds between the reads and the writes of a batch
 
 // A batch reads all its sources before it writes. Later batches' sources lie above this batch's destinations (path[i] >= i), so batches may follow
-// one another; pieces of 16 bytes are ordered by node.
-// No kernel starts before this one has ended: attention reads committed keys before its wait.
+// one another; pieces of 16 bytes are ordered by node, then head. Attention, which reads committed keys before its wait, is not the next kernel (attention/params.h).
 __global__ void __launch_bounds__(kCommitThreads) kv_commit_kernel(KvCommitParams p, int pieces) {
+  ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  const int layer = blockIdx.x, head = blockIdx.y, b = blockIdx.z;
+  const int layer = blockIdx.x, b = blockIdx.y, of_node = p.kv_heads * pieces;
   const int32_t* table = p.block_table + static_cast<int64_t>(b) * p.max_pages;
   const int32_t* path = p.path + static_cast<int64_t>(b) * p.nodes;
-  const int length = min(p.path_len[b], p.nodes), total = (length - 1) * pieces, seq_len = p.seq_lens[b];
+  const int length = min(p.path_len[b], p.nodes), total = (length - 1) * of_node, seq_len = p.seq_lens[b];
   auto piece_of = [&](int slot, int piece) {
-    const int64_t page = table[slot / p.page];
-    return (((static_cast<int64_t>(layer) * p.pages + page) * p.kv_heads + head) * p.page + slot % p.page) * pieces + piece;
+    const int64_t page = static_cast<int64_t>(layer) * p.pages + table[slot / p.page];
+    return ((page * p.kv_heads + piece / pieces) * p.page + slot % p.page) * pieces + piece % pieces;
   };
   uint4 *k = static_cast<uint4*>(p.k_pools), *v = static_cast<uint4*>(p.v_pools);
   for (int base = 0; base < total; base += kBatch * kCommitThreads) {
     uint4 held_k[kBatch], held_v[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int index = base + j * kCommitThreads + threadIdx.x, i = 1 + index / pieces;
+      const int index = base + j * kCommitThreads + threadIdx.x, i = 1 + index / of_node;
       if (index >= total || path[i] == i) continue;
-      const int64_t from = piece_of(seq_len + path[i], index % pieces);
+      const int64_t from = piece_of(seq_len + path[i], index % of_node);
       held_k[j] = k[from];
       held_v[j] = v[from];
     }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int index = base + j * kCommitThreads + threadIdx.x, i = 1 + index / pieces;
+      const int index = base + j * kCommitThreads + threadIdx.x, i = 1 + index / of_node;
       if (index >= total || path[i] == i) continue;
-      const int64_t to = piece_of(seq_len + i, index % pieces);
+      const int64_t to = piece_of(seq_len + i, index % of_node);
       k[to] = held_k[j];
       v[to] = held_v[j];
     }
@@ -126,7 +126,7 @@ void launch_rope_append_cuda(const RopeAppendParams& p, void* stream) {
 
 void launch_kv_commit_cuda(const KvCommitParams& p, void* stream) {
   const int pieces = p.head_dim * element_bytes(p.dtype) / 16;
-  launch({dim3(p.layers, p.kv_heads, p.requests), dim3(kCommitThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, kv_commit_kernel, p, pieces);
+  launch({dim3(p.layers, p.requests), dim3(kCommitThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, kv_commit_kernel, p, pieces);
 }
 
 }  // namespace specrt

@@ -57,6 +57,38 @@ struct HeadInputParams {
   int rows, vocab, features, hidden;  // R (capacity), V, F, H
 };
 
+// Rows of several tables side by side, each after its norm if it has one.
+constexpr int kMostParts = 16;
+struct JoinRowsParams {
+  DType dtype;
+  const void* parts[kMostParts];    // [F, H] each
+  const void* weights[kMostParts];  // [H] each, or null: no norm
+  const int32_t* source;            // [R] rows of the parts, or null: row r's is row r; -1: `missing`
+  const void* missing;              // [count H] or null
+  void* out;                        // [R, count H]; NaN where there is no such row
+  const int32_t* num_rows;
+  float eps;
+  int count, rows, features, hidden;  // parts, R (capacity), F, H
+};
+
+// The last step of a head, for rows that are kept: row r's norm to row place[r] of `normed`, the row itself (or its norm) to `stream`.
+struct KeepRowsParams {
+  DType dtype;
+  const void* x;         // [R, H]
+  const void* weight;    // [H] or null: no norm
+  const int32_t* place;  // [R]; outside [0, B): the row is not kept
+  void* normed;          // [B, H]
+  void* stream;          // [B, H] or null
+  const int32_t* num_rows;
+  float eps;
+  bool stream_normed;
+  int rows, places, hidden;  // R (capacity), B, H
+};
+
+void launch_join_rows_cpu(const JoinRowsParams& p);
+void launch_join_rows_cuda(const JoinRowsParams& p, void* stream);
+void launch_keep_rows_cpu(const KeepRowsParams& p);
+void launch_keep_rows_cuda(const KeepRowsParams& p, void* stream);
 void launch_head_input_cpu(const HeadInputParams& p);
 void launch_head_input_cuda(const HeadInputParams& p, void* stream);
 void launch_rms_norm_cpu(const RmsNormParams& p);

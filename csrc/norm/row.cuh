@@ -39,7 +39,7 @@ constexpr int kNormThreads = kNormLanes / kVec, kHeld = 4;  // pieces of a row t
 __device__ __forceinline__ float fold8(const float (&x)[8]) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 
-// The first pieces of a norm's weight: they may be read before anything else is known.
+// The first pieces of a norm's weight, or nothing of no norm (null): they may be read before anything else is known.
 template <typename T, bool kVector> struct RowWeight {
   const T* all;
   T first[kHeld][kVec];
@@ -48,7 +48,7 @@ template <typename T, bool kVector> struct RowWeight {
 #pragma unroll
     for (int g = 0; g < kHeld; ++g) {
       const int i = kVec * threadIdx.x + g * kNormLanes;
-      if (i < hidden) load8<T, kVector>(weight + i, hidden - i, first[g]);
+      if (weight && i < hidden) load8<T, kVector>(weight + i, hidden - i, first[g]);
     }
   }
 };

@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   m.def(
       "head_input(Tensor table, Tensor ids, Tensor feature, Tensor? parent, Tensor? token_weight, Tensor? feature_weight, float eps"
       ", bool feature_first, Tensor num_rows, Tensor(a!) joined, Tensor(b!)? stream, bool stream_normed) -> ()");
+  m.def(
+      "join_rows(Tensor[] parts, Tensor[] weights, Tensor? source, Tensor? missing, float eps, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def(
+      "keep_rows(Tensor x, Tensor? weight, float eps, Tensor place, Tensor num_rows, Tensor(a!) normed, Tensor(b!)? stream"
+      ", bool stream_normed) -> ()");
   // kv
   m.def(
       "rope_append(Tensor qkv, Tensor positions, Tensor slots, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm"
@@ -50,7 +55,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor row_prefix, float scale, int window, Tensor num_rows, Tensor(a!) out, float k_scale, float v_scale) -> ()");
   // tree
   m.def(
-      "tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor seq_lens, Tensor block_table"
+      "tree_build(Tensor tree_token, Tensor tree_parent, Tensor active, Tensor(l!) tree_size, Tensor seq_lens, Tensor block_table"
       ", int page_size, Tensor(a!) tree_depth, Tensor(b!) tree_ancestors, Tensor(c!) row_offset"
       ", Tensor(d!) row_request, Tensor(e!) row_node, Tensor(f!) row_token, Tensor(g!) row_position"
       ", Tensor(h!) row_prefix, Tensor(i!) row_slot, Tensor(j!) row_ancestors, Tensor(k!) num_rows) -> ()");
@@ -59,9 +64,10 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor(b!) row_request, Tensor(c!) row_token, Tensor(d!) row_position, Tensor(e!) row_prefix"
       ", Tensor(f!) row_slot, Tensor(g!) num_rows) -> ()");
   m.def(
-      "path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, Tensor path, Tensor row_offset, Tensor block_table, int page_size"
+      "path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, Tensor? levels, int most_levels, int mask_token"
+      ", Tensor path, Tensor row_offset, Tensor block_table, int page_size"
       ", Tensor(a!) row_request, Tensor(b!) row_token, Tensor(c!) row_position, Tensor(d!) row_prefix, Tensor(e!) row_slot"
-      ", Tensor(f!) row_source, Tensor(g!) row_root, Tensor(h!) num_rows) -> ()");
+      ", Tensor(f!) row_source, Tensor(g!) row_place, Tensor(h!) num_rows) -> ()");
   m.def(
       "accept_walk(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor row_offset, Tensor row_target"
       ", Tensor row_status, Tensor(a!) path, Tensor(b!) path_len, Tensor(c!) emitted, Tensor(d!) error) -> ()");
@@ -104,7 +110,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       "draft_topk(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds, Tensor sampling_f, int noise"
       ", Tensor num_rows, Tensor(a!) perturbed, Tensor(b!) token, Tensor(c!) score) -> ()");
   m.def(
-      "draft_children(Tensor logits, Tensor? ids, Tensor row_request, Tensor row_position, int ahead, Tensor sampling_f, Tensor sampling_i"
+      "draft_children(Tensor logits, int slot_rows, int level, Tensor? ids, Tensor row_request, Tensor row_position, int ahead, Tensor sampling_f, Tensor sampling_i"
       ", Tensor stop_ids, Tensor bias, Tensor seeds, int noise, Tensor num_rows, Tensor(a!) token, Tensor(b!) score) -> ()");
   m.def(
       "accept_rejection(Tensor z, Tensor row_status, Tensor row_offset, Tensor tree_token, Tensor tree_parent"

@@ -100,11 +100,11 @@ void draft_topk(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds,
   SPECRT_LAUNCH(draft_topk, check, p);
 }
 
-void draft_children(Tensor logits, std::optional<Tensor> ids, Tensor row_request, Tensor row_position, int64_t ahead, Tensor sampling_f, Tensor sampling_i,
-                    Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, Tensor num_rows, Tensor token, Tensor score) {
+void draft_children(Tensor logits, int64_t slot_rows, int64_t level, std::optional<Tensor> ids, Tensor row_request, Tensor row_position, int64_t ahead, Tensor sampling_f,
+                    Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, Tensor num_rows, Tensor token, Tensor score) {
   Checker check("draft_children", logits);
-  Sym R("R"), D("D"), V("V"), B("B"), S("S"), k("k");
-  check("logits", logits, {R, D}, {kF32});
+  Sym L("L"), R("R"), D("D"), V("V"), B("B"), S("S"), k("k");
+  check("logits", logits, {L, D}, {kF32});
   check("ids", ids, {D}, {kI64});
   check("row_request", row_request, {R}, {kI32});
   check("row_position", row_position, {R}, {kI32});
@@ -116,14 +116,16 @@ void draft_children(Tensor logits, std::optional<Tensor> ids, Tensor row_request
   check("num_rows", num_rows, {1}, {kI32});
   check("token", token, {R, k}, {kI32});
   check("score", score, {R, k}, {kF32});
+  check.require(slot_rows > 0 ? level >= 0 && level < slot_rows && L >= B * slot_rows : slot_rows == 0 && L >= R, "logits", "a row a row, or slot_rows a slot, one of them for the level");
   check.require(noise >= -1 && noise <= 3, "noise", "-1 (none) or a NOISE_* purpose");
   check.require(k >= 1 && k <= 64, "token", "1 to 64 columns");
-  check.require(V <= (check.cuda() ? kChildrenVocab : kMaxVocab), "bias", check.cuda() ? "a vocabulary of at most 327680 tokens on CUDA" : kVocabText);
-  if (R == 0 || V == 0) return;
+  check.require(D <= (check.cuda() ? kChildrenVocab : kMaxVocab), "logits", check.cuda() ? "a vocabulary of at most 327680 tokens on CUDA" : kVocabText);
+  if (R == 0 || V == 0 || D == 0) return;
   DraftChildrenParams p{in<float>(logits),     in<int64_t>(ids),       in<int32_t>(row_request), in<int32_t>(row_position), in<float>(sampling_f),
                         in<int32_t>(sampling_i), in<int32_t>(stop_ids), in<float>(bias),          in<int64_t>(seeds),        in<int32_t>(num_rows),
                         inout<int32_t>(token), inout<float>(score),    static_cast<int>(ahead),   static_cast<int>(noise),   static_cast<int>(R),
-                        static_cast<int>(D),   static_cast<int>(V),    static_cast<int>(S),       static_cast<int>(k)};
+                        static_cast<int>(D),   static_cast<int>(V),    static_cast<int>(S),       static_cast<int>(k),       static_cast<int>(slot_rows),
+                        static_cast<int>(level)};
   SPECRT_LAUNCH(draft_children, check, p);
 }
 

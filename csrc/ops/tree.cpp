@@ -19,7 +19,7 @@ Paging paging_of(Checker& check, const Tensor& block_table, int64_t page_size, S
   return {in<int32_t>(block_table), as_int(pages), as_int(page_size)};
 }
 
-void tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor seq_lens, Tensor block_table, int64_t page_size, Tensor tree_depth,
+void tree_build(Tensor tree_token, Tensor tree_parent, Tensor active, Tensor tree_size, Tensor seq_lens, Tensor block_table, int64_t page_size, Tensor tree_depth,
                 Tensor tree_ancestors, Tensor row_offset, Tensor row_request, Tensor row_node, Tensor row_token, Tensor row_position, Tensor row_prefix,
                 Tensor row_slot, Tensor row_ancestors, Tensor num_rows) {
   Checker check("tree_build", tree_token);
@@ -27,6 +27,7 @@ void tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor 
   check("tree_token", tree_token, {B, N}, {kI32});
   check("tree_parent", tree_parent, {B, N}, {kI32});
   require_nodes(check, "tree_token", N);
+  check("active", active, {B}, {kI32});
   check("tree_size", tree_size, {B}, {kI32});
   check("seq_lens", seq_lens, {B}, {kI32});
   const Paging paging = paging_of(check, block_table, page_size, B);
@@ -42,7 +43,7 @@ void tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor 
   check("row_ancestors", row_ancestors, {R}, {kI64});
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "tree_token", "at least one slot");
-  TreeBuildParams p{in<int32_t>(tree_token), in<int32_t>(tree_parent), in<int32_t>(tree_size), in<int32_t>(seq_lens), paging,
+  TreeBuildParams p{in<int32_t>(tree_token), in<int32_t>(tree_parent), in<int32_t>(active), inout<int32_t>(tree_size), in<int32_t>(seq_lens), paging,
                     inout<int32_t>(tree_depth), inout<int64_t>(tree_ancestors), inout<int32_t>(row_offset), inout<int32_t>(row_request),
                     inout<int32_t>(row_node), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
                     inout<int64_t>(row_slot), inout<int64_t>(row_ancestors), inout<int32_t>(num_rows), as_int(B), as_int(N), as_int(R)};
@@ -71,14 +72,17 @@ void span_rows(Tensor history, Tensor start, Tensor end, Tensor block_table, int
   SPECRT_LAUNCH(span_rows, check, p);
 }
 
-void path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, Tensor path, Tensor row_offset, Tensor block_table, int64_t page_size,
-               Tensor row_request, Tensor row_token, Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_source, Tensor row_root, Tensor num_rows) {
+void path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, std::optional<Tensor> levels, int64_t most_levels, int64_t mask_token, Tensor path,
+               Tensor row_offset, Tensor block_table, int64_t page_size, Tensor row_request, Tensor row_token, Tensor row_position, Tensor row_prefix, Tensor row_slot,
+               Tensor row_source, Tensor row_place, Tensor num_rows) {
   Checker check("path_rows", history);
   Sym B("B"), T("T"), N("N"), R("R");
   check("history", history, {B, T}, {kI32});
   check("seq_lens", seq_lens, {B}, {kI32});
   check("path_len", path_len, {B}, {kI32});
   check("max_nodes", max_nodes, {B}, {kI32});
+  check("levels", levels, {B}, {kI32});
+  check.require(most_levels >= 1, "most_levels", "at least 1");
   check("path", path, {B, N}, {kI32});
   check("row_offset", row_offset, {B + 1}, {kI32});
   const Paging paging = paging_of(check, block_table, page_size, B);
@@ -88,12 +92,13 @@ void path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_node
   check("row_prefix", row_prefix, {R}, {kI32});
   check("row_slot", row_slot, {R}, {kI64});
   check("row_source", row_source, {R}, {kI32});
-  check("row_root", row_root, {R}, {kI64});
+  check("row_place", row_place, {R}, {kI32});
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "history", "at least one slot");
-  PathRowsParams p{in<int32_t>(history), in<int32_t>(seq_lens), in<int32_t>(path_len), in<int32_t>(max_nodes), in<int32_t>(path), in<int32_t>(row_offset), paging,
-                   inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix), inout<int64_t>(row_slot),
-                   inout<int32_t>(row_source), inout<int64_t>(row_root), inout<int32_t>(num_rows), as_int(B), as_int(T), as_int(N), as_int(R)};
+  PathRowsParams p{in<int32_t>(history), in<int32_t>(seq_lens), in<int32_t>(path_len), in<int32_t>(max_nodes), in<int32_t>(levels), in<int32_t>(path),
+                   in<int32_t>(row_offset), paging, inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
+                   inout<int64_t>(row_slot), inout<int32_t>(row_source), inout<int32_t>(row_place), inout<int32_t>(num_rows), as_int(B), as_int(T), as_int(N), as_int(R),
+                   as_int(most_levels), as_int(mask_token)};
   SPECRT_LAUNCH(path_rows, check, p);
 }
 

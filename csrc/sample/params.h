@@ -70,8 +70,9 @@ struct DraftTopkParams {
   int rows, vocab, k;
 };
 
+// A child's score is z + G less the log-sum-exp of z + G over the drafter's own columns, in the order above.
 struct DraftChildrenParams {
-  const float* logits;          // [R, D]
+  const float* logits;          // [L, D]; of row r: row r, or with slot_rows row request * slot_rows + level
   const int64_t* ids;           // [D], ascending, or null: 0, 1, ...
   const int32_t* row_request;   // [R]
   const int32_t* row_position;  // [R]
@@ -86,8 +87,11 @@ struct DraftChildrenParams {
   int ahead;                    // the child's position - row_position
   int noise;                    // purpose, or -1
   int rows, columns, vocab, stops, k;  // R, D, V, S
+  int slot_rows, level;
+
+  SPECRT_HD const float* own(int64_t row) const { return logits + (slot_rows ? static_cast<int64_t>(row_request[row]) * slot_rows + level : row) * columns; }
 };
-constexpr int kChildrenVocab = 5 << 16;  // on CUDA: as kTransformVocab, with the statistics of the row's blocks beside it
+constexpr int kChildrenVocab = 5 << 16;  // the drafter's, on CUDA: as kTransformVocab, with the statistics of the row's blocks beside it
 
 struct AcceptRejectionParams {
   const float* z;              // [R, V]

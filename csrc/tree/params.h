@@ -19,7 +19,8 @@ struct Paging {
 
 struct TreeBuildParams {
   const int32_t *tree_token, *tree_parent;  // [B, N]
-  const int32_t* tree_size;                 // [B]
+  const int32_t* active;                    // [B]
+  int32_t* tree_size;                       // [B]; 0 where the slot is not active
   const int32_t* seq_lens;                  // [B]
   Paging paging;
   int32_t* tree_depth;                      // [B, N]
@@ -46,15 +47,16 @@ struct PathRowsParams {
   const int32_t* history;                   // [B, T]
   const int32_t *seq_lens, *path_len;       // [B], after the round
   const int32_t* max_nodes;                 // [B]
+  const int32_t* levels;                    // [B] or null: 1; rows of a slot that are kept, the last of the path and mask rows behind it
   const int32_t* path;                      // [B, N]
   const int32_t* row_offset;                // [B + 1], of the round
   Paging paging;
   int32_t *row_request, *row_token, *row_position, *row_prefix;  // [R]
   int64_t* row_slot;                        // [R]
-  int32_t* row_source;                      // [R]
-  int64_t* row_root;                        // [R]
+  int32_t *row_source, *row_place;          // [R]
   int32_t* num_rows;                        // [1]
   int batch, max_len, nodes, rows;          // B, T, N, R
+  int most_levels, mask_token;
 };
 
 struct AcceptWalkParams {

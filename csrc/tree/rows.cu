@@ -22,9 +22,10 @@ __global__ void tree_build_kernel(TreeBuildParams p) {
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const int b = blockIdx.x, node = threadIdx.x;
-  const int first = place_slot(b, p.batch, p.rows, p.row_offset, p.num_rows, [&](int i) { return tree_nodes(p.tree_size, i, p.nodes); });
+  const int first = place_slot(b, p.batch, p.rows, p.row_offset, p.num_rows, [&](int i) { return active_nodes(p, i); });
   __shared__ int32_t parent[kMaxNodes];
-  const int size = tree_nodes(p.tree_size, b, p.nodes);
+  const int size = active_nodes(p, b);
+  if (node == 0 && !p.active[b]) p.tree_size[b] = 0;  // the others look at neither
   const int64_t at = static_cast<int64_t>(b) * p.nodes + node;
   if (node < size) parent[node] = node ? parent_before(p.tree_parent[at], node) : 0;
   __syncthreads();
@@ -62,16 +63,15 @@ __global__ void span_rows_kernel(SpanRowsParams p) {
 }
 
 __global__ void path_rows_kernel(PathRowsParams p) {
-  ptx::launch_dependents();
   ptx::grid_dependency_wait();
-  const int b = blockIdx.x, first = block_sum(b, [&](int i) { return path_size(p, i); }), size = path_size(p, b), end = min(first + size, p.rows);
+  ptx::launch_dependents();  // as in attention/plan.cu: a head's weights come from here on
+  auto all = [&](int i) {
+    const int size = path_size(p, i);
+    return size + path_masks(p, i, size);
+  };
+  const int b = blockIdx.x, first = block_sum(b, all), size = path_size(p, b), end = min(first + all(b), p.rows);
   for (int row = first + threadIdx.x; row < end; row += blockDim.x) write_path_row(p, b, row - first, size, row);
-  if (b < p.batch - 1) return;
-  if (threadIdx.x == 0) *p.num_rows = end;
-  for (int row = end + threadIdx.x; row < p.rows; row += blockDim.x) {
-    p.row_source[row] = 0;
-    p.row_root[row] = p.batch;
-  }
+  if (b == p.batch - 1 && threadIdx.x == 0) *p.num_rows = end;
 }
 
 }  // namespace

@@ -12,6 +12,8 @@ SPECRT_HD int clamp_to(int x, int low, int high) { return x < low ? low : x > hi
 // Nodes of slot b's tree.
 SPECRT_HD int tree_nodes(const int32_t* tree_size, int b, int nodes) { return clamp_to(tree_size[b], 0, nodes); }
 
+SPECRT_HD int active_nodes(const TreeBuildParams& p, int b) { return p.active[b] ? tree_nodes(p.tree_size, b, p.nodes) : 0; }
+
 // The parent of a node > 0. Topological order is the caller's promise; the clamp makes every walk to the root end all the same.
 SPECRT_HD int parent_before(int parent, int node) { return clamp_to(parent, 0, node - 1); }
 
@@ -21,6 +23,9 @@ SPECRT_HD int candidate_before(int parent, int candidate) { return parent < cand
 // Tokens that slot b has committed in a round and its drafter takes in.
 SPECRT_HD int path_size(const PathRowsParams& p, int b) { return p.max_nodes[b] > 0 ? clamp_to(p.path_len[b], 0, clamp_to(p.seq_lens[b], 0, p.nodes)) : 0; }
 
+// Mask rows behind them.
+SPECRT_HD int path_masks(const PathRowsParams& p, int b, int size) { return size > 0 && p.levels ? clamp_to(p.levels[b], 1, p.most_levels) - 1 : 0; }
+
 // page * P + offset of a logical slot of request b; -1 outside the table, or where the table has no page (negative).
 SPECRT_HD int64_t kv_slot(const Paging& paging, int b, int logical) {
   const int index = logical / paging.page_size;
@@ -29,16 +34,16 @@ SPECRT_HD int64_t kv_slot(const Paging& paging, int b, int logical) {
   return page < 0 ? -1 : page * paging.page_size + logical % paging.page_size;
 }
 
-// Row `row`: of the i-th of the `size` tokens of path_size.
+// Row `row`: the i-th of slot b's, the first `size` of which (path_size) are of tokens.
 SPECRT_HD void write_path_row(const PathRowsParams& p, int b, int i, int size, int row) {
   const int position = p.seq_lens[b] - size + i;
   p.row_request[row] = b;
-  p.row_token[row] = position + 1 < p.max_len ? p.history[static_cast<int64_t>(b) * p.max_len + position + 1] : -1;
+  p.row_token[row] = i >= size ? p.mask_token : position + 1 < p.max_len ? p.history[static_cast<int64_t>(b) * p.max_len + position + 1] : -1;
   p.row_position[row] = position;
   p.row_prefix[row] = position + 1;
   p.row_slot[row] = kv_slot(p.paging, b, position);
-  p.row_source[row] = p.row_offset[b] + p.path[static_cast<int64_t>(b) * p.nodes + i];
-  p.row_root[row] = i == size - 1 ? b : p.batch;
+  p.row_source[row] = i < size ? p.row_offset[b] + p.path[static_cast<int64_t>(b) * p.nodes + i] : -1;
+  p.row_place[row] = i < size - 1 ? -1 : b * p.most_levels + i - (size - 1);
 }
 
 SPECRT_HD void limit_slot(const DraftLimitsParams& p, int b) {

@@ -64,16 +64,16 @@ class Expansion:
         ops.draft_limits(max_nodes, max_depth, s.seq_lens, s.active, self.lag, self.nodes, self.depths, self.base if self.lag else None)
         return self.nodes, self.depths
 
-    def first(self, max_depth: Tensor) -> None:
-        """Children of the roots, from self.logits[:B] (row b = slot b)."""
+    def first(self, max_depth: Tensor, of_slots: tuple[Tensor, int, int] | None = None) -> None:
+        """Children of the roots, from self.logits[:B] (row b = slot b); of_slots: as in ``level``."""
         s, n = self.state, self.state.batch
-        self._children(1, n, self.slots, s.seq_lens, 1, self.num_slots)
+        self._children(1, n, self.slots, s.seq_lens, 1, self.num_slots, of_slots)
         self._grow(1, self.topk_token[:n], self.topk_score[:n], max_depth)
 
-    def level(self, level: int, rows: int, max_depth: Tensor) -> None:
-        """Children of the beam, from self.logits[:rows] (rows of ``batch``); ``level``: their depth, from 2 on."""
+    def level(self, level: int, rows: int, max_depth: Tensor, of_slots: tuple[Tensor, int, int] | None = None) -> None:
+        """Children of the beam, from self.logits[:rows] (rows of ``batch``); ``level``: their depth, from 2 on. of_slots (logits [B m, D], m, i): from the i-th of the slot's m rows."""
         b = self.batch.head(rows)
-        self._children(level, rows, b.request, b.position, 1 + self.lag, b.num_rows)
+        self._children(level, rows, b.request, b.position, 1 + self.lag, b.num_rows, of_slots)
         self._grow(level, self.topk_token[:rows], self.topk_score[:rows], max_depth)
 
     def select(self, max_nodes: Tensor, max_depth: Tensor, levels: int) -> None:
@@ -85,14 +85,15 @@ class Expansion:
         """Drafter.draft_logits."""
         return None if self.kept is None else (self.kept[: self.state.batch], max_depth)
 
-    def _children(self, level: int, rows: int, request: Tensor, position: Tensor, ahead: int, num_rows: Tensor) -> None:
+    def _children(self, level: int, rows: int, request: Tensor, position: Tensor, ahead: int, num_rows: Tensor, of_slots: tuple[Tensor, int, int] | None) -> None:
         """The best children of each row, which stand at position + ahead. Without penalties: they change acceptance little and would need per-node counts of the beam."""
-        s, own, token, score = self.state, self.logits[:rows], self.topk_token[:rows], self.topk_score[:rows]
+        s, token, score = self.state, self.topk_token[:rows], self.topk_score[:rows]
+        own, slot_rows, which = of_slots or (self.logits[:rows], 0, 0)
         if self.kept is None:
-            ops.draft_children(own, self.ids, request, position, ahead, s.sampling_f, s.sampling_i, s.stop_ids, s.bias, s.seeds, self.noise, num_rows, token, score)
+            ops.draft_children(own, slot_rows, which, self.ids, request, position, ahead, s.sampling_f, s.sampling_i, s.stop_ids, s.bias, s.seeds, self.noise, num_rows, token, score)
             return
         z, before = self.spread[:rows], position + (ahead - 1)
-        over_target(own, self.ids, z)
+        over_target(own.index_select(0, request * slot_rows + which) if slot_rows else own, self.ids, z)
         self.sampling_i.copy_(s.sampling_i)
         self.sampling_i[:, ops.HAS_PENALTY] = 0
         ops.sample_transform(z, request, before, None, None, None, s.sampling_f, self.sampling_i, s.stop_ids, s.bias, s.output_count, s.prompt_mask, None, None, num_rows,

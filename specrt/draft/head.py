@@ -21,8 +21,13 @@ from specrt.round.state import RoundState, SpanRows
 class HeadDrafter(Drafter):
     """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits, choices: as DraftModelDrafter's.
 
-    ``root_hidden`` and ``root_feature`` [B + 1, h] are the outputs of each slot's last true row, from which the next tree grows; the last row is a bin. A request of one
-    token has no such row before its first round, which is therefore one without drafts."""
+    ``root_hidden`` and ``root_feature`` [B, h] are the outputs of each slot's last true row, from which the next tree grows. A request of one token has no such row before its first
+    round, which is therefore one without drafts."""
+
+    #: Rows of ``root_hidden`` a slot has, and how many int32 [B] it uses (None: 1): those behind the first are of mask tokens.
+    root_rows: int = 1
+    used_rows: Tensor | None = None
+    mask_token: int = 0
 
     def __init__(self, model: HeadModel, boundaries: tuple[int, ...], levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
                  choices: tuple[tuple[int, ...], ...] | None = None):
@@ -46,9 +51,9 @@ class HeadDrafter(Drafter):
         sp = self.span = SpanRows(batch, span_rows, device)
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
                                    block_table=state.block_table, workspace=workspace)
-        self.source, self.root = torch.zeros_like(sp.token), torch.zeros_like(sp.slot)
-        self.root_hidden = torch.zeros(batch + 1, m.hidden_size, dtype=m.dtype, device=device)
-        self.root_feature = torch.zeros_like(self.root_hidden)
+        self.source, self.place = torch.zeros_like(sp.token), torch.zeros_like(sp.token)
+        self.root_hidden = torch.zeros(batch * self.root_rows, m.hidden_size, dtype=m.dtype, device=device)
+        self.root_feature: Tensor | None = torch.zeros_like(self.root_hidden)
 
     # ---------------------------------------------------------------------------------------- true features
 
@@ -56,32 +61,25 @@ class HeadDrafter(Drafter):
         """Each slot with the token after it; the last of a request, at position ``end`` - 1, is its next root."""
         token = self.state.history[batch.request.long(), (batch.position + 1).long()]
         combined = self.model.combine([features[j] for j in self.features], batch.num_rows)
-        self._keep(batch, *self.model.forward(batch.with_tokens(token), combined, self.pool), end)
+        self._keep(batch.with_tokens(token), combined, end)
 
     def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
         s, sp, m = self.state, self.span, self.model
-        ops.path_rows(s.history, s.seq_lens, s.path_len, self.max_nodes, s.path, s.row_offset, s.block_table, self.page_size, sp.request, sp.token, sp.position, sp.prefix,
-                      sp.slot, self.source, self.root, sp.num_rows)
+        ops.path_rows(s.history, s.seq_lens, s.path_len, self.max_nodes, self.used_rows, self.root_rows, self.mask_token, s.path, s.row_offset, s.block_table, self.page_size,
+                      sp.request, sp.token, sp.position, sp.prefix, sp.slot, self.source, self.place, sp.num_rows)
         batch = self.span_batch.head(row_bucket(slots * self._rows_a_slot(depth), sp.rows))
-        source, root = self.source[: batch.rows], self.root[: batch.rows]
-        combined = m.combine([features[j].index_select(0, source) for j in self.features], batch.num_rows)
-        hidden, feature = m.forward(batch, combined, self.pool)
-        self.root_hidden.index_copy_(0, root, hidden)
-        self.root_feature.index_copy_(0, root, feature)
+        combined = m.combine([features[j] for j in self.features], batch.num_rows, self.source[: batch.rows])
+        m.keep(batch, combined, self.pool, self.place[: batch.rows], self.root_hidden, self.root_feature)
 
     def _rows_a_slot(self, depth: int) -> int:
         """Most rows of ``extend`` for a slot whose drafts are ``depth`` deep."""
         return 1 + depth
 
-    def _keep(self, batch: RowBatch, hidden: Tensor, feature: Tensor, end: Tensor) -> None:
-        request = batch.request.long()
-        last = self._in_use(batch) & (batch.position + 1 == end[request])
-        place = torch.where(last, request, self.state.batch)
-        self.root_hidden.index_copy_(0, place, hidden)
-        self.root_feature.index_copy_(0, place, feature)
-
-    def _in_use(self, batch: RowBatch) -> Tensor:
-        return torch.arange(batch.rows, dtype=torch.int32, device=self.state.device) < batch.num_rows
+    def _keep(self, batch: RowBatch, feature: Tensor, end: Tensor) -> None:
+        """Runs prompt rows; kept are a slot's last, at position ``end`` - 1, and those behind it."""
+        row = batch.position + 1 - end[batch.request.long()]
+        place = torch.where(row >= 0, batch.request * self.root_rows + row, -1)
+        self.model.keep(batch, feature, self.pool, place, self.root_hidden, self.root_feature)
 
     # ---------------------------------------------------------------------------------------- drafts
 
@@ -89,12 +87,11 @@ class HeadDrafter(Drafter):
         s, grow, m = self.state, self.expansion, self.model
         nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
-        m.logits(self.root_hidden[: s.batch], grow.num_slots, grow.logits[: s.batch])
+        m.logits(self.root_hidden, grow.num_slots, grow.logits[: s.batch])
         grow.first(depths)
         feature = self.root_feature
         for level in range(2, depth + 1):
-            hidden, feature = m.forward(beam, feature, self.pool, grow.parent[: beam.rows])
-            m.logits(hidden, beam.num_rows, grow.logits[: beam.rows])
+            feature = m.draft(beam, feature, self.pool, grow.parent[: beam.rows], grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
         grow.select(nodes, depths, depth)
 

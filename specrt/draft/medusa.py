@@ -53,8 +53,7 @@ class MedusaDrafter(Drafter):
         grow.first(depths)
         for level in range(2, depth + 1):
             self._logits(level - 1, self.slot_logits)
-            torch.index_select(self.slot_logits, 0, beam.request, out=grow.logits[: beam.rows])
-            grow.level(level, beam.rows, depths)
+            grow.level(level, beam.rows, depths, (self.slot_logits, 1, 0))
         grow.select(nodes, depths, depth)
 
     def _logits(self, j: int, out: Tensor) -> None:

@@ -81,6 +81,8 @@ class HeadModel(ABC):
         #: int64 [D], ascending: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
         self.vocab = self.config.draft_vocab_size
+        #: Of a slot whose feature is not known: what ``combine`` takes instead of the boundaries, side by side.
+        self.missing: Tensor | None = None
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
 
     def size(self, positions: int) -> None:
@@ -96,9 +98,15 @@ class HeadModel(ABC):
         ops.rms_norm(x, weight, eps or self.eps, n, out)
         return out
 
-    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
-        """A slot's feature [R, h] from the target's captured boundaries, [R, Ht] each and contiguous; of most families the target's last, after its final norm."""
-        return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
+    def combine(self, features: list[Tensor], num_rows: Tensor, source: Tensor | None = None) -> Tensor:
+        """A slot's feature [R, h] from the target's captured boundaries, [F, Ht] each, of which it takes row ``source`` (int32 [R]; None: its own, F = R; -1: ``missing``); of most
+        families the last boundary, after the target's final norm."""
+        return self._gathered(features[:1], [self._target_norm], self._target_eps, num_rows, source)
+
+    def _gathered(self, features: list[Tensor], norms: list[Tensor], eps: float, num_rows: Tensor, source: Tensor | None) -> Tensor:
+        out = self.new((features[0] if source is None else source).shape[0], len(features) * features[0].shape[1])
+        ops.join_rows(features, norms, source, self.missing, eps, num_rows, out)
+        return out
 
     @abstractmethod
     def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,6 +121,29 @@ class HeadModel(ABC):
 
     def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. parent int32 [R]: each row's in ``feature``; None: its own."""
+        residual, _ = self._stream(batch, feature, pool, parent, None)
+        if self.norm is None:
+            return residual, residual
+        hidden = self.normed(residual, self.norm, batch.num_rows)
+        return hidden, hidden if self.config.norm_output else residual
+
+    def draft(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor, out: Tensor) -> Tensor:
+        """``forward`` and ``logits`` of its hidden rows into ``out``; returns the features. A last norm that only lm_head reads is deferred (ops.linear)."""
+        if self.norm is None or self.config.norm_output:
+            hidden, following = self.forward(batch, feature, pool, parent)
+            self.logits(hidden, batch.num_rows, out)
+            return following
+        residual, normed = self._stream(batch, feature, pool, parent, self.norm)
+        self.lm_head.normed(normed, batch.num_rows, out)
+        return residual
+
+    def keep(self, batch: RowBatch, feature: Tensor, pool: KVPool, place: Tensor, hidden: Tensor, following: Tensor | None) -> None:
+        """``forward``, of which row r's outputs go to row place[r] (int32 [R], -1: to none) of hidden and following [B, h]."""
+        residual, _ = self._stream(batch, feature, pool, None, None)
+        ops.keep_rows(residual, self.norm, self.eps, place, batch.num_rows, hidden, following, self.config.norm_output)
+
+    def _stream(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Normed]:
+        """The residual stream behind the last layer; with ``norm`` the first half of that RMSNorm of it too."""
         n, rows, c, eps = batch.num_rows, batch.rows, self.config.layers, self.eps
         if not batch.prefill:
             ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads, batch.workspace.plan)
@@ -136,11 +167,8 @@ class HeadModel(ABC):
                                    batch.workspace.plan, batch.workspace.partials, attended, *kv_scales)
             layer.o.add(attended.flatten(1), n, residual, residual, layer.post_norm, normed)
             layer.gate_up.silu(normed, n, activated)
-            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else None, normed)
-        if self.norm is None:
-            return residual, residual
-        hidden = self.normed(residual, self.norm, n)
-        return hidden, hidden if self.config.norm_output else residual
+            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else norm, normed)
+        return residual, normed
 
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, h] into float32 [R, D], ids of the head's vocabulary."""
@@ -167,15 +195,13 @@ class Eagle3Model(HeadModel):
         super().__init__(weights)
         c = self.config
         self._hidden_norm = weights.vector("layers.0.hidden_norm")
-        self._chunk_norms = [weights.vector(f"fc_norm.{j}") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else None
+        self._chunk_norms = [weights.vector(f"fc_norm.{j}") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else []
         self._input_norm = weights.vector("input_norm") if c.norm_before_fc and c.use_aux else None
 
-    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
+    def combine(self, features: list[Tensor], num_rows: Tensor, source: Tensor | None = None) -> Tensor:
         if self.fc is None:
-            return super().combine(features, num_rows)
-        if self._chunk_norms is not None:
-            features = [self.normed(f, w, num_rows) for f, w in zip(features, self._chunk_norms)]
-        joined = torch.cat(features, dim=1)
+            return super().combine(features, num_rows, source)
+        joined = self._gathered(features, self._chunk_norms, self.eps, num_rows, source)
         if self._input_norm is not None:
             joined = self.normed(joined, self._input_norm, num_rows)
         out = self.new(joined.shape[0], self.hidden_size)
@@ -193,9 +219,9 @@ class PEagleModel(Eagle3Model):
 
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
-        mask = weights.raw("mask_hidden").reshape(self.config.num_aux, 1, -1)
+        self.missing = weights.raw("mask_hidden").flatten()
         #: [1, h]: the feature of such a slot, through norms and fc like any other.
-        self.mask_feature = self.combine(list(mask), torch.ones(1, dtype=torch.int32, device=self.device))
+        self.mask_feature = self.combine(list(self.missing.view(self.config.num_aux, 1, -1)), torch.ones(1, dtype=torch.int32, device=self.device))
 
 
 class MtpModel(HeadModel):

@@ -105,6 +105,7 @@ class Round:
         s, tokens = self.state, self.setups[slot].tokens
         s.seq_lens[slot].fill_(len(tokens) - 1)
         s.tree_token[slot, 0].fill_(tokens[-1])
+        s.tree_size[slot].fill_(1)
         s.active[slot].fill_(1)
         self.running.add(slot)
         self._shape = None
@@ -169,16 +170,12 @@ class Round:
     # The phases: device only, in a graph from the second round of a shape on.
 
     def propose(self, shape: RoundShape) -> None:
-        s = self.state
-        s.tree_size.copy_(s.active)
         for name, slots, depth in shape.drafts:
             self.drafters[name].propose(slots, depth)
-        if shape.drafts:
-            s.tree_size.mul_(s.active)  # a slot still in prefill has a budget, but no round
 
     def verify(self, shape: RoundShape) -> None:
         s = self.state
-        ops.tree_build(s.tree_token, s.tree_parent, s.tree_size, s.seq_lens, s.block_table, self.config.page_size, s.tree_depth, s.tree_ancestors, s.row_offset,
+        ops.tree_build(s.tree_token, s.tree_parent, s.active, s.tree_size, s.seq_lens, s.block_table, self.config.page_size, s.tree_depth, s.tree_ancestors, s.row_offset,
                        s.row_request, s.row_node, s.row_token, s.row_position, s.row_prefix, s.row_slot, s.row_ancestors, s.num_rows)
         rows, batch = shape.rows, self.batch.head(shape.rows)
         hidden = self.target.forward(batch, self.pool, self.scratch, {j: f[:rows] for j, f in self.features.items()})

@@ -138,3 +138,59 @@ def test_a_heads_input_names_a_wrong_argument(device):
     for feature, joined, name in [(make(4, 8), make(3, 16), "feature"), (make(3, 8), make(3, 8), "joined")]:
         with pytest.raises(RuntimeError, match=f"head_input.*'{name}'"):
             ops.head_input(make(5, 8), ids, feature, None, None, None, 1e-5, False, rows(3, device), joined, None, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden,count", [(1, 1), (33, 3), (576, 2), (4096, 3), (9000, 1)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_joined_rows_are_gathered_and_normed(device, dtype, hidden, count, normed):
+    """Sources repeated and out of order, one that is missing, one that is outside; and none: each row's own."""
+    parts = [torch.randn(9, hidden).to(dtype).to(device) for _ in range(count)]
+    weights = [torch.randn(hidden).to(dtype).to(device) for _ in range(count)]
+    missing = torch.randn(count * hidden).to(dtype).to(device)
+
+    def norm(x, weight):
+        out = torch.empty_like(x)
+        ops.rms_norm(x.contiguous(), weight, 1e-5, rows(len(x), device), out)
+        return out if normed else x
+
+    for source in (None, [8, 0, 3, 3, -1, 9, 1, 2, 0]):
+        index = torch.arange(9) if source is None else torch.tensor(source)
+        want = []
+        for part, (x, w) in enumerate(zip(parts, weights)):
+            x = x[index.clamp(0, 8)].clone()
+            x[index == -1] = missing[part * hidden : (part + 1) * hidden]
+            x[index == 9] = float("nan")
+            want.append(norm(x, w))
+        out = poisoned(9, count * hidden, dtype=dtype, device=device)
+        ops.join_rows(parts, weights if normed else [], None if source is None else index.int().to(device), missing, 1e-5, rows(8, device), out)
+        assert torch.equal(out[:8].nan_to_num(nan=77.0), torch.cat(want, 1)[:8].nan_to_num(nan=77.0)) and torch.isnan(out[8]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 33, 4096, 9000])
+@pytest.mark.parametrize("normed,stream_normed", [(False, False), (True, False), (True, True), (True, None)])
+def test_rows_are_kept_where_they_are_wanted(device, dtype, hidden, normed, stream_normed):
+    x, weight = torch.randn(7, hidden).to(dtype).to(device), torch.randn(hidden).to(dtype).to(device)
+    norm = x.clone()
+    if normed:
+        ops.rms_norm(x, weight, 1e-5, rows(7, device), norm)
+    place = torch.tensor([2, -1, 0, 4, 5, 3, 1], dtype=torch.int32, device=device)
+    kept, stream = (poisoned(5, hidden, dtype=dtype, device=device) for _ in range(2))
+    ops.keep_rows(x, weight if normed else None, 1e-5, place, rows(6, device), kept, None if stream_normed is None else stream, bool(stream_normed))
+    for out, want in [(kept, norm), (stream, norm if stream_normed else x)]:
+        if stream_normed is not None or out is kept:
+            assert torch.equal(out[[2, 0, 4, 3]], want[[0, 2, 3, 5]])
+            assert torch.isnan(out[1]).all()
+
+
+def test_joined_and_kept_rows_name_a_wrong_argument(device):
+    x, n = torch.zeros(3, 8, device=device), rows(3, device)
+    with pytest.raises(RuntimeError, match="join_rows.*'parts'"):
+        ops.join_rows([], [], None, None, 1e-5, n, x)
+    with pytest.raises(RuntimeError, match="join_rows.*'weights'"):
+        ops.join_rows([x, x], [torch.ones(8, device=device)], None, None, 1e-5, n, torch.zeros(3, 16, device=device))
+    with pytest.raises(RuntimeError, match="join_rows.*'out'"):
+        ops.join_rows([x, x], [], None, None, 1e-5, n, torch.zeros(3, 8, device=device))
+    with pytest.raises(RuntimeError, match="keep_rows.*'place'"):
+        ops.keep_rows(x, None, 1e-5, torch.zeros(3, dtype=torch.int64, device=device), n, torch.zeros(2, 8, device=device), None, False)
