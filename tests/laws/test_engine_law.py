@@ -13,6 +13,7 @@ import torch
 from specrt import LLM, SamplingParams, ops
 from specrt.models.config import ModelConfig
 from specrt.models.dense import DenseModel
+from specrt.round import run
 from tests.kit.forward import Sequence
 from tests.kit.heads import Shape, random_head
 from tests.kit.sampling import reference_transform
@@ -208,6 +209,7 @@ def one_noise_without_logits(llm: LLM, monkeypatch) -> None:
         right(x, weight, out_features, num_rows, request, torch.zeros_like(position), *rest)
 
     monkeypatch.setattr(ops, "linear_sample", planted)
+    monkeypatch.setattr(run, "MOST_DRAWN_ROWS", 1 << 20)  # the whole batch without logits
 
 
 @pytest.mark.parametrize("rule, keys, plant", [
