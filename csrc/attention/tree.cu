@@ -194,17 +194,18 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   const int jobs = header.pieces * p.kv_heads, each = jobs / static_cast<int>(gridDim.x), over = jobs % static_cast<int>(gridDim.x), cta = blockIdx.x;
   const int jobs_begin = cta * each + min(cta, over), jobs_end = jobs_begin + each + (cta < over);
   if (jobs_begin == jobs_end) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
-  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
 
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
     if (warp > S::warps) return;
+    BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
     Producer<S> producer{p, stages, full, empty, lane};
     for (int number = jobs_begin; number < jobs_end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
     return;
   }
 
   ptx::take_registers<S::consumer_registers>();
+  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
   const int group_heads = p.q_heads / p.kv_heads, first_vector = warp * 16;
   const uint32_t queries = stages + S::queries + warp / 4 * S::tile_bytes, zeros = ptx::shared_address(&rest.zeros);
   const RowAddress query{queries, first_vector % 64 + lane % 16};
