@@ -100,17 +100,19 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   __syncthreads();
 
   // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
-  int chunks = 0, groups = 0, longest = 0;
+  int chunks = 0, groups = 0, longest = 0, parted = 0;
   for (int b = threadIdx.x; b < count; b += kThreads) {
     chunks += blocks[b].pieces(1);
     groups += blocks[b].pieces(kGroupChunks);
     longest = max(longest, min(kGroupChunks, blocks[b].pieces(1)));
+    parted |= blocks[b].longest > kGroup || blocks[b].shortest == 0;  // nobody's chunks: zeros are the combine kernel's
   }
   int all_chunks, all_groups, most_chunks;
   scan(chunks, Plus(), 0, all_chunks, warps);
   scan(groups, Plus(), 0, all_groups, warps);
   scan(longest, Max(), 0, most_chunks, warps);
   const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
+  const bool all_whole = !__syncthreads_or(parted);
   const int run = by_group <= by_chunk + by_chunk / 4 ? kGroupChunks : 1;
 
   int pieces = 0;
@@ -121,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     if (b < count) blocks[b].pieces_before = pieces + upto - mine;
     pieces += total;
   }
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, run == kGroupChunks && all_whole};
   __threadfence();
   __syncthreads();
   ptx::launch_dependents();  // not before: attention reads the plan without waiting for the kernel before it (params.h)

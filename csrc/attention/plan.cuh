@@ -8,7 +8,7 @@
 namespace specrt {
 
 struct PlanHeader {
-  int blocks, pieces, run, unused;  // pieces: runs of all blocks; run: chunks of a piece, 1 or kGroupChunks
+  int blocks, pieces, run, whole;  // pieces: runs of all blocks; run: chunks of a piece, 1 or kGroupChunks; whole: a run is all that any row sees
 };
 
 struct alignas(16) Block {

@@ -42,13 +42,15 @@ template <int D> struct PromptSums {
   }
 };
 
+// Those of a chunk.
 template <int D> struct PromptChunk {
   float s[8][4];     // scores of a tile, then probabilities
   uint32_t p[4][4];  // probabilities of 16 keys as the A operand
   float m[2], l[1][4], o[kTileColumns<D> / 8][4];  // l: the product with a column of ones; l[0][0] for i = 0, l[0][2] for i = 1
 
   // s = Q K^T, asynchronously; one group of wgmmas.
-  __device__ __forceinline__ void start_scores(uint32_t queries, uint32_t keys) {
+  __device__ __forceinline__ void start_scores(uint32_t queries, uint32_t keys) { start_scores(s, queries, keys); }
+  __device__ __forceinline__ static void start_scores(float (&s)[8][4], uint32_t queries, uint32_t keys) {
     const uint64_t a = ptx::wgmma_descriptor(queries), b = ptx::wgmma_descriptor(keys);
     ptx::wgmma_fence();
 #pragma unroll

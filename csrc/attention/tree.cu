@@ -1,172 +1,413 @@
 // Decode, verify and draft-expansion attention, bf16, on Hopper.
 //
 // A job is a block of rows of one request, a KV head and a run of chunks of 256 positions (plan.cuh). Rows x query heads stand side by side as the 64 vectors of a
-// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp keeps `stages` tiles in flight by tensor copies, one a page. The keys of the
-// rows' paths come as tiles of their own, a copy a slot, from which every row's groups of 16 are read at their logical places (row addresses of ldmatrix).
+// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_job.cuh) keeps the ring of stages full by tensor copies, one a page.
+// While a tile's P V is on the tensor cores, so are the next tile's scores.
+//
+// From a block's common prefix on each row has keys of its own, its path's. Their scores are made for all rows at once, in the order of the nodes; the probabilities then are
+// picked in groups of 16 logical positions, and each row's group meets the V rows of its own path (row addresses of ldmatrix).
+//
 // A run folds its chunks where they are; what is not a row's whole answer goes through the workspace to the combine kernel. Which CTA does what changes no bit.
 //
 // Bytes: K and V once a block of rows (the blocks of a request share them through L2), D + 2 floats for each vector and run.
-#include "attention/plan.cuh"
-#include "attention/tree_tile.cuh"
-#include "base/launch.h"
+#include "attention/combine.cuh"
+#include "attention/tree_job.cuh"
 #include "base/tensor_map.h"
-#include "ptx/dependency.cuh"
-#include "ptx/mbarrier.cuh"
-#include "ptx/named_barrier.cuh"
+#include "ptx/cp_async.cuh"
 #include "ptx/registers.cuh"
-#include "ptx/tma.cuh"
 
 namespace specrt {
 namespace {
 
-template <int dim_, int warpgroups_> struct Shape {
-  static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
-  static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
-  static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
-  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
-  static constexpr int tile_bytes = columns / 64 * kBlockBytes;
-  // Shared memory: stages; the queries, a tile a warpgroup; O of the run so far, 16 bytes a thread and piece; the rest.
-  static constexpr int queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes, pieces = columns / 8, rest = kept + consumers * pieces * 16;
-};
-
-template <typename S> struct Rest {
-  uint4 zeros;
-  uint64_t full[S::stages], empty[S::stages];
-  uint64_t nodes[S::vectors];  // ancestors of a row
-  uint8_t places[S::warps][16];  // for a warp's group of 16 positions: the node at each
-  int len[S::vectors];
-};
-
-template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
-
-constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than in whole pages
-
-// What a CTA works on, and what its rows see.
-struct Job {
-  Block block;
-  int kv_head, run_begin, chunk_begin, chunk_end, first_seen;  // run_begin: its first position; positions before first_seen: seen by no row
-  bool has_paths, many_nodes;
-
-  __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
-    cursor.advance(number / p.kv_heads);
-    block = cursor.block;
-    const int run = cursor.run, of_block = number - block.pieces_before * p.kv_heads, pieces = block.pieces(run), piece = of_block % pieces;
-    kv_head = of_block / pieces;
-    first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
-    run_begin = piece * run * kChunk;
-    chunk_begin = max(piece * run, first_seen / kChunk);
-    chunk_end = min((piece + 1) * run, (block.longest + kChunk - 1) / kChunk);
-    has_paths = p.ancestors || p.paths;
-    many_nodes = p.ancestors && block.nodes > kFewNodes;
-  }
-
-  // Tiles of a chunk. From own_begin() on, in groups of 16 positions, each row has keys of its own.
-  __device__ int tiles_begin(int chunk) const { return max(chunk * kChunk, first_seen / kTile * kTile); }
-  __device__ int tiles_end(int chunk) const { return min((chunk + 1) * kChunk, block.longest); }
-  __device__ int own_begin() const { return has_paths ? block.prefix / 16 * 16 : 0x7fffffff; }
-  __device__ bool owns(int tile) const { return tile + kTile > own_begin() && block.longest > block.prefix; }
-  // What is loaded of K, and then of V: the slots of the tile's positions; and for the paths, where nodes are few, a tile of their own, else the slots after these.
-  __device__ int slots_end() const { return many_nodes ? block.prefix + block.nodes : block.prefix; }
-  __device__ bool loads_slots(int tile) const { return tile < block.prefix || (many_nodes && owns(tile)); }
-  __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
-};
-
-// The producer, a warp (of a warpgroup that gives its registers away): the tiles of a job, each of its stages filled as soon as it is free.
-template <typename S> struct Producer {
+// What a consumer warp does; index i = 0, 1 of two vectors a thread.
+template <typename S> struct Consumer {
+  static constexpr int D = S::dim;
+  using At = Place<S::stages>;
   const AttentionParams& p;
-  uint32_t stages, full, empty;
-  int lane, copied = 0;
+  Rest<S>& rest;
+  float4* kept_shared;  // of this thread
+  uint32_t stages, queries, ones;
+  int warp, lane, group_heads;
+  float scale;
+  At at;  // K of the next tile
+  Vectors<D> x;       // the chunk
+  float run_m[2], run_l[2];  // the run of chunks before it; its O is kept in shared memory or in the workspace
 
-  __device__ uint32_t stage(int bytes) {
-    const int s = copied % S::stages;
-    if (copied >= S::stages) ptx::mbarrier_wait(empty + 8 * s, (copied / S::stages - 1) & 1);
-    if (lane == 0) ptx::mbarrier_arrive_expect(full + 8 * s, bytes);
+  __device__ __forceinline__ int vector(int i) const { return warp * 16 + lane / 4 + 8 * i; }
+  __device__ __forceinline__ uint32_t stage_at(At place) const { return stages + place.stage * S::tile_bytes; }
+  __device__ __forceinline__ void wait(At place) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + place.stage), place.parity); }
+  __device__ __forceinline__ void give(At place) const {
     __syncwarp();
-    ++copied;
-    return s;
+    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage));
   }
 
-  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
-  __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
-    const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
-    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
-    const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
+  // The job; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
+  __device__ __forceinline__ void begin(int number, bool first, uint32_t all_queries) {
+    if (!first) ptx::named_barrier(1, S::consumers);  // nobody works on the job before
+    Job& job = rest.consumers.job;
+    if (threadIdx.x == 0) {
+      const int block = first ? -1 : job.block.begin, head = first ? -1 : job.kv_head;
+      job = Job(p, rest.consumers.cursor, number);
+      rest.loads = job.block.begin != block || job.kv_head != head;
+    }
+    ptx::named_barrier(1, S::consumers);
+    if (!rest.loads) return;
+    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * group_heads;
+    if (threadIdx.x < S::vectors) rest.vector_of[threadIdx.x] = (row_begin + rest.row_of[threadIdx.x]) * p.q_heads + head_begin + threadIdx.x % group_heads;
+    for (int r = threadIdx.x; r < rows; r += S::consumers) {
+      rest.len[r] = describe_row(p, row_begin + r).len;
+      rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + row_begin + r)) : 0;
+    }
+    if (first) ptx::grid_dependency_wait();
+    ptx::named_barrier(1, S::consumers);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
+      const int vector = i / (S::columns / 8), piece = i % (S::columns / 8);
+      const bool present = rest.row_of[vector] < rows && piece * 8 < D;
+      ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece),
+                       static_cast<const bf16*>(p.q) + (present ? static_cast<int64_t>(rest.vector_of[vector]) * D + piece * 8 : 0), present);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::async_proxy_fence();
+    ptx::named_barrier(1, S::consumers);
   }
 
-  // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
-  __device__ int slot(const Job& job, int tile, int entry, uint64_t wanted) const {
-    if (p.ancestors) return wanted >> entry & 1 ? job.block.prefix + entry : -1;
-    const int most = min(kTile, p.path_depth), r = entry / most, d = max(tile, job.block.prefix) + entry % most - job.block.prefix;
-    if (r >= job.block.rows || d >= p.path_depth || d + job.block.prefix >= tile + kTile) return -1;
-    const int32_t* path = p.paths + static_cast<int64_t>(job.block.begin + r) * p.path_depth;
-    for (int i = 0; i <= d; ++i)
-      if (path[i] < 0) return -1;
-    return job.block.prefix + path[d];
+  // Of a warp's vectors, of this thread's: the row in the block, or beyond it.
+  __device__ __forceinline__ int first_row() const { return rest.row_of[warp * 16]; }
+  __device__ __forceinline__ int last_row() const { return rest.row_of[warp * 16 + 15]; }
+  __device__ __forceinline__ int local(int i) const { return rest.row_of[vector(i)]; }
+
+  __device__ __forceinline__ Row row_at(const Job& job, int r) const {
+    Row row;
+    if (r >= job.block.rows) return row;
+    row.len = rest.len[r];
+    row.prefix = job.has_paths ? job.block.prefix : row.len;
+    if (p.window > 0) row.first = max(0, row.len - p.window);
+    return row;
   }
 
-  __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
-    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::columns * 2);
+  __device__ __forceinline__ void softmax(const Job& job, int tile, float (&a)[2]) {
+    const int all_first = p.window > 0 ? max(0, job.block.longest - p.window) : 0;  // all rows see [all_first, shortest)
+    if (tile >= all_first && tile + kTile <= job.block.shortest) return x.template softmax<false>({0, 0}, {kTile, kTile}, scale, lane, a);
+    int low[2], high[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (rows[half] >= 0)
-        for (int block = 0; block < S::columns / 64; ++block)
-          ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
+    for (int i = 0; i < 2; ++i) {
+      const Row row = row_at(job, local(i));
+      low[i] = row.low(tile);
+      high[i] = row.high(tile, kTile);
+    }
+    x.template softmax<true>(low, high, scale, lane, a);
   }
 
-  // The row of the pool [pages x kv heads x page, D] that holds a slot.
-  __device__ int pool_row(const Job& job, int slot) const {
-    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot / p.page] * p.kv_heads + job.kv_head) * p.page + slot % p.page;
+  // Waits for a tile's V; its rows outside [low, high) become zeros: nobody sees them, and they may hold NaN.
+  __device__ __forceinline__ void wait_values(At place, int low, int high) const {
+    wait(place);
+    if (low <= 0 && high >= kTile) return;
+    const uint32_t values = stage_at(place);
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < kTile * (S::columns / 8); i += 128) {
+      const int j = i / (S::columns / 8);
+      if (j < low || j >= high) ptx::store(piece_address(values, j, i % (S::columns / 8)), make_uint4(0, 0, 0, 0));
+    }
+    ptx::async_proxy_fence();
+    ptx::named_barrier(2 + warp / 4, 128);
   }
 
-  __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
-    const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
-    const uint64_t wanted = static_cast<uint64_t>(static_cast<uint32_t>(job.block.wanted_high)) << 32 | static_cast<uint32_t>(job.block.wanted_low);
-    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
-      for (int at = begin; at < end; at += kTile) {
-        if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
-        const bool slots = job.loads_slots(at), more = job.loads_more(at);
-        const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
-        const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
-        int rows[2];
-        if (more && !job.many_nodes)
+  __device__ __forceinline__ void scores(float (&to)[8][4], At place) {
+    wait(place);
+    x.start_scores(to, queries, stage_at(place));
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_results(to);
+    give(place);
+  }
+
+  // The tiles [tile, end), whose keys all rows share. Their last chunk is not folded.
+  __device__ __forceinline__ void common(const Job& job, int tile, int end) {
+    float a[2];
+    const int begin = tile;
+    bool fresh = true;  // the tile is the first of its chunk
+    scores(x.s, at);
+    x.m[0] = x.m[1] = SPECRT_MINUS_INF;
+    softmax(job, tile, a);
+    x.round();
+#pragma unroll 1
+    for (; tile + kTile < end; tile += kTile) {
+      const int coming = tile + kTile;
+      const At values = at.after(1), ahead = at.after(2);
+      wait(ahead);
+      wait_values(values, job.first_seen - tile, job.block.prefix - tile);
+      x.start_scores(x.s, queries, stage_at(ahead));
+      x.start_values(stage_at(values), ones, fresh);
+      ptx::wgmma_wait<1>();
+      ptx::wgmma_results(x.s);
+      give(ahead);
+      fresh = coming % kChunk == 0;
+      const float m[2] = {x.m[0], x.m[1]};
+      if (fresh) x.m[0] = x.m[1] = SPECRT_MINUS_INF;
+      softmax(job, coming, a);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_results(x.l);
+      ptx::wgmma_results(x.o);
+      give(values);
+      at = ahead;
+      x.round();
+      if (!fresh) {
+        x.rescale(a);
+        continue;
+      }
+      join(job, tile / kChunk, tile / kChunk == begin / kChunk, m);
+    }
+    const At values = at.after(1);
+    wait_values(values, job.first_seen - tile, job.block.prefix - tile);
+    x.start_values(stage_at(values), ones, fresh);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_results(x.l);
+    ptx::wgmma_results(x.o);
+    give(values);
+    at = at.after(2);
+  }
+
+  // Which rows of a tile's stages a row sees. The first stage holds slots from `tile` on, the second what loads_more() says.
+  __device__ __forceinline__ Visible visible(const Job& job, int r, const Row& row, int tile) const {
+    Visible seen{{0, 0}};
+    const int prefix = job.block.prefix, low = row.low(tile), high = row.high(tile, kTile);
+    if (low >= high) return seen;
+    auto below = [](int n) { return n >= 64 ? ~0ull : (1ull << max(0, n)) - 1; };
+    if (tile < prefix) seen.stage[0] = below(min(high, prefix - tile)) & ~below(low);
+    const int from = max(0, tile + low - prefix), to = tile + high - prefix;  // of the path
+    if (to <= from) return seen;
+    if (p.paths) {
+      const int most = min(kTile, p.path_depth), entry = r * most - max(0, tile - prefix);
+      seen.stage[1] = below(entry + to) & ~below(entry + from);
+      return seen;
+    }
+    uint64_t nodes = rest.nodes[r];
+    for (int d = 0; d < from; ++d) nodes &= nodes - 1;
+    if (prefix + __popcll(static_cast<long long>(rest.nodes[r])) > tile + kTile) {  // the last ones belong to the next tile
+      uint64_t beyond = nodes;
+      for (int d = from; d < to; ++d) beyond &= beyond - 1;
+      nodes ^= beyond;
+    }
+    const int shift = prefix - tile;
+    if (!job.many_nodes) {
+      seen.stage[1] = nodes;
+    } else if (shift > 0) {
+      seen.stage[0] |= nodes << shift;
+      seen.stage[1] = nodes >> (64 - shift);
+    } else {
+      seen.stage[0] = nodes >> -shift;
+    }
+    return seen;
+  }
+
+  // rest.seen of a tile, for this warp's rows.
+  __device__ __forceinline__ void find_visible(const Job& job, int tile, int rows_begin, int rows_end) const {
+    const int r = rows_begin + lane;
+    if (lane < 16) rest.seen[warp][lane] = r < rows_end ? visible(job, r, row_at(job, r), tile) : Visible{{0, 0}};
+    __syncwarp();
+  }
+
+  // rest.places for the 16 positions from `begin` on, of this warp's rows.
+  __device__ __forceinline__ void find_places(const Job& job, int tile, int begin, int rows_begin, int rows_end) const {
+    const int prefix = job.block.prefix, most = min(kTile, p.path_depth);
+    __syncwarp();
+    for (int r = rows_begin; r < rows_end; ++r) {
+      const Row row = row_at(job, r);
+      uint8_t* places = rest.places[warp][r - rows_begin];
+      const int position = begin + lane;
+      if (lane < 16) {
+        int place = 255;
+        if (position >= row.first && position < row.len) {
+          if (position < prefix) place = position - tile;
+          else if (p.paths) place = 64 + r * most + position - max(tile, prefix);
+        }
+        places[lane] = static_cast<uint8_t>(place);
+      }
+    }
+    __syncwarp();
+    if (p.ancestors) {
+      for (int r = rows_begin; r < rows_end; ++r) {
+        const uint64_t word = rest.nodes[r];
+        const int first = row_at(job, r).first;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
-        for (int which = 0; which < 2; ++which) {
-          const CUtensorMap* pages = which ? v_pages : k_pages;
-          if (slots) tile(job, pages, at, page_ids);
-          if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
-          if (more && !job.many_nodes) own(job, which ? v_slots : k_slots, rows);
+        for (int half = 0; half < 2; ++half) {
+          const int node = lane + 32 * half, position = prefix + __popcll(static_cast<long long>(word & ((1ull << node) - 1)));
+          if ((word >> node & 1) && position >= first && position >= begin && position < begin + 16)
+            rest.places[warp][r - rows_begin][position - begin] = static_cast<uint8_t>(job.many_nodes ? prefix + node - tile : 64 + node);
         }
       }
     }
+    __syncwarp();
+  }
+
+  // A tile in which rows have keys of their own.
+  __device__ __forceinline__ void own(const Job& job, int tile) {
+    const int rows_begin = first_row(), rows_end = min(last_row() + 1, job.block.rows);
+    const bool works = rows_begin < rows_end;
+    const bool slots = job.loads_slots(tile), more = job.loads_more(tile);
+    const int low = max(0, job.own_begin() - tile);  // the groups of 16 before it are common
+    auto keys = [&] { return at; };
+    auto keys_more = [&] { return at.after(slots); };
+    auto values = [&] { return at.after(slots + more); };
+    auto values_more = [&] { return at.after(2 * slots + more); };
+    if (works) find_visible(job, tile, rows_begin, rows_end);
+    float s[8][4] = {};
+    if (slots) {
+      scores(x.s, keys());
+    }
+    if (more) {
+      scores(s, keys_more());
+    }
+
+    uint16_t(*own)[kOwnPitch] = rest.own[warp];
+    if (works) {
+      float a[2];
+      auto seen = [&](int i) { return local(i) < rows_end ? rest.seen[warp][local(i) - rows_begin] : Visible{{0, 0}}; };
+      x.softmax_own(s, seen, scale, lane, a);
+      x.rescale(a);
+      x.round();
+      // The probabilities of what is not common, by place: see column().
+      auto keep = [&](int column, const uint32_t (&p)[4]) {
+#pragma unroll
+        for (int h = 0; h < 4; ++h) *reinterpret_cast<uint32_t*>(&own[lane / 4 + h % 2 * 8][column + h / 2 * 8 + lane % 4 * 2]) = p[h];
+      };
+#pragma unroll
+      for (int g = 0; g < 4; ++g) {
+        if (16 * g >= low && slots && (job.many_nodes || 16 * g == low)) keep(16 * g - low, x.p[g]);
+        if (more && (!job.many_nodes || 16 * g <= low)) {
+          uint32_t q[4];
+#pragma unroll
+          for (int h = 0; h < 4; ++h) q[h] = ptx::pack_bf16(s[2 * g + h / 2][h % 2 * 2], s[2 * g + h / 2][h % 2 * 2 + 1]);
+          keep((job.many_nodes ? 64 - low : 16) + 16 * g, q);
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < 4; ++g)
+        if (16 * g < low) x.add_sums(x.p[g]);
+    } else {
+      x.no_probabilities();
+    }
+
+    if (slots) {
+      if (low > 0) {
+        wait_values(values(), job.first_seen - tile, kTile);
+        x.accumulate(stage_at(values()), low / 16);
+      } else {
+        wait(values());
+      }
+    }
+    if (more) wait(values_more());
+    if (works) {
+      auto column = [&](int place) { return place < 64 || job.many_nodes ? place - low : place - 48; };
+#pragma unroll 1
+      for (int g = low / 16; g < 4 && tile + 16 * g < job.block.longest; ++g) {
+        find_places(job, tile, tile + 16 * g, rows_begin, rows_end);
+        // The group's probabilities of all the warp's rows, each of its own path.
+        uint32_t group[4];
+        auto probability = [&](int i, int j) -> uint32_t {
+          const int place = local(i) < job.block.rows ? rest.places[warp][local(i) - rows_begin][j] : 255;
+          return place == 255 ? 0u : own[lane / 4 + 8 * i][column(place)];
+        };
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          const int j = h / 2 * 8 + lane % 4 * 2;
+          group[h] = probability(h % 2, j) | probability(h % 2, j + 1) << 16;
+        }
+        x.add_sums(group);
+#pragma unroll 1
+        for (int r = rows_begin; r < rows_end; ++r) {
+          if (!row_at(job, r).sees(tile + 16 * g, 16)) continue;
+          const int place = rest.places[warp][r - rows_begin][lane / 8 % 2 * 8 + lane % 8];
+          const RowAddress value = place == 255 ? RowAddress{ptx::shared_address(&rest.zeros), -1} : RowAddress{stage_at(slots && place >= 64 ? values_more() : values()), place % 64};
+          x.accumulate_own(group, value, {local(0) == r, local(1) == r}, lane);
+        }
+      }
+    }
+    if (slots) give(values());
+    if (more) give(values_more());
+    at = at.after(2 * (slots + more));
+  }
+
+  // Where the workspace has a run's part of vector i: O (combine.cuh says in which order), and (m, l).
+  __device__ __forceinline__ int64_t part_of(const Job& job, int i) const {
+    return static_cast<int64_t>(rest.vector_of[vector(i)]) * ((p.max_pages * p.page + kChunk - 1) / kChunk) + job.run_begin / kChunk;
+  }
+  __device__ __forceinline__ float4* part(const Job& job, int i) const { return reinterpret_cast<float4*>(p.workspace + part_of(job, i) * D) + lane % 4; }
+  __device__ __forceinline__ float2* part_sums(const Job& job, int i) const {
+    return reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * ((p.max_pages * p.page + kChunk - 1) / kChunk) * D) + part_of(job, i);
+  }
+
+  // The chunk joins its run, of which `first` says that it is the first: to(i, n, o) is given O of the columns 8 n + 2 (lane % 4) .. and 8 further on.
+  template <typename To> __device__ __forceinline__ void join(const Job& job, int chunk, bool first, const float (&m)[2], To&& to) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = local(i);
+      const float l = x.l[0][2 * i];
+      const bool sees = first || row_at(job, r).sees(chunk * kChunk, kChunk), kept = !first && (S::keeps_shared || r < job.block.rows);
+      FoldFactors f{1.0f, 0.0f};
+      if (!first && sees) f = fold_factors(run_m[i], m[i]);
+      run_l[i] = first ? l : (sees ? fold_value(run_l[i], l, f) : run_l[i]);
+      if (first) run_m[i] = m[i];
+      const float4* const from = S::keeps_shared ? kept_shared + S::consumers * i : part(job, i);
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 2) {
+        float4 o = make_float4(x.o[n][2 * i], x.o[n][2 * i + 1], x.o[n + 1][2 * i], x.o[n + 1][2 * i + 1]);
+        if (kept) {
+          const float4 before = from[(S::keeps_shared ? S::consumers : 2) * n];
+          o = sees ? make_float4(fold_value(before.x, o.x, f), fold_value(before.y, o.y, f), fold_value(before.z, o.z, f), fold_value(before.w, o.w, f)) : before;
+        }
+        to(i, n, o);
+      }
+    }
+  }
+
+  // The same; the run's O is kept where it is not in the way.
+  __device__ __forceinline__ void join(const Job& job, int chunk, bool first, const float (&m)[2]) {
+    join(job, chunk, first, m, [&](int i, int n, float4 o) {
+      if (S::keeps_shared) kept_shared[S::consumers * (n + i)] = o;
+      else if (local(i) < job.block.rows) part(job, i)[2 * n] = o;
+    });
+  }
+
+  // The same of the last chunk; O * (1 / l), or a partial (m, l, O), of the run is written.
+  __device__ __forceinline__ void finish(const Job& job, int chunk, bool first) {
+    join(job, chunk, first, x.m, [&](int i, int n, float4 o) {
+      const Row row = row_at(job, local(i));
+      if (!row.sees(job.run_begin, job.run * kChunk)) return;  // nor does what is beyond the block
+      if (job.run == kGroupChunks && row.first >= job.run_begin && row.len <= job.run_begin + kGroup) {
+        const float reciprocal = 1.0f / run_l[i];
+        uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(rest.vector_of[vector(i)]) * D) + lane % 4;
+        out[4 * n] = ptx::pack_bf16(o.x * reciprocal, o.y * reciprocal);
+        out[4 * n + 4] = ptx::pack_bf16(o.z * reciprocal, o.w * reciprocal);
+      } else {
+        part(job, i)[2 * n] = o;
+        if (n == 0 && lane % 4 == 0) *part_sums(job, i) = make_float2(run_m[i], run_l[i]);
+      }
+    });
+  }
+
+  __device__ __forceinline__ void run() {
+    const Job& job = rest.consumers.job;
+    const int begin = job.tiles_begin(job.chunk_begin), end = job.tiles_end(job.chunk_end - 1), own_tile = max(begin, min(end, job.own_begin() / kTile * kTile));
+    if (begin >= end) return;  // all of it is before the window
+    if (begin < own_tile) common(job, begin, own_tile);
+#pragma unroll 1
+    for (int tile = own_tile; tile < end; tile += kTile) {
+      if (tile == begin) x.reset();
+      if (tile % kChunk == 0 && tile > begin) {
+        join(job, tile / kChunk - 1, tile / kChunk - 1 == begin / kChunk, x.m);
+        x.reset();
+      }
+      own(job, tile);
+    }
+    finish(job, (end - 1) / kChunk, (end - 1) / kChunk == begin / kChunk);
   }
 };
-
-// O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
-template <typename S> __device__ __forceinline__ void write_vector(const AttentionParams& p, int64_t vector, int slot, bool whole, float m, float l, const float (&o)[S::pieces][4], int i, int lane) {
-  if (whole) {
-    uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * S::dim) + lane % 4;
-    const float r = 1.0f / l;
-#pragma unroll
-    for (int n = 0; n < S::dim / 8; ++n)
-      out[4 * n] = to_bf16(o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(o[n][2 * i + 1] * r).bits) << 16;
-    return;
-  }
-  const int chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
-  const int64_t at = vector * chunks + slot;
-  float* to = p.workspace + at * S::dim + lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < S::dim / 8; ++n) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
-  if (lane % 4 == 0) *reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * chunks * S::dim + 2 * at) = make_float2(m, l);
-}
 
 template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks_per_sm)
 tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ CUtensorMap k_slots,
                       const __grid_constant__ CUtensorMap v_slots, const __grid_constant__ AttentionParams p, float scale) {
-  constexpr int D = S::dim;
   extern __shared__ __align__(1024) unsigned char shared[];
   Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -185,285 +426,48 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     ptx::mbarrier_init_fence();
     rest.zeros = make_uint4(0, 0, 0, 0);
   }
+  if (threadIdx.x < 128) rest.ones[threadIdx.x] = 0x3f80;
+  if (threadIdx.x < S::vectors) rest.row_of[threadIdx.x] = static_cast<uint8_t>(threadIdx.x / (p.q_heads / p.kv_heads));
+  ptx::async_proxy_fence();
   __syncthreads();
   ptx::launch_dependents();
   // Before the wait: who does what, and the producer's first tiles (params.h).
-  const PlanHeader header = plan_header(p.plan);
-  const Block first_blocks = plan_block(p.plan, lane);
-  // Neighbouring jobs to a CTA: pieces of one block and KV head.
-  const int jobs = header.pieces * p.kv_heads, each = jobs / static_cast<int>(gridDim.x), over = jobs % static_cast<int>(gridDim.x), cta = blockIdx.x;
-  const int jobs_begin = cta * each + min(cta, over), jobs_end = jobs_begin + each + (cta < over);
-  if (jobs_begin == jobs_end) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
-
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
     if (warp > S::warps) return;
-    BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
+    int number, end;
+    find_share(p, rest.producer, number, end, lane);
+    if (number == end) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
     Producer<S> producer{p, stages, full, empty, lane};
-    for (int number = jobs_begin; number < jobs_end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
+    for (; number < end; ++number) {
+      __syncwarp();
+      if (lane == 0) rest.producer.job = Job(p, rest.producer.cursor, number);
+      __syncwarp();
+      producer.run(rest.producer.job, &k_pages, &v_pages, &k_slots, &v_slots);
+    }
     return;
   }
 
   ptx::take_registers<S::consumer_registers>();
-  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
-  const int group_heads = p.q_heads / p.kv_heads, first_vector = warp * 16;
-  const uint32_t queries = stages + S::queries + warp / 4 * S::tile_bytes, zeros = ptx::shared_address(&rest.zeros);
-  const RowAddress query{queries, first_vector % 64 + lane % 16};
-  float4* kept = reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x;
-  int copied = 0, loaded_block = -1, loaded_head = -1;  // whose queries and rows are there
-  for (int number = jobs_begin; number < jobs_end; ++number) {
-    const Job job(p, cursor, number);
-    const Block& block = job.block;
-    const int valid = block.rows * group_heads;
-    const bool warp_works = first_vector < valid, both = first_vector + 8 < valid;
-    int local[2];  // rows of this thread's vectors
-#pragma unroll
-    for (int i = 0; i < 2; ++i) local[i] = (first_vector + lane / 4 + 8 * i) / group_heads;
-    const int warp_rows_begin = first_vector / group_heads, warp_rows_end = min((first_vector + 15) / group_heads + 1, block.rows);
-
-    if (block.begin != loaded_block || job.kv_head != loaded_head) {
-      loaded_block = block.begin;
-      loaded_head = job.kv_head;
-      ptx::grid_dependency_wait();
-      ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
-      constexpr int kEach = S::vectors * (S::columns / 8) / S::consumers;
-      uint4 q[kEach];
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int i = j * S::consumers + threadIdx.x, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-        q[j] = make_uint4(0, 0, 0, 0);
-        if (vector < valid && piece * 8 < D)
-          q[j] = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(p.q) +
-                                                 (static_cast<int64_t>(block.begin + vector / group_heads) * p.q_heads + job.kv_head * group_heads + vector % group_heads) * D + piece * 8);
-      }
-      for (int r = threadIdx.x; r < block.rows; r += S::consumers) {
-        const Row row = describe_row(p, block.begin + r);
-        rest.len[r] = row.len;
-        rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(p.ancestors[block.begin + r]) : 0;
-      }
-#pragma unroll
-      for (int j = 0; j < kEach; ++j) {
-        const int i = j * S::consumers + threadIdx.x, vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-        *reinterpret_cast<uint4*>(shared + (piece_address(stages + S::queries + vector / 64 * S::tile_bytes, vector % 64, piece) - stages)) = q[j];
-      }
-      ptx::async_proxy_fence();
-      ptx::named_barrier(1, S::consumers);
-    }
-
-    auto row_at = [&](int r) {
-      Row row;
-      if (r >= block.rows) return row;
-      row.len = rest.len[r];
-      row.prefix = job.has_paths ? block.prefix : row.len;
-      if (p.window > 0) row.first = max(0, row.len - p.window);
-      return row;
-    };
-    const int last_seen = min(job.own_begin(), block.shortest), first_all = p.window > 0 ? max(0, block.longest - p.window) : 0;  // all rows see [first_all, last_seen), in common
-    const int most_path = min(kTile, p.path_depth);
-
-    auto stage_at = [&](int count) { return stages + count % S::stages * S::tile_bytes; };
-    auto wait = [&](int count) { ptx::mbarrier_wait(full + 8 * (count % S::stages), count / S::stages & 1); };
-    auto give = [&](int count) {
-      if (lane == 0) ptx::mbarrier_arrive(empty + 8 * (count % S::stages));
-    };
-
-    float kept_m[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, kept_l[2] = {0.0f, 0.0f};
-    Vectors<D> x;
-    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      x.reset();
-      const int end = job.tiles_end(chunk);
-      for (int tile = job.tiles_begin(chunk); tile < end; tile += kTile) {
-        const bool shared_keys = tile < block.prefix, owns = job.owns(tile), slots = job.loads_slots(tile), more = job.loads_more(tile);
-        // Where the key (or value) at a position of a row lies, for lane j < 16 at position tile + 16 g + j: the row of the stage, + 64 in the second stage; -1: nowhere.
-        auto own_place = [&](int r, const Row& row, int g) {
-          const int begin = tile + 16 * g, position = begin + lane % 16;
-          int entry = r * most_path + position - max(tile, row.prefix);
-          if (p.ancestors) {
-            const uint64_t word = rest.nodes[r];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int node = lane + 32 * half, at = row.prefix + __popcll(word & ((1ull << node) - 1)) - begin;
-              if ((word >> node & 1) && at >= 0 && at < 16) rest.places[warp][at] = static_cast<uint8_t>(node);
-            }
-            __syncwarp();
-            entry = rest.places[warp][lane % 16];
-            __syncwarp();
-          }
-          if (position < row.first || position >= row.len) return -1;
-          return position < row.prefix ? position - tile : (job.many_nodes ? row.prefix + entry - tile : 64 + entry);
-        };
-        auto address = [&](int place, int first) -> RowAddress { return place < 0 ? RowAddress{zeros, -1} : RowAddress{stage_at(first + (slots ? place / 64 : 0)), place % 64}; };
-        // f(place of lane's key, group, which vectors) for the groups of 16 positions in which this warp's rows have keys of their own.
-        auto each_own = [&](auto&& f) {
-#pragma unroll 1
-          for (int r = warp_rows_begin; r < warp_rows_end; ++r) {
-            const Row row = row_at(r);
-            const bool mine[2] = {local[0] == r, local[1] == r};
-#pragma unroll 1
-            for (int g = max(0, (job.own_begin() - tile) / 16); g < 4; ++g)
-              if (row.sees(tile + 16 * g, 16)) f(own_place(r, row, g), g, mine);
-          }
-        };
-
-        const int keys = copied, values = copied + slots + more;  // as the producer counts
-        if (slots) wait(keys);
-        if (shared_keys) x.score(queries, stage_at(keys));
-        else x.reset_scores();
-        if (owns) {
-          if (more) wait(keys + slots);
-          if (warp_works)
-            each_own([&](int place, int g, const bool(&mine)[2]) {
-              x.score_own(g, query, address(__shfl_sync(~0u, place, lane / 16 * 8 + lane % 8), keys), mine, lane);
-            });
-        }
-        __syncwarp();
-        if (slots) give(keys);
-        if (more) give(keys + slots);
-
-        if (!warp_works) {
-          x.no_probabilities();
-        } else if (tile >= first_all && tile + kTile <= last_seen) {
-          x.template softmax<false>({}, {}, scale, both, lane);
-        } else {
-          int low[2], high[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const Row row = row_at(local[i]);
-            low[i] = row.low(tile);
-            high[i] = row.high(tile, kTile);
-          }
-          x.template softmax<true>(low, high, scale, both, lane);
-        }
-
-        if (slots) wait(values);
-        if (shared_keys) {
-          const int groups = owns ? max(0, (job.own_begin() - tile) / 16) : 4;  // the groups of 16 keys that all rows read from the tile
-          const int low = job.first_seen - tile, high = owns ? groups * 16 : block.prefix - tile;
-          if (low > 0 || high < groups * 16) {  // V rows nobody sees may hold NaN: zeros
-            for (int i = threadIdx.x % 128; i < kTile * (S::columns / 8); i += 128) {
-              const int j = i / (S::columns / 8);
-              if (j < low || (j >= high && j < groups * 16))
-                *reinterpret_cast<uint4*>(shared + (piece_address(stage_at(values), j, i % (S::columns / 8)) - stages)) = make_uint4(0, 0, 0, 0);
-            }
-            ptx::async_proxy_fence();
-            ptx::named_barrier(2 + warp / 4, 128);
-          }
-          x.accumulate(stage_at(values), groups);
-        }
-        if (owns) {
-          if (more) wait(values + slots);
-          if (warp_works)
-            each_own([&](int place, int g, const bool(&mine)[2]) {
-              x.accumulate_own(g, address(__shfl_sync(~0u, place, lane / 8 % 2 * 8 + lane % 8), values), mine, lane);
-            });
-        }
-        __syncwarp();
-        if (slots) give(values);
-        if (more) give(values + slots);
-        copied = values + slots + more;
-      }
-      if (!warp_works) continue;
-
-      // The chunk joins the run.
-      if (chunk == job.chunk_begin) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          kept_m[i] = x.m[i];
-          kept_l[i] = x.l[2 * i];
-        }
-      } else {
-        bool sees[2];
-        FoldFactors f[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          sees[i] = row_at(local[i]).sees(chunk * kChunk, kChunk);
-          f[i] = {1.0f, 0.0f};
-          if (sees[i]) f[i] = fold_factors(kept_m[i], x.m[i]);
-          kept_l[i] = sees[i] ? fold_value(kept_l[i], x.l[2 * i], f[i]) : kept_l[i];
-        }
-#pragma unroll
-        for (int n = 0; n < S::pieces; ++n) {
-          const float4 v = kept[n * S::consumers];
-          const float before[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x.o[n][e] = sees[e / 2] ? fold_value(before[e], x.o[n][e], f[e / 2]) : before[e];
-        }
-      }
-      if (chunk + 1 < job.chunk_end)
-#pragma unroll
-        for (int n = 0; n < S::pieces; ++n) kept[n * S::consumers] = make_float4(x.o[n][0], x.o[n][1], x.o[n][2], x.o[n][3]);
-    }
-    if (!warp_works) continue;
-
-    const int run_begin = job.run_begin, run = cursor.run * kChunk;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int vector = first_vector + lane / 4 + 8 * i;
-      const Row row = row_at(local[i]);
-      if (vector >= valid || !row.sees(run_begin, run)) continue;
-      const bool whole = cursor.run == kGroupChunks && row.first >= run_begin && row.len <= run_begin + run;
-      write_vector<S>(p, static_cast<int64_t>(block.begin + local[i]) * p.q_heads + job.kv_head * group_heads + vector % group_heads, run_begin / kChunk, whole, kept_m[i], kept_l[i],
-                      x.o, i, lane);
-    }
+  int number, end;
+  find_share(p, rest.consumers, number, end, lane);
+  if (number == end) return;
+  Consumer<S> consumer{p, rest, reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x, stages, stages + S::queries + warp / 4 * S::tile_bytes, ptx::shared_address(rest.ones), warp, lane, p.q_heads / p.kv_heads, scale};
+  for (bool first = true; number < end; ++number, first = false) {
+    consumer.begin(number, first, stages + S::queries);
+    consumer.run();
   }
-}
-
-// One warp a (row, head): chunks ascending into their group, groups ascending.
-constexpr int kCombineWarps = 4, kBatch = 4;
-
-template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kFloats = D / 32;
-  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
-  const int lane = threadIdx.x % 32, r = static_cast<int>(vector / p.q_heads), chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
-  ptx::launch_dependents();
-  const int rows = min(__ldcg(p.num_rows), p.rows), run = plan_header(p.plan).run;
-  const Row row = describe_row(p, min(r, p.rows - 1));
-  ptx::grid_dependency_wait();
-  if (r >= rows) return;
-  const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
-  if (run == kGroupChunks && end - begin == 1) return;  // written where it was computed
-  const float* o = p.workspace + vector * chunks * D + lane;
-  const float* ml = p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * chunks * D + vector * chunks * 2;
-  WarpState<kFloats> group, total;
-  group.reset();
-  total.reset();
-  for (int base = begin; base < end; base += kBatch) {
-    WarpState<kFloats> part[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int c = (base + b) * run;
-      if (base + b >= end) break;
-      const float2 both = *reinterpret_cast<const float2*>(ml + 2 * c);
-      part[b].m = both.x;
-      part[b].l = both.y;
-#pragma unroll
-      for (int i = 0; i < kFloats; ++i) part[b].o[i] = o[static_cast<int64_t>(c) * D + 32 * i];
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int c = (base + b) * run;
-      if (base + b >= end) break;
-      group.fold(part[b]);
-      if ((c + run) % kGroupChunks && base + b + 1 < end) continue;
-      total.fold(group);
-      group.reset();
-    }
-  }
-  bf16* out = static_cast<bf16*>(p.out) + vector * D + lane;
-  const float reciprocal = row.len > 0 ? 1.0f / total.l : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kFloats; ++i) out[32 * i] = to_bf16(row.len > 0 ? total.o[i] * reciprocal : 0.0f);
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
+  static_assert(kSharedBytes<S> <= (228 / S::blocks_per_sm - 1) * 1024, "more shared memory than an SM has");
   auto map = [&](const void* pool, int box) { return tensor_map_bf16(pool, p.pages * p.kv_heads * p.page, p.head_dim, box); };
   // The most jobs that these capacities can hold, and no more CTAs than there is room for.
   const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
   const int64_t slots = multiprocessors() * shape.blocks_per_sm;
   launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
          map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, p.scale * kLog2e);
-  const int64_t vectors = static_cast<int64_t>(p.rows) * p.q_heads;
-  launch({dim3(static_cast<unsigned>((vectors + kCombineWarps - 1) / kCombineWarps)), dim3(kCombineWarps * 32), 0, stream, 1, true}, combine_kernel<S::dim>, p);
+  launch_combine<S::dim>(p, stream);
 }
 
 template <int D> void launch_dim(const AttentionParams& p, cudaStream_t stream) {

@@ -1,0 +1,176 @@
+// What a CTA of tree attention works on, how its shared memory is laid out, and the producer that fills it.
+#pragma once
+#include "attention/plan.cuh"
+#include "attention/tree_tile.cuh"
+#include "ptx/dependency.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+
+namespace specrt {
+
+template <int dim_, int warpgroups_> struct Shape {
+  static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
+  static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
+  static constexpr int stages = warpgroups == 1 ? 5 : 6;  // at least 3: a tile's values and the next one's keys
+  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
+  static constexpr bool keeps_shared = warpgroups == 2;  // O of a run so far; else in the workspace: there are few vectors, or few chunks
+  static constexpr int tile_bytes = columns / 64 * kBlockBytes, queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes;  // shared memory
+  static constexpr int rest = kept + (keeps_shared ? consumers * (dim / 8) * 16 : 0);
+};
+
+constexpr int kOwnColumns = 80, kOwnPitch = kOwnColumns + 8;  // probabilities of a row's own keys: up to 15 slots before the first node's and 64 nodes
+
+// A place in the ring of stages.
+template <int stages> struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ Place after(int count) const {  // count <= stages
+    const int to = stage + count;
+    return to < stages ? Place{to, parity} : Place{to - stages, parity ^ 1};
+  }
+};
+
+constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than in whole pages
+
+// What a CTA works on, and what its rows see.
+struct Job {
+  Block block;
+  int kv_head, run, run_begin, chunk_begin, chunk_end, first_seen;  // run_begin: its first position; positions before first_seen: seen by no row
+  bool has_paths, many_nodes;
+
+  __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
+    cursor.advance(number / p.kv_heads);
+    block = cursor.block;
+    run = cursor.run;
+    const int of_block = number - block.pieces_before * p.kv_heads, pieces = block.pieces(run), piece = of_block % pieces;
+    kv_head = of_block / pieces;
+    first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
+    run_begin = piece * run * kChunk;
+    chunk_begin = max(piece * run, first_seen / kChunk);
+    chunk_end = min((piece + 1) * run, (block.longest + kChunk - 1) / kChunk);
+    has_paths = p.ancestors || p.paths;
+    many_nodes = p.ancestors && block.nodes > kFewNodes;
+  }
+
+  // Tiles of a chunk. From own_begin() on, in groups of 16 positions, each row has keys of its own.
+  __device__ int tiles_begin(int chunk) const { return max(chunk * kChunk, first_seen / kTile * kTile); }
+  __device__ int tiles_end(int chunk) const { return min((chunk + 1) * kChunk, block.longest); }
+  __device__ int own_begin() const { return has_paths && block.longest > block.prefix ? block.prefix / 16 * 16 : 0x7fffffff; }
+  __device__ bool owns(int tile) const { return tile + kTile > own_begin(); }
+  // What is loaded of K, and then of V: the slots of the tile's positions; and for the paths, where nodes are few, a tile of their own, else the slots after these.
+  __device__ int slots_end() const { return many_nodes ? block.prefix + block.nodes : block.prefix; }
+  __device__ bool loads_slots(int tile) const { return tile < block.prefix || (many_nodes && owns(tile)); }
+  __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
+};
+
+// Whose turn it is, for the producer and for the consumers: in shared memory, registers are wanted elsewhere.
+struct Turn {
+  BlockCursor cursor;
+  Job job;
+};
+
+// The jobs [begin, end) of this CTA, neighbouring ones: pieces of one block and KV head. By a warp.
+__device__ __forceinline__ void find_share(const AttentionParams& p, Turn& turn, int& begin, int& end, int lane) {
+  const PlanHeader header = plan_header(p.plan);
+  const Block mine = plan_block(p.plan, lane);
+  const int jobs = header.pieces * p.kv_heads, ctas = static_cast<int>(gridDim.x), cta = blockIdx.x;
+  begin = cta * (jobs / ctas) + min(cta, jobs % ctas);
+  end = begin + jobs / ctas + (cta < jobs % ctas);
+  if (begin == end) return;
+  const BlockCursor cursor(p.plan, header, mine, begin / p.kv_heads, lane);
+  if (lane == 0) turn.cursor = cursor;
+}
+
+template <typename S> struct Rest {
+  uint4 zeros;
+  alignas(128) uint16_t ones[128];  // bf16
+  Visible seen[S::warps][16];        // of a tile with keys of the rows' own, by the warp's rows
+  uint16_t own[S::warps][16][kOwnPitch];
+  uint8_t places[S::warps][16][16];  // of a row's group of 16 positions: the row of the stages at each, 255: none
+  uint64_t full[S::stages], empty[S::stages];
+  uint64_t nodes[S::vectors];  // ancestors of a row
+  int len[S::vectors];
+  int vector_of[S::vectors];   // of the CTA: of all
+  uint8_t row_of[S::vectors];  // its row in the block
+  Turn producer, consumers;
+  bool loads;  // the consumers' job needs other queries than the one before
+};
+
+template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
+
+// The producer, a warp (of a warpgroup that gives its registers away): the tiles of a job, each of its stages filled as soon as it is free.
+template <typename S> struct Producer {
+  const AttentionParams& p;
+  uint32_t stages, full, empty;
+  int lane;
+  Place<S::stages> at{0, 1};
+
+  __device__ uint32_t stage(int bytes) {
+    const int s = at.stage;
+    ptx::mbarrier_wait(empty + 8 * s, at.parity);
+    if (lane == 0) ptx::mbarrier_arrive_expect(full + 8 * s, bytes);
+    __syncwarp();
+    at = at.after(1);
+    return s;
+  }
+
+  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
+  __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
+    const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
+    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
+    const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
+    if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
+  }
+
+  // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
+  __device__ int slot(const Job& job, int tile, int entry, uint64_t wanted) const {
+    if (p.ancestors) return wanted >> entry & 1 ? job.block.prefix + entry : -1;
+    const int most = min(kTile, p.path_depth), r = entry / most, d = max(tile, job.block.prefix) + entry % most - job.block.prefix;
+    if (r >= job.block.rows || d >= p.path_depth || d + job.block.prefix >= tile + kTile) return -1;
+    const int32_t* path = p.paths + static_cast<int64_t>(job.block.begin + r) * p.path_depth;
+    for (int i = 0; i <= d; ++i)
+      if (path[i] < 0) return -1;
+    return job.block.prefix + path[d];
+  }
+
+  __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
+    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::columns * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (rows[half] >= 0)
+        for (int block = 0; block < S::columns / 64; ++block)
+          ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
+  }
+
+  // The row of the pool [pages x kv heads x page, D] that holds a slot.
+  __device__ int pool_row(const Job& job, int slot) const {
+    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot / p.page] * p.kv_heads + job.kv_head) * p.page + slot % p.page;
+  }
+
+  __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
+    const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
+    const uint64_t wanted = static_cast<uint64_t>(static_cast<uint32_t>(job.block.wanted_high)) << 32 | static_cast<uint32_t>(job.block.wanted_low);
+    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
+      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
+      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
+      for (int at = begin; at < end; at += kTile) {
+        if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
+        const bool slots = job.loads_slots(at), more = job.loads_more(at);
+        const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
+        const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
+        int rows[2];
+        if (more && !job.many_nodes)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
+        for (int which = 0; which < 2; ++which) {
+          const CUtensorMap* pages = which ? v_pages : k_pages;
+          if (slots) tile(job, pages, at, page_ids);
+          if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
+          if (more && !job.many_nodes) own(job, which ? v_slots : k_slots, rows);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace specrt
