@@ -115,15 +115,19 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   const bool all_whole = !__syncthreads_or(parted);
   const int run = by_group <= by_chunk + by_chunk / 4 ? kGroupChunks : 1;
 
-  int pieces = 0;
+  int pieces = 0, units = 0;
   for (int base = 0; base < count; base += kThreads) {
-    const int b = base + threadIdx.x, mine = b < count ? blocks[b].pieces(run) : 0;
-    int total;
-    const int upto = scan(mine, Plus(), 0, total, warps);
-    if (b < count) blocks[b].pieces_before = pieces + upto - mine;
-    pieces += total;
+    const int b = base + threadIdx.x, own_pieces = b < count ? blocks[b].pieces(run) : 0, own_units = b < count ? blocks[b].units(has_paths) : 0;
+    int all_pieces, all_units;
+    const int pieces_upto = scan(own_pieces, Plus(), 0, all_pieces, warps), units_upto = scan(own_units, Plus(), 0, all_units, warps);
+    if (b < count) {
+      blocks[b].pieces_before = pieces + pieces_upto - own_pieces;
+      blocks[b].units_before = units + units_upto - own_units;
+    }
+    pieces += all_pieces;
+    units += all_units;
   }
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, run == kGroupChunks && all_whole};
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, units, run << 1 | (run == kGroupChunks && all_whole)};
   __threadfence();
   __syncthreads();
   ptx::launch_dependents();  // not before: attention reads the plan without waiting for the kernel before it (params.h)

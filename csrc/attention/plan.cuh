@@ -8,7 +8,10 @@
 namespace specrt {
 
 struct PlanHeader {
-  int blocks, pieces, run, whole;  // pieces: runs of all blocks; run: chunks of a piece, 1 or kGroupChunks; whole: a run is all that any row sees
+  int blocks, pieces, units, run_whole;  // pieces, units: of all blocks
+
+  __device__ int run() const { return run_whole >> 1; }    // chunks of a piece, 1 or kGroupChunks
+  __device__ bool whole() const { return run_whole & 1; }  // a run is all that any row sees
 };
 
 struct alignas(16) Block {
@@ -16,8 +19,10 @@ struct alignas(16) Block {
   int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
   int settled;                  // positions that no row of the request has added (params.h)
   int wanted_low, wanted_high;  // with ancestors: the nodes on any row's path, a word in two
+  int units_before;             // units of work: tiles, and one more where rows have keys of their own
 
   __device__ int pieces(int run) const { return (longest + run * kChunk - 1) / (run * kChunk); }
+  __device__ int units(bool has_paths) const { return (longest + kTile - 1) / kTile + (has_paths && longest > prefix); }
 };
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
@@ -30,28 +35,24 @@ __device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {
 __device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
   const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + index * kPlanBlock);
   const int4 a = __ldcg(from), b = __ldcg(from + 1), c = __ldcg(from + 2);
-  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z};
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
 
-// The block that has a piece; pieces ascend from call to call.
+// The block that has a piece, or a unit (By: pieces_before or units_before). By a warp; mine: block number `lane`, as read together with the header.
+template <typename By> __device__ __forceinline__ int find_block(const int32_t* plan, const PlanHeader& header, const Block& mine, int what, int lane, By&& by) {
+  int index = max(0, 31 - __clz(static_cast<int>(__ballot_sync(~0u, lane < header.blocks && by(mine) <= what))));
+  for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
+    const unsigned more = __ballot_sync(~0u, base + lane < header.blocks && by(plan_block(plan, base + lane)) <= what);
+    if (more) index = base + 31 - __clz(static_cast<int>(more));
+  }
+  return index;
+}
+
+// The block of a job; jobs ascend from call to call.
 struct BlockCursor {
   const int32_t* plan;
-  int run, index = 0;
+  int run, index;
   Block block;
-
-  // mine: block number `lane`, as read together with the header.
-  __device__ BlockCursor(const int32_t* plan_, const PlanHeader& header, const Block& mine, int piece, int lane) : plan(plan_), run(header.run) {
-    const unsigned before = __ballot_sync(~0u, lane < header.blocks && mine.pieces_before <= piece);
-    index = max(0, 31 - __clz(static_cast<int>(before)));
-    auto get = [&](int x) { return __shfl_sync(~0u, x, index); };
-    block = {get(mine.begin), get(mine.rows), get(mine.request), get(mine.pieces_before), get(mine.prefix), get(mine.shortest), get(mine.longest), get(mine.nodes), get(mine.settled),
-             get(mine.wanted_low), get(mine.wanted_high)};
-    for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
-      const int i = base + lane;
-      const unsigned more = __ballot_sync(~0u, i < header.blocks && __ldcg(plan + kPlanHeader + i * kPlanBlock + 3) <= piece);
-      if (more) block = plan_block(plan, index = base + 31 - __clz(static_cast<int>(more)));
-    }
-  }
 
   __device__ void advance(int piece) {
     while (piece >= block.pieces_before + block.pieces(run)) block = plan_block(plan, ++index);

@@ -69,16 +69,29 @@ struct Turn {
   Job job;
 };
 
-// The jobs [begin, end) of this CTA, neighbouring ones: pieces of one block and KV head. By a warp.
+// The jobs [begin, end) of this CTA, neighbouring ones: pieces of one block and KV head. One each while there are CTAs for them, else those that begin in the CTA's part
+// of all units of work. By a warp.
 __device__ __forceinline__ void find_share(const AttentionParams& p, Turn& turn, int& begin, int& end, int lane) {
   const PlanHeader header = plan_header(p.plan);
   const Block mine = plan_block(p.plan, lane);
-  const int jobs = header.pieces * p.kv_heads, ctas = static_cast<int>(gridDim.x), cta = blockIdx.x;
-  begin = cta * (jobs / ctas) + min(cta, jobs % ctas);
-  end = begin + jobs / ctas + (cta < jobs % ctas);
+  const int jobs = header.pieces * p.kv_heads, ctas = static_cast<int>(gridDim.x), cta = blockIdx.x, run = header.run();
+  if (jobs <= ctas) {
+    begin = min(cta, jobs);
+    end = min(cta + 1, jobs);
+  } else {
+    const int units = header.units * p.kv_heads;
+    auto first = [&](int part) {
+      const int unit = static_cast<int>(static_cast<int64_t>(units) * part / ctas);
+      const Block block = plan_block(p.plan, find_block(p.plan, header, mine, unit / p.kv_heads, lane, [](const Block& b) { return b.units_before; }));
+      const int of_block = unit - block.units_before * p.kv_heads, of_head = block.units(p.ancestors || p.paths), piece = run * kChunkTiles;
+      return block.pieces_before * p.kv_heads + of_block / of_head * block.pieces(run) + (of_block % of_head + piece - 1) / piece;
+    };
+    begin = first(cta);
+    end = cta + 1 < ctas ? first(cta + 1) : jobs;
+  }
   if (begin == end) return;
-  const BlockCursor cursor(p.plan, header, mine, begin / p.kv_heads, lane);
-  if (lane == 0) turn.cursor = cursor;
+  const int index = find_block(p.plan, header, mine, begin / p.kv_heads, lane, [](const Block& b) { return b.pieces_before; });
+  if (lane == 0) turn.cursor = {p.plan, run, index, plan_block(p.plan, index)};
 }
 
 template <typename S> struct Rest {
