@@ -69,21 +69,30 @@ template <int D> struct PromptChunk {
     ptx::wgmma_commit();
   }
 
-  // Scores -> probabilities and the new maxima; a: the factors of l and O. low, high: what the vectors see of the tile, where Masked; else all.
-  template <bool Masked> __device__ __forceinline__ void softmax(const int (&low)[2], const int (&high)[2], float scale, int lane, float (&a)[2]) {
-    auto visible = [&](int i, int n, int c) { return !Masked || (n * 8 + c >= low[i] - lane % 4 * 2 && n * 8 + c < high[i] - lane % 4 * 2); };
-    float top[2][2];
+  // Scores outside what the vectors see of the tile, [low, high), become -infinity.
+  __device__ __forceinline__ void mask(const int (&low)[2], const int (&high)[2], int lane) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      top[i][0] = m[i], top[i][1] = SPECRT_MINUS_INF;
+      const int from = low[i] - lane % 4 * 2, to = high[i] - lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[n][2 * i + c];
-          x = visible(i, n, c) ? x * scale : SPECRT_MINUS_INF;
-          top[i][c] = fmaxf(top[i][c], x);
-        }
+        for (int c = 0; c < 2; ++c)
+          if (n * 8 + c < from || n * 8 + c >= to) s[n][2 * i + c] = SPECRT_MINUS_INF;
+    }
+  }
+
+  // Scores -> probabilities and the new maxima; a: the factors of l and O. As scale > 0 the greatest product is the greatest score's. A vector that has seen nothing yet has
+  // p = 0, and l = O = 0 whatever a is.
+  __device__ __forceinline__ void softmax(float scale, float (&a)[2]) {
+    float top[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i][0] = s[0][2 * i], top[i][1] = s[0][2 * i + 1];
+#pragma unroll
+      for (int n = 1; n < 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) top[i][c] = fmaxf(top[i][c], s[n][2 * i + c]);
       top[i][0] = fmaxf(top[i][0], top[i][1]);
     }
 #pragma unroll
@@ -92,14 +101,16 @@ template <int D> struct PromptChunk {
       for (int i = 0; i < 2; ++i) top[i][0] = fmaxf(top[i][0], __shfl_xor_sync(~0u, top[i][0], d));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      a[i] = !Masked || low[i] < high[i] ? ptx::ex2(m[i] - top[i][0]) : 1.0f;
-      m[i] = top[i][0];
+      const float before = m[i];
+      m[i] = fmaxf(before, top[i][0] * scale);
+      const float base = m[i] == SPECRT_MINUS_INF ? 0.0f : m[i];
+      a[i] = ptx::ex2(before - base);
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[n][2 * i + c];
-          x = visible(i, n, c) ? ptx::ex2(x - m[i]) : 0.0f;
+          x = ptx::ex2(x * scale - base);
         }
     }
   }

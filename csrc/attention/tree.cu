@@ -19,6 +19,8 @@
 namespace specrt {
 namespace {
 
+constexpr int kTurnBarrier = 4;  // of the first of two warpgroups
+
 // What a consumer warp does; index i = 0, 1 of two vectors a thread.
 template <typename S> struct Consumer {
   static constexpr int D = S::dim;
@@ -68,6 +70,13 @@ template <typename S> struct Consumer {
                        static_cast<const bf16*>(p.q) + (present ? static_cast<int64_t>(rest.vector_of[vector]) * D + piece * 8 : 0), present);
     }
     ptx::cp_async_commit();
+    if (p.ancestors)
+#pragma unroll 1
+      for (int i = threadIdx.x; i < rows * 64; i += S::consumers) {
+        const uint64_t word = rest.nodes[i / 64];
+        const int node = i % 64;
+        if (word >> node & 1) rest.node_at[i / 64][__popcll(static_cast<long long>(word & ((1ull << node) - 1)))] = static_cast<uint8_t>(node);
+      }
     ptx::cp_async_wait<0>();
     ptx::async_proxy_fence();
     ptx::named_barrier(1, S::consumers);
@@ -89,15 +98,17 @@ template <typename S> struct Consumer {
 
   __device__ __forceinline__ void softmax(const Job& job, int tile, float (&a)[2]) {
     const int all_first = p.window > 0 ? max(0, job.block.longest - p.window) : 0;  // all rows see [all_first, shortest)
-    if (tile >= all_first && tile + kTile <= job.block.shortest) return x.template softmax<false>({0, 0}, {kTile, kTile}, scale, lane, a);
-    int low[2], high[2];
+    if (tile < all_first || tile + kTile > job.block.shortest) {
+      int low[2], high[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Row row = row_at(job, local(i));
-      low[i] = row.low(tile);
-      high[i] = row.high(tile, kTile);
+      for (int i = 0; i < 2; ++i) {
+        const Row row = row_at(job, local(i));
+        low[i] = row.low(tile);
+        high[i] = row.high(tile, kTile);
+      }
+      x.mask(low, high, lane);
     }
-    x.template softmax<true>(low, high, scale, lane, a);
+    x.softmax(scale, a);
   }
 
   // Waits for a tile's V; its rows outside [low, high) become zeros: nobody sees them, and they may hold NaN.
@@ -131,14 +142,18 @@ template <typename S> struct Consumer {
     x.m[0] = x.m[1] = SPECRT_MINUS_INF;
     softmax(job, tile, a);
     x.round();
+    // One warpgroup's products, then the other's, and in the meantime its softmax.
+    if (S::warpgroups == 2 && warp >= 4 && tile + kTile < end) ptx::named_barrier_arrive(kTurnBarrier, S::consumers);
 #pragma unroll 1
     for (; tile + kTile < end; tile += kTile) {
       const int coming = tile + kTile;
       const At values = at.after(1), ahead = at.after(2);
       wait(ahead);
       wait_values(values, job.first_seen - tile, job.block.prefix - tile);
+      if (S::warpgroups == 2) ptx::named_barrier(kTurnBarrier + warp / 4, S::consumers);
       x.start_scores(x.s, queries, stage_at(ahead));
       x.start_values(stage_at(values), ones, fresh);
+      if (S::warpgroups == 2 && (warp < 4 || coming + kTile < end)) ptx::named_barrier_arrive(kTurnBarrier + 1 - warp / 4, S::consumers);
       ptx::wgmma_wait<1>();
       ptx::wgmma_results(x.s);
       give(ahead);
@@ -156,7 +171,7 @@ template <typename S> struct Consumer {
         x.rescale(a);
         continue;
       }
-      join(job, tile / kChunk, tile / kChunk == begin / kChunk, m);
+      keep(job, tile / kChunk, tile / kChunk == begin / kChunk, m);
     }
     const At values = at.after(1);
     wait_values(values, job.first_seen - tile, job.block.prefix - tile);
@@ -208,63 +223,25 @@ template <typename S> struct Consumer {
     __syncwarp();
   }
 
-  // rest.places for the 16 positions from `begin` on, of this warp's rows.
-  __device__ __forceinline__ void find_places(const Job& job, int tile, int begin, int rows_begin, int rows_end) const {
-    const int prefix = job.block.prefix, most = min(kTile, p.path_depth);
-    __syncwarp();
-    for (int r = rows_begin; r < rows_end; ++r) {
-      const Row row = row_at(job, r);
-      uint8_t* places = rest.places[warp][r - rows_begin];
-      const int position = begin + lane;
-      if (lane < 16) {
-        int place = 255;
-        if (position >= row.first && position < row.len) {
-          if (position < prefix) place = position - tile;
-          else if (p.paths) place = 64 + r * most + position - max(tile, prefix);
-        }
-        places[lane] = static_cast<uint8_t>(place);
-      }
-    }
-    __syncwarp();
-    if (p.ancestors) {
-      for (int r = rows_begin; r < rows_end; ++r) {
-        const uint64_t word = rest.nodes[r];
-        const int first = row_at(job, r).first;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int node = lane + 32 * half, position = prefix + __popcll(static_cast<long long>(word & ((1ull << node) - 1)));
-          if ((word >> node & 1) && position >= first && position >= begin && position < begin + 16)
-            rest.places[warp][r - rows_begin][position - begin] = static_cast<uint8_t>(job.many_nodes ? prefix + node - tile : 64 + node);
-        }
-      }
-    }
-    __syncwarp();
-  }
-
   // A tile in which rows have keys of their own.
   __device__ __forceinline__ void own(const Job& job, int tile) {
-    const int rows_begin = first_row(), rows_end = min(last_row() + 1, job.block.rows);
-    const bool works = rows_begin < rows_end;
-    const bool slots = job.loads_slots(tile), more = job.loads_more(tile);
+    const int rows_begin = first_row(), rows_end = min(last_row() + 1, job.block.rows), rows[2] = {local(0), local(1)}, prefix = job.block.prefix, longest = job.block.longest;
+    const bool works = rows_begin < rows_end, slots = job.loads_slots(tile), more = job.loads_more(tile), many = job.many_nodes;
     const int low = max(0, job.own_begin() - tile);  // the groups of 16 before it are common
-    auto keys = [&] { return at; };
-    auto keys_more = [&] { return at.after(slots); };
-    auto values = [&] { return at.after(slots + more); };
-    auto values_more = [&] { return at.after(2 * slots + more); };
+    const At keys = at, keys_more = keys.after(slots), values = keys_more.after(more), values_more = values.after(slots);
+    at = values_more.after(more);
     if (works) find_visible(job, tile, rows_begin, rows_end);
     float s[8][4] = {};
-    if (slots) {
-      scores(x.s, keys());
-    }
-    if (more) {
-      scores(s, keys_more());
-    }
+    if (slots) scores(x.s, keys);
+    if (more) scores(s, keys_more);
 
     uint16_t(*own)[kOwnPitch] = rest.own[warp];
     if (works) {
       float a[2];
-      auto seen = [&](int i) { return local(i) < rows_end ? rest.seen[warp][local(i) - rows_begin] : Visible{{0, 0}}; };
-      x.softmax_own(s, seen, scale, lane, a);
+      Visible seen[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) seen[i] = rows[i] < rows_end ? rest.seen[warp][rows[i] - rows_begin] : Visible{{0, 0}};
+      x.softmax_own(s, more, seen, scale, lane, a);
       x.rescale(a);
       x.round();
       // The probabilities of what is not common, by place: see column().
@@ -274,59 +251,71 @@ template <typename S> struct Consumer {
       };
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
-        if (16 * g >= low && slots && (job.many_nodes || 16 * g == low)) keep(16 * g - low, x.p[g]);
-        if (more && (!job.many_nodes || 16 * g <= low)) {
+        if (16 * g < low) x.add_sums(x.p[g]);
+        else if (slots && (many || 16 * g == low)) keep(16 * g - low, x.p[g]);
+      }
+      if (more) {
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
           uint32_t q[4];
 #pragma unroll
           for (int h = 0; h < 4; ++h) q[h] = ptx::pack_bf16(s[2 * g + h / 2][h % 2 * 2], s[2 * g + h / 2][h % 2 * 2 + 1]);
-          keep((job.many_nodes ? 64 - low : 16) + 16 * g, q);
+          if (!many || 16 * g <= low) keep((many ? 64 - low : 16) + 16 * g, q);
         }
       }
-#pragma unroll
-      for (int g = 0; g < 4; ++g)
-        if (16 * g < low) x.add_sums(x.p[g]);
+      __syncwarp();
     } else {
       x.no_probabilities();
     }
 
     if (slots) {
       if (low > 0) {
-        wait_values(values(), job.first_seen - tile, kTile);
-        x.accumulate(stage_at(values()), low / 16);
+        wait_values(values, job.first_seen - tile, kTile);
+        x.accumulate(stage_at(values), low / 16);
       } else {
-        wait(values());
+        wait(values);
       }
     }
-    if (more) wait(values_more());
+    if (more) wait(values_more);
     if (works) {
-      auto column = [&](int place) { return place < 64 || job.many_nodes ? place - low : place - 48; };
+      const uint32_t values_at[2] = {stage_at(values), stage_at(values_more)};
+      const int most = min(kTile, p.path_depth), first_entry = max(tile, prefix);
+      // The row of the stages, 64 and on for the second one, that holds a row's key at a position; -1: none.
+      auto place = [&](int r, const Row& row, int position) {
+        if (position < row.first || position >= row.len) return -1;
+        if (position < prefix) return position - tile;
+        if (p.paths) return 64 + r * most + position - first_entry;
+        const int node = rest.node_at[r][position - prefix];
+        return many ? prefix + node - tile : 64 + node;
+      };
+      const Row mine[2] = {row_at(job, rows[0]), row_at(job, rows[1])};
 #pragma unroll 1
-      for (int g = low / 16; g < 4 && tile + 16 * g < job.block.longest; ++g) {
-        find_places(job, tile, tile + 16 * g, rows_begin, rows_end);
+      for (int begin = tile + low; begin < tile + kTile && begin < longest; begin += 16) {
         // The group's probabilities of all the warp's rows, each of its own path.
         uint32_t group[4];
-        auto probability = [&](int i, int j) -> uint32_t {
-          const int place = local(i) < job.block.rows ? rest.places[warp][local(i) - rows_begin][j] : 255;
-          return place == 255 ? 0u : own[lane / 4 + 8 * i][column(place)];
-        };
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
-          const int j = h / 2 * 8 + lane % 4 * 2;
-          group[h] = probability(h % 2, j) | probability(h % 2, j + 1) << 16;
+          uint32_t both[2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int at = place(rows[h % 2], mine[h % 2], begin + h / 2 * 8 + lane % 4 * 2 + c);
+            both[c] = at < 0 ? 0u : own[lane / 4 + h % 2 * 8][at < 64 || many ? at - low : at - 48];
+          }
+          group[h] = both[0] | both[1] << 16;
         }
         x.add_sums(group);
 #pragma unroll 1
         for (int r = rows_begin; r < rows_end; ++r) {
-          if (!row_at(job, r).sees(tile + 16 * g, 16)) continue;
-          const int place = rest.places[warp][r - rows_begin][lane / 8 % 2 * 8 + lane % 8];
-          const RowAddress value = place == 255 ? RowAddress{ptx::shared_address(&rest.zeros), -1} : RowAddress{stage_at(slots && place >= 64 ? values_more() : values()), place % 64};
-          x.accumulate_own(group, value, {local(0) == r, local(1) == r}, lane);
+          const Row row = row_at(job, r);
+          if (!row.sees(begin, 16)) continue;
+          const int at = place(r, row, begin + lane % 16);
+          const uint32_t value = at < 0 ? ptx::shared_address(&rest.zeros) : (slots && at < 64 ? values_at[0] : values_at[1]) + at % 64 * 128;
+          x.accumulate_own(group, value, at >= 0, {rows[0] == r, rows[1] == r}, lane);
         }
       }
     }
-    if (slots) give(values());
-    if (more) give(values_more());
-    at = at.after(2 * (slots + more));
+    if (slots) give(values);
+    if (more) give(values_more);
   }
 
   // Where the workspace has a run's part of vector i: O (combine.cuh says in which order), and (m, l).
@@ -338,53 +327,71 @@ template <typename S> struct Consumer {
     return reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * ((p.max_pages * p.page + kChunk - 1) / kChunk) * D) + part_of(job, i);
   }
 
-  // The chunk joins its run, of which `first` says that it is the first: to(i, n, o) is given O of the columns 8 n + 2 (lane % 4) .. and 8 further on.
-  template <typename To> __device__ __forceinline__ void join(const Job& job, int chunk, bool first, const float (&m)[2], To&& to) {
+  // The chunk's (m, l) join those of its run: how O does. `first`: there is nothing before it.
+  struct Join {
+    FoldFactors f[2];
+    bool sees[2], kept;
+
+    __device__ __forceinline__ float4 operator()(const Vectors<D>& x, int i, int n, const float4* from) const {
+      const float4 before = kept ? *from : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      auto fold = [&](float a, float b) { return sees[i] ? fold_value(a, b, f[i]) : a; };
+      return make_float4(fold(before.x, x.o[n][2 * i]), fold(before.y, x.o[n][2 * i + 1]), fold(before.z, x.o[n + 1][2 * i]), fold(before.w, x.o[n + 1][2 * i + 1]));
+    }
+  };
+  __device__ __forceinline__ Join join(const Job& job, int chunk, bool first, const float (&m)[2]) {
+    Join by;
+    by.kept = !first;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int r = local(i);
-      const float l = x.l[0][2 * i];
-      const bool sees = first || row_at(job, r).sees(chunk * kChunk, kChunk), kept = !first && (S::keeps_shared || r < job.block.rows);
-      FoldFactors f{1.0f, 0.0f};
-      if (!first && sees) f = fold_factors(run_m[i], m[i]);
-      run_l[i] = first ? l : (sees ? fold_value(run_l[i], l, f) : run_l[i]);
-      if (first) run_m[i] = m[i];
-      const float4* const from = S::keeps_shared ? kept_shared + S::consumers * i : part(job, i);
+      if (first) run_m[i] = SPECRT_MINUS_INF, run_l[i] = 0.0f;
+      by.sees[i] = row_at(job, local(i)).sees(chunk * kChunk, kChunk);
+      by.f[i] = {1.0f, 0.0f};
+      if (by.sees[i]) by.f[i] = fold_factors(run_m[i], m[i]);
+      run_l[i] = by.sees[i] ? fold_value(run_l[i], x.l[0][2 * i], by.f[i]) : run_l[i];
+    }
+    return by;
+  }
+
+  // Where the run's O is kept while there are more chunks, of vector i: columns 8 n + 2 (lane % 4) .. and 8 further on, for even n, at [kKeptPitch n].
+  static constexpr int kKeptPitch = S::keeps_shared ? S::consumers : 2;
+  __device__ __forceinline__ float4* kept(const Job& job, int i) const { return S::keeps_shared ? kept_shared + S::consumers * i : part(job, i); }
+  __device__ __forceinline__ void keep(const Job& job, int chunk, bool first, const float (&m)[2]) {
+    const Join by = join(job, chunk, first, m);
 #pragma unroll
-      for (int n = 0; n < D / 8; n += 2) {
-        float4 o = make_float4(x.o[n][2 * i], x.o[n][2 * i + 1], x.o[n + 1][2 * i], x.o[n + 1][2 * i + 1]);
-        if (kept) {
-          const float4 before = from[(S::keeps_shared ? S::consumers : 2) * n];
-          o = sees ? make_float4(fold_value(before.x, o.x, f), fold_value(before.y, o.y, f), fold_value(before.z, o.z, f), fold_value(before.w, o.w, f)) : before;
-        }
-        to(i, n, o);
-      }
+    for (int i = 0; i < 2; ++i) {
+      if (!S::keeps_shared && local(i) >= job.block.rows) continue;
+      float4* const to = kept(job, i);
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 2) to[kKeptPitch * n] = by(x, i, n, to + kKeptPitch * n);
     }
   }
 
-  // The same; the run's O is kept where it is not in the way.
-  __device__ __forceinline__ void join(const Job& job, int chunk, bool first, const float (&m)[2]) {
-    join(job, chunk, first, m, [&](int i, int n, float4 o) {
-      if (S::keeps_shared) kept_shared[S::consumers * (n + i)] = o;
-      else if (local(i) < job.block.rows) part(job, i)[2 * n] = o;
-    });
-  }
-
-  // The same of the last chunk; O * (1 / l), or a partial (m, l, O), of the run is written.
-  __device__ __forceinline__ void finish(const Job& job, int chunk, bool first) {
-    join(job, chunk, first, x.m, [&](int i, int n, float4 o) {
+  // The last chunk: O * (1 / l), or a partial (m, l, O), of the run is written.
+  __device__ __forceinline__ void write(const Job& job, int chunk, bool first) {
+    const Join by = join(job, chunk, first, x.m);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       const Row row = row_at(job, local(i));
-      if (!row.sees(job.run_begin, job.run * kChunk)) return;  // nor does what is beyond the block
+      if (!row.sees(job.run_begin, job.run * kChunk)) continue;  // nor does what is beyond the block
+      const float4* const from = kept(job, i);
+      float4 o[D / 16];
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) o[n] = by(x, i, 2 * n, from + kKeptPitch * 2 * n);
       if (job.run == kGroupChunks && row.first >= job.run_begin && row.len <= job.run_begin + kGroup) {
-        const float reciprocal = 1.0f / run_l[i];
+        const float r = 1.0f / run_l[i];
         uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(rest.vector_of[vector(i)]) * D) + lane % 4;
-        out[4 * n] = ptx::pack_bf16(o.x * reciprocal, o.y * reciprocal);
-        out[4 * n + 4] = ptx::pack_bf16(o.z * reciprocal, o.w * reciprocal);
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) {
+          out[8 * n] = ptx::pack_bf16(o[n].x * r, o[n].y * r);
+          out[8 * n + 4] = ptx::pack_bf16(o[n].z * r, o[n].w * r);
+        }
       } else {
-        part(job, i)[2 * n] = o;
-        if (n == 0 && lane % 4 == 0) *part_sums(job, i) = make_float2(run_m[i], run_l[i]);
+        float4* const to = part(job, i);
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) to[4 * n] = o[n];
+        if (lane % 4 == 0) *part_sums(job, i) = make_float2(run_m[i], run_l[i]);
       }
-    });
+    }
   }
 
   __device__ __forceinline__ void run() {
@@ -396,12 +403,12 @@ template <typename S> struct Consumer {
     for (int tile = own_tile; tile < end; tile += kTile) {
       if (tile == begin) x.reset();
       if (tile % kChunk == 0 && tile > begin) {
-        join(job, tile / kChunk - 1, tile / kChunk - 1 == begin / kChunk, x.m);
+        keep(job, tile / kChunk - 1, tile / kChunk - 1 == begin / kChunk, x.m);
         x.reset();
       }
       own(job, tile);
     }
-    finish(job, (end - 1) / kChunk, (end - 1) / kChunk == begin / kChunk);
+    write(job, (end - 1) / kChunk, (end - 1) / kChunk == begin / kChunk);
   }
 };
 

@@ -11,8 +11,8 @@ namespace specrt {
 template <int dim_, int warpgroups_> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
-  static constexpr int stages = warpgroups == 1 ? 5 : 6;  // at least 3: a tile's values and the next one's keys
-  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
+  static constexpr int stages = warpgroups == 1 ? 4 : 6;  // at least 3: a tile's values and the next one's keys
+  static constexpr int producer_registers = warpgroups == 1 ? 48 : 56, consumer_registers = warpgroups == 1 ? 208 : 224;
   static constexpr bool keeps_shared = warpgroups == 2;  // O of a run so far; else in the workspace: there are few vectors, or few chunks
   static constexpr int tile_bytes = columns / 64 * kBlockBytes, queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes;  // shared memory
   static constexpr int rest = kept + (keeps_shared ? consumers * (dim / 8) * 16 : 0);
@@ -99,7 +99,7 @@ template <typename S> struct Rest {
   alignas(128) uint16_t ones[128];  // bf16
   Visible seen[S::warps][16];        // of a tile with keys of the rows' own, by the warp's rows
   uint16_t own[S::warps][16][kOwnPitch];
-  uint8_t places[S::warps][16][16];  // of a row's group of 16 positions: the row of the stages at each, 255: none
+  uint8_t node_at[S::vectors][64];  // of a row's path, with ancestors
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
   int len[S::vectors];

@@ -10,13 +10,6 @@ __device__ __forceinline__ uint32_t piece_address(uint32_t tile, int row, int pi
   return tile + piece / 8 * kBlockBytes + row * 128 + ((piece % 8) ^ (row % 8)) * 16;
 }
 
-// A row of a tile, or nothing: zeros.
-struct RowAddress {
-  uint32_t tile;
-  int row;  // -1: zeros, at `tile`
-  __device__ uint32_t piece(int i) const { return row < 0 ? tile : piece_address(tile, row, i); }
-};
-
 // What of two stages of keys a vector sees: a bit a row.
 struct alignas(16) Visible {
   uint64_t stage[2];
@@ -52,48 +45,42 @@ template <int D> struct Vectors : PromptChunk<D> {
     }
   }
 
-  // Scores -> exponents: x = visible ? score * scale : -infinity, and the greatest of them and of `top`.
-  template <typename F> __device__ __forceinline__ static float exponents(float (&scores)[8][4], int i, float scale, float top, F&& visible) {
-    float tops[2] = {top, SPECRT_MINUS_INF};
+  // Scores of two stages of keys, s and (where there is one) `more`, of which vector i sees `seen[i]` -> probabilities and the new maxima; a: the factors of l and O.
+  __device__ __forceinline__ void softmax_own(float (&more)[8][4], bool has_more, const Visible (&seen)[2], float scale, int lane, float (&a)[2]) {
+    auto mask = [&](float(&scores)[8][4], int stage, float(&top)[2]) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+      for (int i = 0; i < 2; ++i) {
+        const uint64_t word = seen[i].stage[stage] >> lane % 4 * 2;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& x = scores[n][2 * i + c];
-        x = visible(n, c) ? x * scale : SPECRT_MINUS_INF;
-        tops[c] = fmaxf(tops[c], x);
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& x = scores[n][2 * i + c];
+            if (!(word >> (n * 8 + c) & 1)) x = SPECRT_MINUS_INF;
+            top[i] = fmaxf(top[i], x);
+          }
       }
-    return fmaxf(tops[0], tops[1]);
-  }
-  template <typename F> __device__ __forceinline__ static void probabilities(float (&scores)[8][4], int i, float top, F&& visible) {
+    };
+    auto exponents = [&](float(&scores)[8][4], const float(&base)[2]) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < 8; ++n)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& x = scores[n][2 * i + c];
-        x = visible(n, c) ? ptx::ex2(x - top) : 0.0f;
-      }
-  }
-  __device__ __forceinline__ static float of_quad(float top) {
-#pragma unroll
-    for (int d = 1; d <= 2; d <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-    return top;
-  }
-
-  // Scores of two stages of keys, s and `more`, of which vector i sees seen(i) -> probabilities and the new maxima; a: the factors of l and O.
-  template <typename Seen> __device__ __forceinline__ void softmax_own(float (&more)[8][4], Seen&& seen, float scale, int lane, float (&a)[2]) {
+        for (int e = 0; e < 4; ++e) scores[n][e] = ptx::ex2(scores[n][e] * scale - base[e / 2]);
+    };
+    float top[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, base[2];
+    mask(s, 0, top);
+    if (has_more) mask(more, 1, top);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Visible of = seen(i);
-      const uint64_t first = of.stage[0] >> lane % 4 * 2, second = of.stage[1] >> lane % 4 * 2;
-      auto in_first = [&](int n, int c) { return (first >> (n * 8 + c) & 1) != 0; };
-      auto in_second = [&](int n, int c) { return (second >> (n * 8 + c) & 1) != 0; };
-      const float top = of_quad(exponents(more, i, scale, exponents(s, i, scale, m[i], in_first), in_second));
-      a[i] = (of.stage[0] | of.stage[1]) ? ptx::ex2(m[i] - top) : 1.0f;
-      m[i] = top;
-      probabilities(s, i, top, in_first);
-      probabilities(more, i, top, in_second);
+#pragma unroll
+      for (int d = 1; d <= 2; d <<= 1) top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], d));
+      const float before = m[i];
+      m[i] = fmaxf(before, top[i] * scale);
+      base[i] = m[i] == SPECRT_MINUS_INF ? 0.0f : m[i];
+      a[i] = ptx::ex2(before - base[i]);
     }
+    exponents(s, base);
+    if (has_more) exponents(more, base);
   }
 
   // A warp without vectors takes part in its warpgroup's products.
@@ -110,26 +97,21 @@ template <int D> struct Vectors : PromptChunk<D> {
     ptx::mma_m16n8k16_bf16(l[0], group, kOnes, kOnes);
   }
 
-  // O += P V over 16 keys for the vectors that are `mine`; `value`: the V row of lane's key lane / 8 % 2 * 8 + lane % 8. By one warp.
-  __device__ __forceinline__ void accumulate_own(const uint32_t (&group)[4], RowAddress value, const bool (&mine)[2], int lane) {
-    constexpr int kAtOnce = 4;
+  // O += P V over 16 keys for the vectors that are `mine`; value: the V row of lane's key lane / 8 % 2 * 8 + lane % 8, or where it is not `there` 16 zeros. By one warp.
+  __device__ __forceinline__ void accumulate_own(const uint32_t (&group)[4], uint32_t value, bool there, const bool (&mine)[2], int lane) {
+    const uint32_t first = there ? value + ((value >> 7 & 7) ^ (lane / 16)) * 16 : value, mask = there ? ~0u : 0u, block = there ? kBlockBytes : 0;
 #pragma unroll
-    for (int base = 0; base < D / 16; base += kAtOnce) {
-      uint32_t b[kAtOnce][4];
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4_trans(b, (first ^ (mask & n % 4 * 32)) + n / 4 * block);
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n)
-        if (base + n < D / 16) ptx::ldmatrix_x4_trans(b[n], value.piece(2 * (base + n) + lane / 16));
+      for (int half = 0; half < 2; ++half) {
+        float(&x)[4] = o[2 * n + half];
+        float sum[4] = {x[0], x[1], x[2], x[3]};
+        ptx::mma_m16n8k16_bf16(sum, group, b[2 * half], b[2 * half + 1]);
 #pragma unroll
-      for (int n = 0; n < kAtOnce; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (base + n >= D / 16) break;
-          float(&x)[4] = o[2 * (base + n) + half];
-          float sum[4] = {x[0], x[1], x[2], x[3]};
-          ptx::mma_m16n8k16_bf16(sum, group, b[n][2 * half], b[n][2 * half + 1]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[e] = mine[e / 2] ? sum[e] : x[e];
-        }
+        for (int e = 0; e < 4; ++e) x[e] = mine[e / 2] ? sum[e] : x[e];
+      }
     }
   }
 };
