@@ -17,13 +17,13 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, of_team = warp % team, teams = kCombineWarps / team, chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
   ptx::launch_dependents();
   const PlanHeader header = plan_header(p.plan);
-  const int run = header.run();
+  const int run = 1 << header.log_run;
   const int vectors = min(__ldcg(p.num_rows), p.rows) * p.q_heads, stride = gridDim.x * teams;
   int vector = blockIdx.x * teams + warp / team;
   auto row_of = [&] { return vector < vectors ? describe_row(p, vector / p.q_heads) : Row(); };
   Row row = row_of();
   ptx::grid_dependency_wait();
-  if (header.whole()) return;
+  if (header.whole) return;
   for (; vector < vectors; vector += stride, row = row_of()) {
     const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
     if (run == kGroupChunks && end - begin == 1) continue;  // written where it was computed

@@ -51,8 +51,8 @@ struct AttentionPlanParams {
   int rows, requests, q_heads, kv_heads, path_depth;
 };
 
-constexpr int kPlanHeader = 4, kPlanBlock = 12;  // ints
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
+constexpr int kPlanHeader = 4, kPlanShare = 16, kPlanBlock = 12, kMostShares = 512;  // ints; shares: CTAs of tree attention
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + kPlanBlock * rows; }
 
 // CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.
 struct TreeShape {

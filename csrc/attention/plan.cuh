@@ -8,10 +8,7 @@
 namespace specrt {
 
 struct PlanHeader {
-  int blocks, pieces, units, run_whole;  // pieces, units: of all blocks
-
-  __device__ int run() const { return run_whole >> 1; }    // chunks of a piece, 1 or kGroupChunks
-  __device__ bool whole() const { return run_whole & 1; }  // a run is all that any row sees
+  int blocks, log_run, whole, unused;  // run: chunks of a piece, 1 or kGroupChunks; whole: a run is all that any row sees
 };
 
 struct alignas(16) Block {
@@ -21,42 +18,34 @@ struct alignas(16) Block {
   int wanted_low, wanted_high;  // with ancestors: the nodes on any row's path, a word in two
   int units_before;             // units of work: tiles, and one more where rows have keys of their own
 
-  __device__ int pieces(int run) const { return (longest + run * kChunk - 1) / (run * kChunk); }
+  __device__ int pieces(int log_run) const { return (longest + (kChunk << log_run) - 1) / kChunk >> log_run; }
   __device__ int units(bool has_paths) const { return (longest + kTile - 1) / kTile + (has_paths && longest > prefix); }
 };
 
-static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
+// What a CTA does: so many neighbouring jobs, pieces of one block and KV head, then of the next KV head, then of the next block; from this one on.
+struct alignas(16) PlanShare {
+  int jobs, index, kv_head, piece;
+  Block block;  // number `index`
+};
 
-// A plan in memory: the header, then a block for each row at most. Read from L2: what an SM holds of it may be of another pass.
+static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(PlanShare) == 4 * kPlanShare && sizeof(Block) == 4 * kPlanBlock && kGroupChunks == 8, "params.h");
+
+// A plan in memory: the header, the shares, then the blocks. Read from L2: what an SM holds of it may be of another pass.
 __device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {
   const int4 x = __ldcg(reinterpret_cast<const int4*>(plan));
   return {x.x, x.y, x.z, x.w};
 }
-__device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
-  const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + index * kPlanBlock);
+__device__ __forceinline__ Block plan_block_at(const int4* from) {
   const int4 a = __ldcg(from), b = __ldcg(from + 1), c = __ldcg(from + 2);
   return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
-
-// The block that has a piece, or a unit (By: pieces_before or units_before). By a warp; mine: block number `lane`, as read together with the header.
-template <typename By> __device__ __forceinline__ int find_block(const int32_t* plan, const PlanHeader& header, const Block& mine, int what, int lane, By&& by) {
-  int index = max(0, 31 - __clz(static_cast<int>(__ballot_sync(~0u, lane < header.blocks && by(mine) <= what))));
-  for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
-    const unsigned more = __ballot_sync(~0u, base + lane < header.blocks && by(plan_block(plan, base + lane)) <= what);
-    if (more) index = base + 31 - __clz(static_cast<int>(more));
-  }
-  return index;
+__device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
+  return plan_block_at(reinterpret_cast<const int4*>(plan + kPlanHeader + kPlanShare * kMostShares + index * kPlanBlock));
 }
-
-// The block of a job; jobs ascend from call to call.
-struct BlockCursor {
-  const int32_t* plan;
-  int run, index;
-  Block block;
-
-  __device__ void advance(int piece) {
-    while (piece >= block.pieces_before + block.pieces(run)) block = plan_block(plan, ++index);
-  }
-};
+__device__ __forceinline__ PlanShare plan_share(const int32_t* plan, int cta) {
+  const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + cta * kPlanShare);
+  const int4 x = __ldcg(from);
+  return {x.x, x.y, x.z, x.w, plan_block_at(from + 1)};
+}
 
 }  // namespace specrt

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention/params.h"
 #include "base/check.h"
+#include "base/launch.h"
 #include "base/math.h"
 #include "ptx/convert.cuh"
 
@@ -72,6 +73,12 @@ template <int N> struct WarpState {
     for (int i = 0; i < N; ++i) o[i] = fold_value(o[i], s.o[i], f);
   }
 };
+
+// CTAs of tree attention that run at once.
+inline int most_ctas(const TreeShape& shape) {
+  const int most = multiprocessors() * shape.blocks_per_sm;
+  return most < kMostShares ? most : kMostShares;
+}
 
 // bf16 on CUDA: throws where there is no Hopper GPU.
 inline void require_hopper(const char* op) {

@@ -43,40 +43,41 @@ template <typename S> struct Consumer {
     if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage));
   }
 
-  // The job; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
-  __device__ __forceinline__ void begin(int number, bool first, uint32_t all_queries) {
-    if (!first) ptx::named_barrier(1, S::consumers);  // nobody works on the job before
-    Job& job = rest.consumers.job;
-    if (threadIdx.x == 0) {
-      const int block = first ? -1 : job.block.begin, head = first ? -1 : job.kv_head;
-      job = Job(p, rest.consumers.cursor, number);
-      rest.loads = job.block.begin != block || job.kv_head != head;
+  // The next job, but for the first; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
+  __device__ __forceinline__ void begin(bool first, uint32_t all_queries) {
+    Job& job = rest.consumers;
+    if (!first) {
+      ptx::named_barrier(1, S::consumers);  // nobody works on the job before
+      if (threadIdx.x == 0) job.advance(p);
+      ptx::named_barrier(1, S::consumers);
+      if (job.piece > 0) return;
     }
-    ptx::named_barrier(1, S::consumers);
-    if (!rest.loads) return;
     const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * group_heads;
-    if (threadIdx.x < S::vectors) rest.vector_of[threadIdx.x] = (row_begin + rest.row_of[threadIdx.x]) * p.q_heads + head_begin + threadIdx.x % group_heads;
+    if (threadIdx.x < S::vectors) {
+      const int row = rest.row_of[threadIdx.x];
+      rest.vector_of[threadIdx.x] = (row_begin + row) * p.q_heads + head_begin + threadIdx.x - row * group_heads;
+    }
+    const auto ancestors = reinterpret_cast<const long long*>(p.ancestors) + row_begin;
     for (int r = threadIdx.x; r < rows; r += S::consumers) {
       rest.len[r] = describe_row(p, row_begin + r).len;
-      rest.nodes[r] = p.ancestors ? static_cast<uint64_t>(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + row_begin + r)) : 0;
+      if (p.ancestors) rest.nodes[r] = static_cast<uint64_t>(__ldcg(ancestors + r));
     }
+    if (p.ancestors && job.chunk_end * kChunk > job.own_begin())
+#pragma unroll 4
+      for (int i = threadIdx.x; i < rows * 64; i += S::consumers) {
+        const long long word = __ldcg(ancestors + i / 64);
+        const int node = i % 64;
+        if (word >> node & 1) rest.node_at[i / 64][__popcll(word & ((1ll << node) - 1))] = static_cast<uint8_t>(node);
+      }
     if (first) ptx::grid_dependency_wait();
-    ptx::named_barrier(1, S::consumers);
 #pragma unroll 1
     for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
-      const int vector = i / (S::columns / 8), piece = i % (S::columns / 8);
-      const bool present = rest.row_of[vector] < rows && piece * 8 < D;
-      ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece),
-                       static_cast<const bf16*>(p.q) + (present ? static_cast<int64_t>(rest.vector_of[vector]) * D + piece * 8 : 0), present);
+      const int vector = i / (S::columns / 8), piece = i % (S::columns / 8), row = rest.row_of[vector];
+      const bool present = row < rows && piece * 8 < D;
+      const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + vector - row * group_heads) * D + piece * 8;
+      ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + (present ? from : 0), present);
     }
     ptx::cp_async_commit();
-    if (p.ancestors)
-#pragma unroll 1
-      for (int i = threadIdx.x; i < rows * 64; i += S::consumers) {
-        const uint64_t word = rest.nodes[i / 64];
-        const int node = i % 64;
-        if (word >> node & 1) rest.node_at[i / 64][__popcll(static_cast<long long>(word & ((1ull << node) - 1)))] = static_cast<uint8_t>(node);
-      }
     ptx::cp_async_wait<0>();
     ptx::async_proxy_fence();
     ptx::named_barrier(1, S::consumers);
@@ -372,12 +373,12 @@ template <typename S> struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Row row = row_at(job, local(i));
-      if (!row.sees(job.run_begin, job.run * kChunk)) continue;  // nor does what is beyond the block
+      if (!row.sees(job.run_begin, kChunk << job.log_run)) continue;  // nor does what is beyond the block
       const float4* const from = kept(job, i);
       float4 o[D / 16];
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) o[n] = by(x, i, 2 * n, from + kKeptPitch * 2 * n);
-      if (job.run == kGroupChunks && row.first >= job.run_begin && row.len <= job.run_begin + kGroup) {
+      if (job.log_run && row.first >= job.run_begin && row.len <= job.run_begin + kGroup) {
         const float r = 1.0f / run_l[i];
         uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(rest.vector_of[vector(i)]) * D) + lane % 4;
 #pragma unroll
@@ -395,7 +396,7 @@ template <typename S> struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    const Job& job = rest.consumers.job;
+    const Job& job = rest.consumers;
     const int begin = job.tiles_begin(job.chunk_begin), end = job.tiles_end(job.chunk_end - 1), own_tile = max(begin, min(end, job.own_begin() / kTile * kTile));
     if (begin >= end) return;  // all of it is before the window
     if (begin < own_tile) common(job, begin, own_tile);
@@ -425,7 +426,11 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     ptx::prefetch_tensor_map(&k_slots);
     ptx::prefetch_tensor_map(&v_slots);
   }
-  if (threadIdx.x == 0) {
+  ptx::launch_dependents();
+  // Before the wait: who does what, and the producer's first tiles (params.h).
+  if (threadIdx.x == 0) rest.consumers = Job(p);
+  if (threadIdx.x == S::consumers) rest.producer = Job(p);
+  if (threadIdx.x == 32) {
     for (int s = 0; s < S::stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, S::warps);
@@ -437,31 +442,27 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   if (threadIdx.x < S::vectors) rest.row_of[threadIdx.x] = static_cast<uint8_t>(threadIdx.x / (p.q_heads / p.kv_heads));
   ptx::async_proxy_fence();
   __syncthreads();
-  ptx::launch_dependents();
-  // Before the wait: who does what, and the producer's first tiles (params.h).
+
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
     if (warp > S::warps) return;
-    int number, end;
-    find_share(p, rest.producer, number, end, lane);
-    if (number == end) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
+    Job& job = rest.producer;
+    if (job.jobs == 0) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
     Producer<S> producer{p, stages, full, empty, lane};
-    for (; number < end; ++number) {
+    for (int jobs = job.jobs;;) {
+      producer.run(job, &k_pages, &v_pages, &k_slots, &v_slots);
+      if (--jobs == 0) return;
       __syncwarp();
-      if (lane == 0) rest.producer.job = Job(p, rest.producer.cursor, number);
+      if (lane == 0) job.advance(p);
       __syncwarp();
-      producer.run(rest.producer.job, &k_pages, &v_pages, &k_slots, &v_slots);
     }
-    return;
   }
 
   ptx::take_registers<S::consumer_registers>();
-  int number, end;
-  find_share(p, rest.consumers, number, end, lane);
-  if (number == end) return;
   Consumer<S> consumer{p, rest, reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x, stages, stages + S::queries + warp / 4 * S::tile_bytes, ptx::shared_address(rest.ones), warp, lane, p.q_heads / p.kv_heads, scale};
-  for (bool first = true; number < end; ++number, first = false) {
-    consumer.begin(number, first, stages + S::queries);
+  const int jobs = rest.consumers.jobs;
+  for (int job = 0; job < jobs; ++job) {
+    consumer.begin(job == 0, stages + S::queries);
     consumer.run();
   }
 }
@@ -471,7 +472,7 @@ template <typename S> void launch_shape(const AttentionParams& p, const TreeShap
   auto map = [&](const void* pool, int box) { return tensor_map_bf16(pool, p.pages * p.kv_heads * p.page, p.head_dim, box); };
   // The most jobs that these capacities can hold, and no more CTAs than there is room for.
   const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
-  const int64_t slots = multiprocessors() * shape.blocks_per_sm;
+  const int slots = most_ctas(shape);
   launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
          map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, p.scale * kLog2e);
   launch_combine<S::dim>(p, stream);

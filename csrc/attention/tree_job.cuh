@@ -34,20 +34,40 @@ constexpr int kFewNodes = 8;  // so many slots are copied one by one rather than
 
 // What a CTA works on, and what its rows see.
 struct Job {
+  int jobs, index, kv_head, piece;  // with this one there are so many; of block number `index`
   Block block;
-  int kv_head, run, run_begin, chunk_begin, chunk_end, first_seen;  // run_begin: its first position; positions before first_seen: seen by no row
+  int log_run, run_begin, chunk_begin, chunk_end, first_seen;  // run_begin: its first position; positions before first_seen: seen by no row
   bool has_paths, many_nodes;
 
-  __device__ Job(const AttentionParams& p, BlockCursor& cursor, int number) {
-    cursor.advance(number / p.kv_heads);
-    block = cursor.block;
-    run = cursor.run;
-    const int of_block = number - block.pieces_before * p.kv_heads, pieces = block.pieces(run), piece = of_block % pieces;
-    kv_head = of_block / pieces;
+  // The first one of this CTA: there may be none.
+  __device__ __forceinline__ Job(const AttentionParams& p) {
+    const PlanShare share = plan_share(p.plan, blockIdx.x);
+    jobs = share.jobs;
+    index = share.index;
+    kv_head = share.kv_head;
+    piece = share.piece;
+    block = share.block;
+    log_run = plan_header(p.plan).log_run;
+    find(p);
+  }
+  // The next one. Of the same block and KV head, but for a piece 0.
+  __device__ __forceinline__ void advance(const AttentionParams& p) {
+    --jobs;
+    if (++piece == block.pieces(log_run)) {
+      piece = 0;
+      if (++kv_head == p.kv_heads) {
+        kv_head = 0;
+        do block = plan_block(p.plan, ++index);
+        while (block.longest == 0);
+      }
+    }
+    find(p);
+  }
+  __device__ __forceinline__ void find(const AttentionParams& p) {
     first_seen = p.window > 0 ? max(0, block.shortest - p.window) : 0;
-    run_begin = piece * run * kChunk;
-    chunk_begin = max(piece * run, first_seen / kChunk);
-    chunk_end = min((piece + 1) * run, (block.longest + kChunk - 1) / kChunk);
+    run_begin = piece * kChunk << log_run;
+    chunk_begin = max(piece << log_run, first_seen / kChunk);
+    chunk_end = min((piece + 1) << log_run, (block.longest + kChunk - 1) / kChunk);
     has_paths = p.ancestors || p.paths;
     many_nodes = p.ancestors && block.nodes > kFewNodes;
   }
@@ -63,37 +83,6 @@ struct Job {
   __device__ bool loads_more(int tile) const { return owns(tile) && (!many_nodes || tile + kTile < slots_end()); }
 };
 
-// Whose turn it is, for the producer and for the consumers: in shared memory, registers are wanted elsewhere.
-struct Turn {
-  BlockCursor cursor;
-  Job job;
-};
-
-// The jobs [begin, end) of this CTA, neighbouring ones: pieces of one block and KV head. One each while there are CTAs for them, else those that begin in the CTA's part
-// of all units of work. By a warp.
-__device__ __forceinline__ void find_share(const AttentionParams& p, Turn& turn, int& begin, int& end, int lane) {
-  const PlanHeader header = plan_header(p.plan);
-  const Block mine = plan_block(p.plan, lane);
-  const int jobs = header.pieces * p.kv_heads, ctas = static_cast<int>(gridDim.x), cta = blockIdx.x, run = header.run();
-  if (jobs <= ctas) {
-    begin = min(cta, jobs);
-    end = min(cta + 1, jobs);
-  } else {
-    const int units = header.units * p.kv_heads;
-    auto first = [&](int part) {
-      const int unit = static_cast<int>(static_cast<int64_t>(units) * part / ctas);
-      const Block block = plan_block(p.plan, find_block(p.plan, header, mine, unit / p.kv_heads, lane, [](const Block& b) { return b.units_before; }));
-      const int of_block = unit - block.units_before * p.kv_heads, of_head = block.units(p.ancestors || p.paths), piece = run * kChunkTiles;
-      return block.pieces_before * p.kv_heads + of_block / of_head * block.pieces(run) + (of_block % of_head + piece - 1) / piece;
-    };
-    begin = first(cta);
-    end = cta + 1 < ctas ? first(cta + 1) : jobs;
-  }
-  if (begin == end) return;
-  const int index = find_block(p.plan, header, mine, begin / p.kv_heads, lane, [](const Block& b) { return b.pieces_before; });
-  if (lane == 0) turn.cursor = {p.plan, run, index, plan_block(p.plan, index)};
-}
-
 template <typename S> struct Rest {
   uint4 zeros;
   alignas(128) uint16_t ones[128];  // bf16
@@ -105,8 +94,7 @@ template <typename S> struct Rest {
   int len[S::vectors];
   int vector_of[S::vectors];   // of the CTA: of all
   uint8_t row_of[S::vectors];  // its row in the block
-  Turn producer, consumers;
-  bool loads;  // the consumers' job needs other queries than the one before
+  Job producer, consumers;     // what they work on: registers are wanted elsewhere
 };
 
 template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
@@ -117,6 +105,8 @@ template <typename S> struct Producer {
   uint32_t stages, full, empty;
   int lane;
   Place<S::stages> at{0, 1};
+
+  __device__ int page_shift() const { return __ffs(p.page) - 1; }
 
   __device__ uint32_t stage(int bytes) {
     const int s = at.stage;
@@ -129,7 +119,7 @@ template <typename S> struct Producer {
 
   // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
   __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
-    const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
+    const int shift = page_shift(), page = lane & ((kTile >> shift) - 1), block = lane << shift >> 6, at = tile + (page << shift);
     const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
     if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
@@ -157,20 +147,20 @@ template <typename S> struct Producer {
 
   // The row of the pool [pages x kv heads x page, D] that holds a slot.
   __device__ int pool_row(const Job& job, int slot) const {
-    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot / p.page] * p.kv_heads + job.kv_head) * p.page + slot % p.page;
+    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot >> page_shift()] * p.kv_heads + job.kv_head) * p.page + (slot & (p.page - 1));
   }
 
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
     const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
     const uint64_t wanted = static_cast<uint64_t>(static_cast<uint32_t>(job.block.wanted_high)) << 32 | static_cast<uint32_t>(job.block.wanted_low);
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
-      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
+      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), shift = page_shift(), first_page = chunk * kChunk >> shift, mine = first_page + lane;
+      const int ids = lane < (kChunk + kTile) >> shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
       for (int at = begin; at < end; at += kTile) {
         if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
         const bool slots = job.loads_slots(at), more = job.loads_more(at);
-        const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
-        const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
+        const int place = (at >> shift) - first_page + (lane & ((kTile >> shift) - 1));
+        const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + (kTile >> shift));
         int rows[2];
         if (more && !job.many_nodes)
 #pragma unroll
