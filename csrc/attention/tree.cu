@@ -50,36 +50,43 @@ template <typename S> struct Consumer {
       ptx::named_barrier(1, S::consumers);  // nobody works on the job before
       if (threadIdx.x == 0) job.advance(p);
       ptx::named_barrier(1, S::consumers);
-      if (job.piece > 0) return;
     }
-    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * group_heads;
-    if (threadIdx.x < S::vectors) {
-      const int row = rest.row_of[threadIdx.x];
-      rest.vector_of[threadIdx.x] = (row_begin + row) * p.q_heads + head_begin + threadIdx.x - row * group_heads;
-    }
-    const auto ancestors = reinterpret_cast<const long long*>(p.ancestors) + row_begin;
-    for (int r = threadIdx.x; r < rows; r += S::consumers) {
-      rest.len[r] = describe_row(p, row_begin + r).len;
-      if (p.ancestors) rest.nodes[r] = static_cast<uint64_t>(__ldcg(ancestors + r));
-    }
-    if (p.ancestors && job.chunk_end * kChunk > job.own_begin())
-#pragma unroll 4
-      for (int i = threadIdx.x; i < rows * 64; i += S::consumers) {
-        const long long word = __ldcg(ancestors + i / 64);
-        const int node = i % 64;
-        if (word >> node & 1) rest.node_at[i / 64][__popcll(word & ((1ll << node) - 1))] = static_cast<uint8_t>(node);
-      }
-    if (first) ptx::grid_dependency_wait();
+    const bool other = first || job.piece == 0, paths = p.ancestors && job.chunk_end * kChunk > job.own_begin();
+    if (!other && !paths) return;
+    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * group_heads, mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
+    if (other) {
+      const int prefix = __ldcg(p.row_prefix + mine);
+      const long long word = p.ancestors ? __ldcg(reinterpret_cast<const long long*>(p.ancestors) + mine) : 0;
+      if (first) ptx::grid_dependency_wait();
 #pragma unroll 1
-    for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
-      const int vector = i / (S::columns / 8), piece = i % (S::columns / 8), row = rest.row_of[vector];
-      const bool present = row < rows && piece * 8 < D;
-      const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + vector - row * group_heads) * D + piece * 8;
-      ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + (present ? from : 0), present);
+      for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
+        const int vector = i / (S::columns / 8), piece = i % (S::columns / 8), row = rest.row_of[vector];
+        const bool present = row < rows && piece * 8 < D;
+        const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + vector - row * group_heads) * D + piece * 8;
+        ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + (present ? from : 0), present);
+      }
+      ptx::cp_async_commit();
+      if (threadIdx.x < rows) {
+        rest.len[threadIdx.x] = p.paths ? describe_row(p, mine).len : prefix + __popcll(word);
+        rest.nodes[threadIdx.x] = static_cast<uint64_t>(word);
+      }
+      if (threadIdx.x < S::vectors) {
+        const int row = rest.row_of[threadIdx.x];
+        rest.vector_of[threadIdx.x] = (row_begin + row) * p.q_heads + head_begin + threadIdx.x - row * group_heads;
+      }
     }
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    ptx::async_proxy_fence();
+    if (paths) {
+      ptx::named_barrier(1, S::consumers);
+      for (int i = threadIdx.x; i < rows * 64; i += S::consumers) {
+        const uint64_t word = rest.nodes[i / 64];
+        const int node = i % 64;
+        if (word >> node & 1) rest.node_at[i / 64][__popcll(static_cast<long long>(word & ((1ull << node) - 1)))] = static_cast<uint8_t>(node);
+      }
+    }
+    if (other) {
+      ptx::cp_async_wait<0>();
+      ptx::async_proxy_fence();
+    }
     ptx::named_barrier(1, S::consumers);
   }
 

@@ -147,7 +147,7 @@ template <typename S> struct Producer {
 
   // The row of the pool [pages x kv heads x page, D] that holds a slot.
   __device__ int pool_row(const Job& job, int slot) const {
-    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + slot >> page_shift()] * p.kv_heads + job.kv_head) * p.page + (slot & (p.page - 1));
+    return slot < 0 ? -1 : (p.block_table[static_cast<int64_t>(job.block.request) * p.max_pages + (slot >> page_shift())] * p.kv_heads + job.kv_head) * p.page + (slot & (p.page - 1));
   }
 
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
