@@ -1,7 +1,6 @@
 // Folds what runs of chunks left in the workspace (tree.cu): chunks ascending into their group, groups ascending into the total.
 //
-// A team of warps a (row, head): a warp reads the chunks of a group at once, then the first one folds the groups. Four elements a lane, in the workspace side by side: columns
-// 16 g + 2 t, + 1, + 8, + 9 for lane 4 g + t.
+// A team of warps a (row, head): a warp reads the chunks of a group at once, then the first one folds the groups. A piece of O a lane.
 #pragma once
 #include "attention/plan.cuh"
 #include "base/launch.h"
@@ -18,21 +17,23 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
   ptx::launch_dependents();
   const PlanHeader header = plan_header(p.plan);
   const int run = 1 << header.log_run;
-  const int vectors = min(__ldcg(p.num_rows), p.rows) * p.q_heads, stride = gridDim.x * teams;
+  const int vectors = min(__ldcg(p.num_rows), p.rows) * p.q_heads, step = gridDim.x * teams;
   int vector = blockIdx.x * teams + warp / team;
   auto row_of = [&] { return vector < vectors ? describe_row(p, vector / p.q_heads) : Row(); };
   Row row = row_of();
   ptx::grid_dependency_wait();
   if (header.whole) return;
-  for (; vector < vectors; vector += stride, row = row_of()) {
+  for (; vector < vectors; vector += step, row = row_of()) {
     const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
     if (run == kGroupChunks && end - begin == 1) continue;  // written where it was computed
-    const float* o = p.workspace + static_cast<int64_t>(vector) * chunks * D + lane * 4;
-    const float* ml = p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * chunks * D + static_cast<int64_t>(vector) * chunks * 2;
+    const int head = vector % p.q_heads, group_heads = p.q_heads / p.kv_heads;
+    const int64_t part = part_of(p, head / group_heads, vector / p.q_heads, head % group_heads, 0), stride = static_cast<int64_t>(p.rows) * p.q_heads;  // from chunk to chunk
+    const float4* o = part_pieces(p, part) + lane;
+    const float2* ml = part_sums(p, part);
     WarpState<4> group, total;
     total.reset();
     for (int base = row.first / kGroup; base * kGroup < row.len; base += team) {
-      float4 part[kGroupChunks];
+      float4 pieces[kGroupChunks];
       float2 sums[kGroupChunks];
       auto seen = [&](int b) {  // piece b of the warp's group
         const int piece = (base + of_team) * (kGroupChunks / run) + b;
@@ -42,13 +43,13 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
       for (int b = 0; b < kGroupChunks; ++b) {
         if (!seen(b)) continue;
         const int c = (base + of_team) * kGroupChunks + b * run;
-        sums[b] = *reinterpret_cast<const float2*>(ml + 2 * c);
-        if (lane < D / 4) part[b] = *reinterpret_cast<const float4*>(o + c * D);
+        sums[b] = ml[c * stride];
+        if (lane < D / 4) pieces[b] = o[c * stride * (D / 4)];
       }
       group.reset();
 #pragma unroll
       for (int b = 0; b < kGroupChunks; ++b)
-        if (seen(b)) group.fold({sums[b].x, sums[b].y, {part[b].x, part[b].y, part[b].z, part[b].w}});
+        if (seen(b)) group.fold({sums[b].x, sums[b].y, {pieces[b].x, pieces[b].y, pieces[b].z, pieces[b].w}});
       if (team == 1) {
         total.fold(group);
         continue;
@@ -62,7 +63,7 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
     if (of_team > 0 || lane >= D / 4) continue;
     const float reciprocal = row.len > 0 ? 1.0f / total.l : 0.0f;
     auto rounded = [&](int i) { return static_cast<uint32_t>(to_bf16(row.len > 0 ? total.o[i] * reciprocal : 0.0f).bits); };
-    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(vector) * D + lane / 4 * 16 + lane % 4 * 2);
+    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(vector) * D + part_group<D>(vector / p.q_heads * group_heads + head % group_heads, lane / 4) * 16 + lane % 4 * 2);
     out[0] = rounded(0) | rounded(1) << 16;
     out[4] = rounded(2) | rounded(3) << 16;
   }

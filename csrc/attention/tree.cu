@@ -326,13 +326,9 @@ template <typename S> struct Consumer {
     if (more) give(values_more);
   }
 
-  // Where the workspace has a run's part of vector i: O (combine.cuh says in which order), and (m, l).
-  __device__ __forceinline__ int64_t part_of(const Job& job, int i) const {
-    return static_cast<int64_t>(rest.vector_of[vector(i)]) * ((p.max_pages * p.page + kChunk - 1) / kChunk) + job.run_begin / kChunk;
-  }
-  __device__ __forceinline__ float4* part(const Job& job, int i) const { return reinterpret_cast<float4*>(p.workspace + part_of(job, i) * D) + lane % 4; }
-  __device__ __forceinline__ float2* part_sums(const Job& job, int i) const {
-    return reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * ((p.max_pages * p.page + kChunk - 1) / kChunk) * D) + part_of(job, i);
+  __device__ __forceinline__ int64_t part(const Job& job, int i) const {
+    const int row = local(i);
+    return part_of(p, job.kv_head, job.block.begin + row, vector(i) - row * group_heads, job.run_begin / kChunk);
   }
 
   // The chunk's (m, l) join those of its run: how O does. `first`: there is nothing before it.
@@ -362,7 +358,7 @@ template <typename S> struct Consumer {
 
   // Where the run's O is kept while there are more chunks, of vector i: columns 8 n + 2 (lane % 4) .. and 8 further on, for even n, at [kKeptPitch n].
   static constexpr int kKeptPitch = S::keeps_shared ? S::consumers : 2;
-  __device__ __forceinline__ float4* kept(const Job& job, int i) const { return S::keeps_shared ? kept_shared + S::consumers * i : part(job, i); }
+  __device__ __forceinline__ float4* kept(const Job& job, int i) const { return S::keeps_shared ? kept_shared + S::consumers * i : part_pieces(p, part(job, i)) + lane % 4; }
   __device__ __forceinline__ void keep(const Job& job, int chunk, bool first, const float (&m)[2]) {
     const Join by = join(job, chunk, first, m);
 #pragma unroll
@@ -377,6 +373,11 @@ template <typename S> struct Consumer {
   // The last chunk: O * (1 / l), or a partial (m, l, O), of the run is written.
   __device__ __forceinline__ void write(const Job& job, int chunk, bool first) {
     const Join by = join(job, chunk, first, x.m);
+    const bool stages_parts = S::keeps_shared && job.log_run == 0;  // through shared memory, where nothing is kept then
+    if (stages_parts) {
+      if (lane == 0) ptx::bulk_store_wait_read();
+      __syncwarp();
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Row row = row_at(job, local(i));
@@ -394,12 +395,23 @@ template <typename S> struct Consumer {
           out[8 * n + 4] = ptx::pack_bf16(o[n].z * r, o[n].w * r);
         }
       } else {
-        float4* const to = part(job, i);
+        const int64_t at = part(job, i);
+        float4* const to = stages_parts ? kept_shared - threadIdx.x + vector(i) * (D / 4) : part_pieces(p, at);
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n) to[4 * n] = o[n];
-        if (lane % 4 == 0) *part_sums(job, i) = make_float2(run_m[i], run_l[i]);
+        for (int n = 0; n < D / 16; ++n) to[4 * part_group<D>(job.block.begin * group_heads + vector(i), n) + lane % 4] = o[n];
+        if (lane % 4 == 0) *part_sums(p, at) = make_float2(run_m[i], run_l[i]);
       }
     }
+    if (!stages_parts) return;
+    // A warp's vectors stand side by side in the workspace too.
+    const int vectors = min(16, job.block.rows * group_heads - warp * 16);
+    ptx::async_proxy_fence();
+    __syncwarp();
+    if (lane > 0 || vectors <= 0) return;
+    const int row = first_row();
+    ptx::bulk_store(part_pieces(p, part_of(p, job.kv_head, job.block.begin + row, warp * 16 - row * group_heads, job.run_begin / kChunk)),
+                    ptx::shared_address(kept_shared - threadIdx.x + warp * 16 * (D / 4)), vectors * D * 4);
+    ptx::bulk_store_commit();
   }
 
   __device__ __forceinline__ void run() {
@@ -472,6 +484,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     consumer.begin(job == 0, stages + S::queries);
     consumer.run();
   }
+  ptx::bulk_store_wait();
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
