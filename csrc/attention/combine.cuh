@@ -3,17 +3,28 @@
 // A team of warps a (row, head): a warp reads the chunks of a group at once, then the first one folds the groups. A piece of O a lane.
 #pragma once
 #include "attention/plan.cuh"
-#include "base/launch.h"
 #include "ptx/dependency.cuh"
 #include "ptx/named_barrier.cuh"
 
 namespace specrt {
 
+// Where the workspace has the part (m, l, O) that a run of chunks, from chunk c on, has of a vector: [C, Hkv, R, Hq / Hkv], so that a block's vectors stand side by side. O's
+// columns 16 g + 2 t, + 1, + 8 and + 9 are a piece of 16 bytes, number 4 (g ^ v) + t, v the last bits of the
+// vector's place in [R, Hq / Hkv]: the pieces that eight vectors have of the same columns lie in different banks.
+__device__ __forceinline__ int64_t part_of(const AttentionParams& p, int kv_head, int row, int of_group, int chunk) {
+  return ((static_cast<int64_t>(chunk) * p.kv_heads + kv_head) * p.rows + row) * (p.q_heads / p.kv_heads) + of_group;
+}
+__device__ __forceinline__ float4* part_pieces(const AttentionParams& p, int64_t part) { return reinterpret_cast<float4*>(p.workspace + part * p.head_dim); }
+__device__ __forceinline__ float2* part_sums(const AttentionParams& p, int64_t part) {
+  return reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * ((p.max_pages * p.page + kChunk - 1) / kChunk) * p.head_dim) + part;
+}
+template <int D> __device__ __forceinline__ int part_group(int vector, int g) { return g ^ (vector & (((D / 16) & -(D / 16)) - 1)); }
+
 constexpr int kCombineWarps = 8;
 
 template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combine_kernel(const __grid_constant__ AttentionParams p, int team) {
   __shared__ WarpState<4> groups[kCombineWarps][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, of_team = warp % team, teams = kCombineWarps / team, chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, of_team = warp % team, teams = kCombineWarps / team;
   ptx::launch_dependents();
   const PlanHeader header = plan_header(p.plan);
   const int run = 1 << header.log_run;

@@ -35,7 +35,7 @@ struct AttentionParams {
   int window;                 // 0: none
   const int32_t* num_rows;
   const int32_t* plan;        // bf16 CUDA tree attention: made by attention_plan from the same rows
-  float* workspace;           // bf16 CUDA tree attention: R Hq C parts: O, D each, then (m, l) (part_of, row.cuh), C = ceil(max_pages * P / 256)
+  float* workspace;           // bf16 CUDA tree attention: R Hq C parts: O, D each, then (m, l) (part_of, combine.cuh), C = ceil(max_pages * P / 256)
   void* out;                  // [R, Hq, D]
   int rows, requests, q_heads, kv_heads, head_dim, page, max_pages, pages, path_depth;
 };

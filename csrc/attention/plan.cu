@@ -1,6 +1,5 @@
 // Makes the plan of tree attention (plan.cuh): one block walks the packed rows.
 #include "attention/plan.cuh"
-#include "base/launch.h"
 #include "ptx/dependency.cuh"
 
 namespace specrt {

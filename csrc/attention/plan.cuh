@@ -4,6 +4,7 @@
 // run of chunks of positions: single chunks while there are CTAs without work, else whole groups, which fold where they are.
 #pragma once
 #include "attention/row.cuh"
+#include "base/launch.h"
 
 namespace specrt {
 
@@ -29,6 +30,12 @@ struct alignas(16) PlanShare {
 };
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(PlanShare) == 4 * kPlanShare && sizeof(Block) == 4 * kPlanBlock && kGroupChunks == 8, "params.h");
+
+// CTAs of tree attention that run at once.
+inline int most_ctas(const TreeShape& shape) {
+  const int most = multiprocessors() * shape.blocks_per_sm;
+  return most < kMostShares ? most : kMostShares;
+}
 
 // A plan in memory: the header, the shares, then the blocks. Read from L2: what an SM holds of it may be of another pass.
 __device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {

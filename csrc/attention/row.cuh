@@ -2,7 +2,6 @@
 #pragma once
 #include "attention/params.h"
 #include "base/check.h"
-#include "base/launch.h"
 #include "base/math.h"
 #include "ptx/convert.cuh"
 
@@ -55,18 +54,6 @@ __device__ __forceinline__ FoldFactors fold_factors(float& m, float m2) {
 }
 __device__ __forceinline__ float fold_value(float x, float x2, FoldFactors f) { return fma_rn(x2, f.added, x * f.kept); }
 
-// Where the workspace has the part (m, l, O) that a run of chunks, from chunk c on, has of a vector: [C, Hkv, R, Hq / Hkv], so that a block's vectors stand side by side. O's
-// columns 16 g + 2 t, + 1, + 8 and + 9 are a piece of 16 bytes, number 4 (g ^ v) + t, v the last bits of the
-// vector's place in [R, Hq / Hkv]: the pieces that eight vectors have of the same columns lie in different banks.
-__device__ __forceinline__ int64_t part_of(const AttentionParams& p, int kv_head, int row, int of_group, int chunk) {
-  return ((static_cast<int64_t>(chunk) * p.kv_heads + kv_head) * p.rows + row) * (p.q_heads / p.kv_heads) + of_group;
-}
-__device__ __forceinline__ float4* part_pieces(const AttentionParams& p, int64_t part) { return reinterpret_cast<float4*>(p.workspace + part * p.head_dim); }
-__device__ __forceinline__ float2* part_sums(const AttentionParams& p, int64_t part) {
-  return reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * ((p.max_pages * p.page + kChunk - 1) / kChunk) * p.head_dim) + part;
-}
-template <int D> __device__ __forceinline__ int part_group(int vector, int g) { return g ^ (vector & (((D / 16) & -(D / 16)) - 1)); }
-
 #define SPECRT_MINUS_INF __int_as_float(0xff800000)
 
 // A head's (m, l, O) spread over a warp: element lane + 32 i in o[i].
@@ -85,12 +72,6 @@ template <int N> struct WarpState {
     for (int i = 0; i < N; ++i) o[i] = fold_value(o[i], s.o[i], f);
   }
 };
-
-// CTAs of tree attention that run at once.
-inline int most_ctas(const TreeShape& shape) {
-  const int most = multiprocessors() * shape.blocks_per_sm;
-  return most < kMostShares ? most : kMostShares;
-}
 
 // bf16 on CUDA: throws where there is no Hopper GPU.
 inline void require_hopper(const char* op) {
