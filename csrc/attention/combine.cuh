@@ -74,7 +74,8 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
     if (of_team > 0 || lane >= D / 4) continue;
     const float reciprocal = row.len > 0 ? 1.0f / total.l : 0.0f;
     auto rounded = [&](int i) { return static_cast<uint32_t>(to_bf16(row.len > 0 ? total.o[i] * reciprocal : 0.0f).bits); };
-    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(vector) * D + part_group<D>(vector / p.q_heads * group_heads + head % group_heads, lane / 4) * 16 + lane % 4 * 2);
+    const int column = part_group<D>(vector / p.q_heads * group_heads + head % group_heads, lane / 4) * 16 + lane % 4 * 2;
+    uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(vector) * D + column);
     out[0] = rounded(0) | rounded(1) << 16;
     out[4] = rounded(2) | rounded(3) << 16;
   }

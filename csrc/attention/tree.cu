@@ -63,7 +63,8 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   }
 
   ptx::take_registers<S::consumer_registers>();
-  Consumer<S> consumer{p, rest, reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x, stages, stages + S::queries + warp / 4 * S::tile_bytes, ptx::shared_address(rest.ones), warp, lane, p.q_heads / p.kv_heads, scale};
+  Consumer<S> consumer{p, rest, reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x, stages, stages + S::queries + warp / 4 * S::tile_bytes, ptx::shared_address(rest.ones), warp,
+                       lane, p.q_heads / p.kv_heads, scale};
   const int jobs = rest.consumers.jobs;
   for (int job = 0; job < jobs; ++job) {
     consumer.begin(job == 0, stages + S::queries);
