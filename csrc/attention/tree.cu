@@ -41,6 +41,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     }
     ptx::mbarrier_init_fence();
     rest.zeros = make_uint4(0, 0, 0, 0);
+    rest.group_heads = p.q_heads / p.kv_heads;
   }
   if (threadIdx.x < 128) rest.ones[threadIdx.x] = 0x3f80;
   if (threadIdx.x < S::vectors) rest.row_of[threadIdx.x] = static_cast<uint8_t>(threadIdx.x / (p.q_heads / p.kv_heads));
@@ -64,11 +65,12 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
 
   ptx::take_registers<S::consumer_registers>();
   Consumer<S> consumer{p, rest, reinterpret_cast<float4*>(shared + S::kept) + threadIdx.x, stages, stages + S::queries + warp / 4 * S::tile_bytes, ptx::shared_address(rest.ones), warp,
-                       lane, p.q_heads / p.kv_heads, scale};
-  const int jobs = rest.consumers.jobs;
-  for (int job = 0; job < jobs; ++job) {
-    consumer.begin(job == 0, stages + S::queries);
+                       lane, scale};
+  if (rest.consumers.jobs == 0) return;
+  for (bool first = true;; first = false) {
+    consumer.begin(first, stages + S::queries);
     consumer.run();
+    if (rest.consumers.jobs == 1) break;
   }
   ptx::bulk_store_wait();
 }

@@ -16,10 +16,10 @@ template <typename S> struct Consumer {
   Rest<S>& rest;
   float4* kept_shared;  // of this thread
   uint32_t stages, queries, ones;
-  int warp, lane, group_heads;
+  int warp, lane;
   float scale;
   At at;  // K of the next tile
-  Vectors<D> x;       // the chunk
+  Vectors<D> x;              // the chunk
   float run_m[2], run_l[2];  // the run of chunks before it; its O is kept in shared memory or in the workspace
 
   __device__ __forceinline__ int vector(int i) const { return warp * 16 + lane / 4 + 8 * i; }
@@ -40,7 +40,7 @@ template <typename S> struct Consumer {
     }
     const bool other = first || job.piece == 0, paths = p.ancestors && job.chunk_end * kChunk > job.own_begin();
     if (!other && !paths) return;
-    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * group_heads, mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
+    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * rest.group_heads, mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
     if (other) {
       const int prefix = __ldcg(p.row_prefix + mine);
       const long long word = p.ancestors ? __ldcg(reinterpret_cast<const long long*>(p.ancestors) + mine) : 0;
@@ -49,7 +49,7 @@ template <typename S> struct Consumer {
       for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
         const int vector = i / (S::columns / 8), piece = i % (S::columns / 8), row = rest.row_of[vector];
         const bool present = row < rows && piece * 8 < D;
-        const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + vector - row * group_heads) * D + piece * 8;
+        const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + vector - row * rest.group_heads) * D + piece * 8;
         ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + (present ? from : 0), present);
       }
       ptx::cp_async_commit();
@@ -59,7 +59,7 @@ template <typename S> struct Consumer {
       }
       if (threadIdx.x < S::vectors) {
         const int row = rest.row_of[threadIdx.x];
-        rest.vector_of[threadIdx.x] = (row_begin + row) * p.q_heads + head_begin + threadIdx.x - row * group_heads;
+        rest.vector_of[threadIdx.x] = (row_begin + row) * p.q_heads + head_begin + threadIdx.x - row * rest.group_heads;
       }
     }
     if (paths) {
@@ -131,8 +131,9 @@ template <typename S> struct Consumer {
   // The tiles [tile, end), whose keys all rows share. Their last chunk is not folded.
   __device__ __forceinline__ void common(const Job& job, int tile, int end) {
     float a[2];
-    const int begin = tile;
-    bool fresh = true;  // the tile is the first of its chunk
+    bool fresh = true, folded = false;  // the tile is the first of its chunk; there are chunks before it, in `run`
+    PromptSums<D> run;
+    run.reset();
     scores(x.s, at);
     x.m[0] = x.m[1] = SPECRT_MINUS_INF;
     softmax(job, tile, a);
@@ -162,11 +163,13 @@ template <typename S> struct Consumer {
       give(values);
       at = ahead;
       x.round();
-      if (!fresh) {
+      if (fresh) {
+        const int chunk = tile / kChunk * kChunk;
+        folded = true;
+        run.fold(m, {x.l[0][0], x.l[0][2]}, x.o, {row_at(job, local(0)).sees(chunk, kChunk), row_at(job, local(1)).sees(chunk, kChunk)});
+      } else {
         x.rescale(a);
-        continue;
       }
-      keep(job, tile / kChunk, tile / kChunk == begin / kChunk, m);
     }
     const At values = at.after(1);
     wait_values(values, job.first_seen - tile, job.block.prefix - tile);
@@ -176,6 +179,16 @@ template <typename S> struct Consumer {
     ptx::wgmma_results(x.o);
     give(values);
     at = at.after(2);
+    if (!folded) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      run_m[i] = run.m[i];
+      run_l[i] = run.l[i];
+      if (!S::keeps_shared && local(i) >= job.block.rows) continue;
+      float4* const to = kept(job, i);
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 2) to[kKeptPitch * n] = make_float4(run.o[n][2 * i], run.o[n][2 * i + 1], run.o[n + 1][2 * i], run.o[n + 1][2 * i + 1]);
+    }
   }
 
   // Which rows of a tile's stages a row sees. The first stage holds slots from `tile` on, the second what loads_more() says.
@@ -315,7 +328,7 @@ template <typename S> struct Consumer {
 
   __device__ __forceinline__ int64_t part(const Job& job, int i) const {
     const int row = local(i);
-    return part_of(p, job.kv_head, job.block.begin + row, vector(i) - row * group_heads, job.run_begin / kChunk);
+    return part_of(p, job.kv_head, job.block.begin + row, vector(i) - row * rest.group_heads, job.run_begin / kChunk);
   }
 
   // The chunk's (m, l) join those of its run: how O does. `first`: there is nothing before it.
@@ -385,18 +398,18 @@ template <typename S> struct Consumer {
         const int64_t at = part(job, i);
         float4* const to = stages_parts ? kept_shared - threadIdx.x + vector(i) * (D / 4) : part_pieces(p, at);
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n) to[4 * part_group<D>(job.block.begin * group_heads + vector(i), n) + lane % 4] = o[n];
+        for (int n = 0; n < D / 16; ++n) to[4 * part_group<D>(job.block.begin * rest.group_heads + vector(i), n) + lane % 4] = o[n];
         if (lane % 4 == 0) *part_sums(p, at) = make_float2(run_m[i], run_l[i]);
       }
     }
     if (!stages_parts) return;
     // A warp's vectors stand side by side in the workspace too.
-    const int vectors = min(16, job.block.rows * group_heads - warp * 16);
+    const int vectors = min(16, job.block.rows * rest.group_heads - warp * 16);
     ptx::async_proxy_fence();
     __syncwarp();
     if (lane > 0 || vectors <= 0) return;
     const int row = first_row();
-    ptx::bulk_store(part_pieces(p, part_of(p, job.kv_head, job.block.begin + row, warp * 16 - row * group_heads, job.run_begin / kChunk)),
+    ptx::bulk_store(part_pieces(p, part_of(p, job.kv_head, job.block.begin + row, warp * 16 - row * rest.group_heads, job.run_begin / kChunk)),
                     ptx::shared_address(kept_shared - threadIdx.x + warp * 16 * (D / 4)), vectors * D * 4);
     ptx::bulk_store_commit();
   }

@@ -12,7 +12,7 @@ template <int dim_, int warpgroups_> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 6;  // at least 3: a tile's values and the next one's keys
-  static constexpr int producer_registers = warpgroups == 1 ? 48 : 56, consumer_registers = warpgroups == 1 ? 208 : 224;
+  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
   static constexpr bool keeps_shared = warpgroups == 2;  // O of a run so far; else in the workspace: there are few vectors, or few chunks
   static constexpr int tile_bytes = columns / 64 * kBlockBytes, queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes;  // shared memory
   static constexpr int rest = kept + (keeps_shared ? consumers * (dim / 8) * 16 : 0);
@@ -91,6 +91,7 @@ template <typename S> struct Rest {
   uint8_t node_at[S::vectors][64];  // of a row's path, with ancestors
   uint64_t full[S::stages], empty[S::stages];
   uint64_t nodes[S::vectors];  // ancestors of a row
+  int group_heads;
   int len[S::vectors];
   int vector_of[S::vectors];   // of the CTA: of all
   uint8_t row_of[S::vectors];  // its row in the block
