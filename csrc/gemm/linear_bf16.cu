@@ -313,7 +313,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           if (!T::splits || tile + warpgroup < tiles) epilogue.finish(0, sum);
         } else {
           uint2 stream = epilogue.residual(0);
-          for_each_fragment<1>(sum, [&](int j, float (&d)[4]) {
+          for_each_fragment<T::many ? 2 : 1>(sum, [&](int j, float (&d)[4]) {
             if (first_row + 8 * j >= rows) return;
             const uint2 next = epilogue.residual(8 * (j + 1));
             epilogue.finish(8 * j, d, stream);
