@@ -204,7 +204,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 #pragma unroll 1
         for (; step < steps; ++step) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (step == start) ptx::launch_dependents();
+          if (step == start) {
+            if (T::quantizes) ptx::grid_dependency_wait();  // of few steps, this stage may never have been full: nobody here may have waited yet (ptx/dependency.cuh)
+            ptx::launch_dependents();
+          }
           copy_weights(step, s);
           if (!T::quantizes) copy_tokens(step, s);
           if (++s == num_stages) {
