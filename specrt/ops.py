@@ -178,6 +178,7 @@ def rope_append(qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin:
 
     qkv [R, (Hq + 2 Hkv) * D] act: q heads, k heads, v heads. positions int32 [R]. slots int64 [R]: page * P + offset, or -1 to write no KV.
     cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act or both float8_e4m3fn, mutated.
+    CUDA: positions, slots and num_rows are read before the wait; they must be older than the op that makes qkv (csrc/kv/params.h).
     The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once. An FP8 pool gets e4m3(x / scale) of that, to nearest even, saturated to
     +-448; k_scale, v_scale: finite and > 0, 1 for other pools."""
     _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool, k_scale, v_scale)
@@ -213,7 +214,8 @@ def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, de
 def attention_plan(row_request: Tensor, row_prefix: Tensor, ancestors: Tensor | None, paths: Tensor | None, num_rows: Tensor, requests: int, q_heads: int,
                    kv_heads: int, plan: Tensor) -> None:
     """Before the calls of ``tree_attention`` that have these rows (all layers of a forward pass): divides the work. Shapes as there; ``requests`` is B,
-    ``plan`` int32 of attention_workspace."""
+    ``plan`` int32 of attention_workspace. CUDA: not right before one of them, which reads the plan before its wait; a ``linear`` between the two, as in every layer, or an op of
+    torch's suffices (csrc/attention/params.h)."""
     _C.attention_plan(row_request, row_prefix, ancestors, paths, num_rows, requests, q_heads, kv_heads, plan)
 
 
