@@ -23,7 +23,7 @@ LOOKUP = 10  # transformers' prompt_lookup_num_tokens
 
 def modes(model: str) -> dict[str, dict[str, Any] | None]:
     head = {"method": "eagle3"}
-    heads = {"eagle3_chain4": head | {"num_speculative_tokens": 4}, "eagle3_tree60": head | {"num_steps": 6, "eagle_topk": 10, "num_draft_tokens": 60}}
+    heads = {"eagle3_chain4": head | {"num_speculative_tokens": 4}, "eagle3_tree60": head | {"num_steps": 8, "eagle_topk": 10, "num_draft_tokens": 60}}
     return {"off": None, "ngram": {"method": "ngram"}} | (heads if shipped_for(model, "eagle3") else {})
 
 
