@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 
 import torch
+from demo import TITLES
 from peer import Transformers
 from results import Results, print_table
 from rich.progress import track
@@ -20,7 +21,6 @@ from specrt.cli.prompts import BUILT_IN, Prompt, load_prompts
 from specrt.weights import open_checkpoint
 
 PREFILL_TOKENS = 1000
-TITLES = {"ngram": "n-gram", "eagle3": "EAGLE-3"}
 
 
 class Rates:

@@ -12,7 +12,7 @@ from specrt.cli.prompts import BUILT_IN, Prompt, load_prompts
 from specrt.cli.statistics import Tally
 from specrt.heads import shipped_for
 
-_TITLES = {"ngram": "n-gram", "eagle3": "EAGLE-3"}
+TITLES = {"ngram": "n-gram", "eagle3": "EAGLE-3"}
 
 
 def stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> Tally:
@@ -52,11 +52,11 @@ def main() -> int:
             print(f"\n{bold}[{number}/{len(prompts)}] {prompt.id}{plain}: {shortened(prompt.text)}\n")
             found = {}
             for mode, params in modes.items():
-                print(f"{bold}speculation off{plain}" if mode == "off" else f"{bold}speculation on ({_TITLES[mode]}){plain}")
+                print(f"{bold}speculation off{plain}" if mode == "off" else f"{bold}speculation on ({TITLES[mode]}){plain}")
                 found[mode] = stream(llm, prompt, params)
             answers.append(found)
             for mode, tally in found.items():
-                print(f"  {_TITLES.get(mode, mode):<8}{tally}" + ("" if mode == "off" else verdict(found["off"], tally)))
+                print(f"  {TITLES.get(mode, mode):<8}{tally}" + ("" if mode == "off" else verdict(found["off"], tally)))
     return report(answers, list(modes), bold, plain)
 
 
@@ -71,7 +71,7 @@ def report(answers: list[dict[str, Tally]], modes: list[str], bold: str, plain: 
     print(f"\n{bold}{len(answers)} prompts, {tokens} tokens, reading the prompts included:{plain}")
     failed = False
     for mode in modes:
-        line = f"  {_TITLES.get(mode, mode):<8}{seconds[mode]:6.1f} s, {tokens / seconds[mode]:6.1f} tokens/s"
+        line = f"  {TITLES.get(mode, mode):<8}{seconds[mode]:6.1f} s, {tokens / seconds[mode]:6.1f} tokens/s"
         if mode != "off":
             same = sum(found["off"].token_ids == found[mode].token_ids for found in answers)
             line += f", {seconds['off'] / seconds[mode]:.2f} x off; identical outputs: {same} of {len(answers)}"
