@@ -52,6 +52,7 @@ class Case:
     head: str | None = None
     head_quantization: str | None = None
     topk: int = DEPTH
+    kv_cache_dtype: str = "auto"
 
     @property
     def depth(self) -> int:
@@ -63,6 +64,7 @@ class Case:
         drafts = "greedy" if self.nodes == 1 else f"{'tree' if self.tree else 'chain'} of {self.nodes} nodes, {self.acceptance:g} tokens a round"
         if self.head is not None:
             drafts += f", of an {self.head_quantization or 'bf16'} {self.head} head" + (f", depth {self.depth}, {self.topk} children a node" if self.tree else "")
+        weights += ", FP8 keys and values" if self.kv_cache_dtype == "fp8" else ""
         return f"{TITLES.get(self.shape, self.shape)} {weights}, batch {self.batch}, context {self.context}, {drafts}"
 
 
@@ -78,6 +80,7 @@ ROWS = {
     "decode_step_b8_1k": Judged(Case("llama-8b", batch=8), "round", 6.82),
     "decode_step_b32_1k": Judged(Case("llama-8b", batch=32), "round", 7.40),
     "decode_step_fp8_b1_1k": Judged(Case("llama-8b", quantization="fp8"), "round"),
+    "decode_step_fp8kv_b32_1k": Judged(Case("llama-8b", batch=32, kv_cache_dtype="fp8"), "round"),
     "verify_n64_b1_1k": Judged(Case("llama-8b", nodes=64, tree=True, acceptance=3.0), "round"),
     "round_host_time_b1": Judged(Case("llama-8b"), "host"),
     "round_gpu_idle_b1": Judged(Case("llama-8b"), "idle"),
@@ -147,6 +150,8 @@ class Bench:
     """An engine for a case, around a target that is there already."""
 
     def __init__(self, case: Case, target: Any):
+        import torch
+
         from specrt.cache.pages import pages_for
         from specrt.config import EngineConfig
         from specrt.draft import DRAFTERS, growth
@@ -171,8 +176,8 @@ class Bench:
         config = config.with_pages(case.batch * pages_for(config.max_model_len + 2 * Round.slack_of(config.width, drafters), config.page_size))
         self.round = Round(target, drafters, config)
         for pool in [self.round.pool, *(d.pool for d in drafters.values() if hasattr(d, "pool"))]:
-            pool.k.normal_()
-            pool.v.normal_()
+            for layer in (*pool.k, *pool.v):
+                layer.copy_(torch.randn(layer.shape, device=layer.device))
         self.engine = Engine(self.round, None, config, self.vocab, ())
         self.speculation = None if spec else False
         self.head = drafters[case.head].model if case.head is not None else None
@@ -316,7 +321,7 @@ def round_bytes(target: Any, case: Case, head: Any = None) -> int:
         from bench.heads import head_bytes
 
         weights += head_bytes(head, case.depth, tensor_bytes)
-    return weights + case.batch * case.context * 2 * c.num_layers * c.num_kv_heads * c.head_dim * target.dtype.itemsize
+    return weights + case.batch * case.context * 2 * c.num_layers * c.num_kv_heads * c.head_dim * target.kv_dtype.itemsize
 
 
 def tensor_bytes(linear: Any) -> int:
@@ -338,14 +343,16 @@ def read_bandwidth(folder: Path) -> float:
 # --- reports ---
 
 
-def load_target(shape: str, quantization: str | None) -> Any:
+def load_target(case: Case) -> Any:
     import torch
 
     from specrt.models.config import ModelConfig
     from specrt.models.dense import DenseModel
+    from specrt.ops import FP8
     from tests.kit.tiny import random_checkpoint
 
-    return DenseModel.load(random_checkpoint(ModelConfig.from_hf(SHAPES[shape]), device="cuda"), torch.bfloat16, torch.device("cuda"), quantization)
+    return DenseModel.load(random_checkpoint(ModelConfig.from_hf(SHAPES[case.shape]), device="cuda"), torch.bfloat16, torch.device("cuda"), case.quantization,
+                           FP8 if case.kv_cache_dtype == "fp8" else None)
 
 
 def spread(values: list[float]) -> float:
@@ -398,6 +405,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1, help="rows verified a request, root included; 1 = plain decoding")
     parser.add_argument("--tree", action="store_true", help="a random tree instead of a chain")
     parser.add_argument("--quantization", choices=["fp8"], help="of the weights, at load")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="of keys and values, a head's too")
     parser.add_argument("--head", choices=["eagle", "eagle3", "peagle", "mtp"], help="drafts of a head of random weights instead of random tokens")
     parser.add_argument("--head-quantization", choices=["fp8"], help="of the head's weights")
     parser.add_argument("--topk", type=int, default=DEPTH, help="children of a node of the head's trees")
@@ -412,8 +420,8 @@ def main() -> None:
         raise SystemExit(f"bench_round.py: no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
     bandwidth = read_bandwidth(a.bin)
     if a.shape:
-        case = Case(a.shape, a.batch, a.context, a.nodes, a.tree, a.acceptance, a.quantization, a.head, a.head_quantization, a.topk)
-        show(case, load_target(case.shape, case.quantization), bandwidth)
+        case = Case(a.shape, a.batch, a.context, a.nodes, a.tree, a.acceptance, a.quantization, a.head, a.head_quantization, a.topk, a.kv_cache_dtype)
+        show(case, load_target(case), bandwidth)
         return
     target, loaded, made = None, None, None
     with open(a.json or "/dev/null", "w", encoding="utf-8") as file:
@@ -421,9 +429,9 @@ def main() -> None:
             case = ROWS[name].case
             if made is None or made.case != case:
                 made = None  # its memory is needed
-                if loaded != (case.shape, case.quantization):
+                if loaded != (case.shape, case.quantization, case.kv_cache_dtype):
                     target = None
-                    target, loaded = load_target(case.shape, case.quantization), (case.shape, case.quantization)
+                    target, loaded = load_target(case), (case.shape, case.quantization, case.kv_cache_dtype)
                 made = Bench(case, target)
             row = measure(name, made, target, bandwidth)
             share = f", floor {row['floor']:.3f}, floor / value {row['floor'] / row['value']:.3f}" if row["floor"] else ""

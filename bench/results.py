@@ -20,7 +20,7 @@ KEYS = ("name", "shape", "value", "unit", "floor", "share_of_floor", "peer", "pe
 # A row that is not listed depends on all of csrc/: rounds, end-to-end figures, exactness.
 EVERY = ("base", "ptx", "tile")
 ROOMS = {"linear_": ("gemm",), "prefill_linear_": ("gemm",), "decode_attention_": ("attention",), "verify_attention_": ("attention",), "prefill_attention_": ("attention",),
-         "sampling_": ("sample",), "greedy_": ("sample",), "append_": ("kv",), "commit_": ("kv",), "rms_norm_": ("norm",), "graph_node": (), "read_": ()}
+         "sampling_": ("sample",), "lm_head_": ("gemm", "sample"), "greedy_": ("sample",), "append_": ("kv",), "commit_": ("kv",), "rms_norm_": ("norm",), "graph_node": (), "read_": ()}
 
 
 def rooms_of(name: str) -> tuple[str, ...] | None:

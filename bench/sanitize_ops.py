@@ -53,7 +53,7 @@ def linears(k: Kit) -> None:
     cuda = torch.device(k.device).type == "cuda"
     # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
     few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
-    for rows, used, depth, outputs in [*few, (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
+    for rows, used, depth, outputs in [*few, (230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         packed = ops.pack_linear(weight)
         for dtype, b in [(BF16, bias), (F32, None)]:
@@ -66,6 +66,16 @@ def linears(k: Kit) -> None:
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
         finishes(k, (x, ops.pack_linear(k.random(48, 35)), k.random(48)), rows, used, 48, F32)
+    for rows, used, outputs in [(1, 1, 48), (16, 13, 16304), (30, 29, 16304), (51, 43, 16304), (130, 77, 16304), (130, 127, 1000), (260, 257, 16304)]:
+        for dtype in (BF16, F32):
+            x, weight = k.random(rows, 1352, dtype=dtype), k.random(outputs if cuda else 208, 1352, dtype=dtype)
+            request, temperature = torch.arange(rows, dtype=I32, device=k.device) % 2, k.full(2, 6, value=0.0, dtype=F32)
+            temperature[1] = 0.8
+            for logprob in (None, k.out(rows)):
+                token, status = k.out(rows, dtype=I32), k.out(rows, dtype=I32)
+                ops.linear_sample(x, ops.pack_linear(weight), len(weight), k.ints(used), request, request, k.ints(3, 4, dtype=I64), temperature, token, status, logprob)
+                for out in (token, status) if logprob is None else (token, status, logprob):
+                    k.written(out, used)
     few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
     for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
         weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)
@@ -113,8 +123,21 @@ def row_wise(k: Kit) -> None:
             ops.rms_scale(k.random(rows, hidden, dtype=dtype), k.random(hidden, dtype=dtype), n, out, k.out(*ops.squares_shape(rows, hidden), dtype=F32))
             k.written(out, used)
             out = k.out(rows, hidden, dtype=dtype)
-            ops.embedding(k.random(11, hidden, dtype=dtype), torch.arange(rows, dtype=I32, device=k.device), n, out)
+            ids = torch.arange(rows, dtype=I32, device=k.device)
+            ops.embedding(k.random(11, hidden, dtype=dtype), ids, n, out)
             k.written(out, used)
+            for weight in (None, k.random(hidden, dtype=dtype)):
+                joined, stream = k.out(rows, 2 * hidden, dtype=dtype), k.out(rows, hidden, dtype=dtype)
+                ops.head_input(k.random(11, hidden, dtype=dtype), ids, k.random(rows + 2, hidden, dtype=dtype), ids + 2, weight, weight, 1e-5, False, n, joined, stream, False)
+                k.written(joined, used)
+                k.written(stream, used)
+            parts, joined = [k.random(rows + 2, hidden, dtype=dtype) for _ in range(3)], k.out(rows, 3 * hidden, dtype=dtype)
+            ops.join_rows(parts, [k.random(hidden, dtype=dtype) for _ in range(3)], ids - 1, k.random(3 * hidden, dtype=dtype), 1e-5, n, joined)
+            k.written(joined, used)
+            kept, stream = k.out(rows, hidden, dtype=dtype), k.out(rows, hidden, dtype=dtype)
+            ops.keep_rows(k.random(rows, hidden, dtype=dtype), k.random(hidden, dtype=dtype), 1e-5, ids, n, kept, stream, False)
+            k.written(kept, used)
+            k.written(stream, used)
 
 
 def paged(k: Kit) -> None:
@@ -125,10 +148,11 @@ def paged(k: Kit) -> None:
             per = max(lengths) // page + 7
             pages = len(lengths) * per
             table = torch.randperm(pages, generator=k.generator).view(len(lengths), per).to(device=k.device, dtype=I32)
-            pools = [k.random(2, pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)]
-            rope(k, dim, q_heads, kv_heads, page, pools, dtype)
-            trees(k, dim, q_heads, lengths, table, page, pools, dtype)
-            prompts(k, dim, q_heads, lengths, table, pools, dtype)
+            wide = [k.random(2, pages, kv_heads, page, dim, dtype=dtype) for _ in range(2)]
+            for pools in (wide, [pool.to(ops.FP8) for pool in wide]):
+                rope(k, dim, q_heads, kv_heads, page, pools, dtype)
+                trees(k, dim, q_heads, lengths, table, page, pools, dtype)
+                prompts(k, dim, q_heads, lengths, table, pools, dtype)
 
 
 def rope(k: Kit, dim: int, q_heads: int, kv_heads: int, page: int, pools: list[Tensor], dtype: torch.dtype) -> None:
@@ -152,8 +176,8 @@ def trees(k: Kit, dim: int, q_heads: int, lengths: list[int], table: Tensor, pag
     i32 = [k.out(capacity, dtype=I32) for _ in range(5)]
     request, node, row_token, position, prefix = i32
     slot, ancestors, num_rows = k.out(capacity, dtype=I64), k.out(capacity, dtype=I64), k.out(1, dtype=I32)
-    ops.tree_build(token, parent, size, seq_lens, table, page, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I64), k.out(slots + 1, dtype=I32), request, node,
-                   row_token, position, prefix, slot, ancestors, num_rows)
+    ops.tree_build(token, parent, k.full(slots, value=1), size, seq_lens, table, page, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I64), k.out(slots + 1, dtype=I32),
+                   request, node, row_token, position, prefix, slot, ancestors, num_rows)
     assert num_rows.item() == used
     for t in (*i32, slot, ancestors):
         k.written(t, used)
@@ -222,6 +246,14 @@ def sampling(k: Kit) -> None:
             k.written(child, used)
             k.written(score, used)
 
+        # Of 130 tokens or one that the drafter has, and of all; the second slot's stops are in force.
+        for ids in (torch.arange(130, dtype=I64, device=k.device) * (vocab // 131), k.ints(vocab - 1, dtype=I64), None):
+            child, score = k.out(capacity, 3, dtype=I32), k.out(capacity, 3)
+            ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), 0, 0, ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
+                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, n, child, score)
+            k.written(child, used)
+            k.written(score, used)
+
         path, emitted, path_len, error = k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), k.out(slots, dtype=I32), k.out(slots, dtype=I32)
         walked = (path, path_len, emitted, error)
         ops.accept_walk(token, parent, size, offset, target, status, *walked)
@@ -252,13 +284,23 @@ def drafting(k: Kit) -> None:
     table = torch.arange(slots * 4, dtype=I32, device=k.device).view(slots, 4)
     token, parent, score = (k.out(slots, candidates, dtype=t) for t in (I32, I32, F32))
     beam, num_rows = k.full(slots, width, value=0), k.out(1, dtype=I32)
-    request, row_token, position, prefix = (k.out(rows, dtype=I32) for _ in range(4))
+    request, row_token, position, prefix, above = (k.out(rows, dtype=I32) for _ in range(5))
     slot, path = k.out(rows, dtype=I64), k.out(rows, levels, dtype=I32)
     lengths, depth = k.ints(3, 17, 0), k.ints(3, 1, 2)
     for level in range(1, levels + 1):
         given = slots if level == 1 else rows
         ops.tree_expand(level, width, k.full(given, width, value=level), -k.random(given, width).abs(), depth, lengths, table, page, token, parent, score, beam, request,
-                        row_token, position, prefix, slot, path, num_rows)
+                        row_token, position, prefix, slot, path, above, num_rows)
+    limits = [k.out(slots, dtype=I32) for _ in range(3)]
+    ops.draft_limits(k.ints(7, 0, 3), k.ints(4, 4, 4), k.ints(9, 17, 4), k.ints(1, 1, 0), 1, *limits)
+    assert [t.tolist() for t in limits] == [[7, 0, 0], [4, 0, 0], [8, 16, 3]]
+    num_rows, capacity = k.out(1, dtype=I32), 20
+    rows_of = [k.out(capacity, dtype=t) for t in (I32, I32, I32, I32, I64, I32, I32)]
+    ops.path_rows(history, k.ints(9, 17, 4), k.ints(8, 1, 3), k.ints(7, 7, 0), k.ints(3, 1, 3), 3, 1, k.ints(*range(8)).repeat(slots, 1), k.ints(0, 8, 9, 12), table, page,
+                  *rows_of, num_rows)
+    assert num_rows.item() == 8 + 2 + 1
+    for t in rows_of:
+        k.written(t, 11)
     size = k.out(slots, dtype=I32)
     ops.tree_select(levels, width, width, k.ints(63, 5, 9), depth, token, parent, score, k.out(slots, nodes, dtype=I32), k.out(slots, nodes, dtype=I32), size)
     assert size.tolist() == [64, 6, 10]

@@ -269,13 +269,11 @@ class EngineConfig:
               max_model_len: int | None = None, kv_cache_memory: int | None = None, page_size: int = 64, enforce_eager: bool = False,
               speculative_config: dict[str, Any] | None = None, target: str = "") -> EngineConfig:
         """target: as SpeculativeConfig.parse's."""
-        if kv_cache_dtype == "fp8":
-            raise ValueError("kv_cache_dtype = 'fp8' is not available in this version; it must be 'auto' (the dtype of the weights)")
         return cls(
             device=_device(device),
             dtype=choice("dtype", dtype, ["bfloat16", "float32"]),
             quantization=choice("quantization", quantization, ["fp8", None]),
-            kv_cache_dtype=choice("kv_cache_dtype", kv_cache_dtype, ["auto"]),
+            kv_cache_dtype=choice("kv_cache_dtype", kv_cache_dtype, ["auto", "fp8"]),
             max_batch_size=integer("max_batch_size", max_batch_size, 1, 1024),
             max_model_len=None if max_model_len is None else integer("max_model_len", max_model_len, 2, 2**24),
             kv_cache_memory=None if kv_cache_memory is None else integer("kv_cache_memory (bytes)", kv_cache_memory, 1),

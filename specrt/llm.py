@@ -25,7 +25,8 @@ class LLM:
 
     model: a Hugging Face folder, a .safetensors or .gguf file, a hub name, or "smollm2-135m" (embedded). device: None = CUDA if there is one. dtype:
     "bfloat16" or "float32". quantization: None (weights as stored, FP8 ones too), or "fp8": the matrices of a checkpoint that has none are quantised at load to e4m3,
-    a scale for each output channel, lm_head apart; activations by row and 128 channels. max_batch_size: requests decoded together, others wait. max_model_len: most tokens of prompt and output; None = the
+    a scale for each output channel, lm_head apart; activations by row and 128 channels. kv_cache_dtype: "auto" (keys and values in ``dtype``), or "fp8": in e4m3, a drafter's
+    too, with the checkpoint's k_scale and v_scale of each layer, or 1. max_batch_size: requests decoded together, others wait. max_model_len: most tokens of prompt and output; None = the
     model's, at most 8192. kv_cache_memory: bytes for keys and values (drafter's included); None = all that the batch can use (on CUDA at most 85 % of
     what is free). page_size: positions a KV page. speculative_config: None, or a dict as in the README, for example {"method": "ngram"}.
     ValueError names a key that is not valid, and what would be."""
@@ -186,6 +187,7 @@ def load_engine(model: str | Path, config: EngineConfig) -> Engine:
     from specrt.cache.pool import KVPool
     from specrt.draft import build
     from specrt.models.dense import DenseModel
+    from specrt.ops import FP8
     from specrt.round.run import Round
     from specrt.weights import open_checkpoint
 
@@ -195,11 +197,11 @@ def load_engine(model: str | Path, config: EngineConfig) -> Engine:
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     has_tokenizer = checkpoint.folder is None or (checkpoint.folder / "tokenizer.json").is_file()
     tokenizer = checkpoint.tokenizer() if has_tokenizer else None  # without one, prompts are token ids and outputs have no text
-    target = DenseModel.load(checkpoint, dtype, device, config.quantization)
+    target = DenseModel.load(checkpoint, dtype, device, config.quantization, FP8 if config.kv_cache_dtype == "fp8" else None)
     drafters = {name: build(c, target=target, tokenizer=tokenizer, device=device, dtype=dtype, target_name=str(model)) for name, c in config.drafters.items()}
     positions = [checkpoint.config.max_position_embeddings, *(d.max_positions for d in drafters.values() if d.max_positions is not None)]
     config = config.for_model(min(positions))
-    page_bytes = KVPool.bytes_per_page(target.num_layers, target.kv_heads, config.page_size, target.head_dim, dtype)
+    page_bytes = KVPool.bytes_per_page(target.num_layers, target.kv_heads, config.page_size, target.head_dim, target.kv_dtype)
     page_bytes += sum(d.bytes_per_page(config.page_size) for d in drafters.values())
     memory = config.kv_cache_memory
     if memory is None and device.type == "cuda":

@@ -87,6 +87,15 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Te
     _C.linear_residual(x, weight, bias, num_rows, residual, residual_out, next_weight, scaled, next_squares)
 
 
+def linear_sample(x: Tensor, weight: Tensor, out_features: int, num_rows: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tensor, sampling_f: Tensor, token: Tensor,
+                  status: Tensor, logprob: Tensor | None = None) -> None:
+    """lm_head and the choice of a token in one, where nobody wants the logits: what ``linear`` into float32 logits, ``sample_transform`` with no penalty, bias, stop, mask or filter, and
+    ``sample_exact`` give, to the bit. x [R, K] act; weight packed from [out_features, K]; the other inputs as in ``sample_transform``, of sampling_f the temperature.
+
+    token, status int32 [R]: as ``sample_transform`` writes them. logprob float32 [R]: of the token, as ``row_logprobs`` gives it of the transformed row; -inf where the status is not OK."""
+    _C.linear_sample(x, weight, out_features, num_rows, row_request, row_position, seeds, sampling_f, token, status, logprob)
+
+
 def fp8_scale_shape(rows: int, columns: int) -> tuple[int, int]:
     """Shape of the scales of activations [rows, columns]: [ceil(columns/128), rows rounded up to 16]."""
     return ((columns + 127) // 128, (rows + 15) // 16 * 16)
@@ -138,23 +147,47 @@ def embedding(table: Tensor, ids: Tensor, num_rows: Tensor, out: Tensor) -> None
     _C.embedding(table, ids, num_rows, out)
 
 
+def head_input(table: Tensor, ids: Tensor, feature: Tensor, parent: Tensor | None, token_weight: Tensor | None, feature_weight: Tensor | None, eps: float, feature_first: bool,
+               num_rows: Tensor, joined: Tensor, stream: Tensor | None, stream_normed: bool) -> None:
+    """``embedding`` and ``rms_norm`` of both halves of a draft head's input, to the bit: joined act [R, 2 H] = (token, feature), or (feature, token) with feature_first.
+
+    table act [V, H], ids int32 [R]; feature act [F, H], parent int32 [R]: its row for each, None = its own (F = R). token_weight, feature_weight act [H]: of the norm, None = none. NaN
+    for an id or a parent that is outside. stream act [R, H]: the feature once more, after its norm if ``stream_normed``; not one of the inputs."""
+    _C.head_input(table, ids, feature, parent, token_weight, feature_weight, eps, feature_first, num_rows, joined, stream, stream_normed)
+
+
+def join_rows(parts: list[Tensor], weights: list[Tensor], source: Tensor | None, missing: Tensor | None, eps: float, num_rows: Tensor, out: Tensor) -> None:
+    """Rows of several tensors side by side: out act [R, n H] = row source[r] of each of the n parts, act [F, H]; after its ``rms_norm`` with weights act [H], one a part, if there are any.
+
+    source int32 [R], None = each row's own (F = R); -1 takes ``missing`` act [n H] instead of the parts' rows. NaN for a source that is outside. n <= 16."""
+    _C.join_rows(parts, weights, source, missing, eps, num_rows, out)
+
+
+def keep_rows(x: Tensor, weight: Tensor | None, eps: float, place: Tensor, num_rows: Tensor, normed: Tensor, stream: Tensor | None, stream_normed: bool) -> None:
+    """``rms_norm`` of some rows, and the rows themselves, to where they are kept: normed[place[r]] = the norm of x[r] (with no weight x[r]), stream[place[r]] = x[r], or with
+    stream_normed its norm. x act [R, H], place int32 [R]: outside [0, B), say -1: the row is not kept; normed, stream act [B, H], not x."""
+    _C.keep_rows(x, weight, eps, place, num_rows, normed, stream, stream_normed)
+
+
 # ------------------------------------------------------------------------------------------------ kv
 
 
 def rope_append(qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-                eps: float, num_rows: Tensor, q: Tensor, k_pool: Tensor, v_pool: Tensor) -> None:
+                eps: float, num_rows: Tensor, q: Tensor, k_pool: Tensor, v_pool: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Per-head q/k RMSNorm (where weights are given), RoPE (half-rotation layout), and the append of K and V to their pages.
 
     qkv [R, (Hq + 2 Hkv) * D] act: q heads, k heads, v heads. positions int32 [R]. slots int64 [R]: page * P + offset, or -1 to write no KV.
-    cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act, mutated.
-    The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once."""
-    _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool)
+    cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act or both float8_e4m3fn, mutated.
+    CUDA: positions, slots and num_rows are read before the wait; they must be older than the op that makes qkv (csrc/kv/params.h).
+    The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once. An FP8 pool gets e4m3(x / scale) of that, to nearest even, saturated to
+    +-448; k_scale, v_scale: finite and > 0, 1 for other pools."""
+    _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool, k_scale, v_scale)
 
 
 def kv_commit(k_pools: Tensor, v_pools: Tensor, block_table: Tensor, seq_lens: Tensor, path: Tensor, path_len: Tensor) -> None:
     """Makes the accepted path's KV contiguous, for all layers: slot seq_lens[b] + path[b, i] -> seq_lens[b] + i, for 1 <= i < path_len[b].
 
-    k_pools, v_pools [L, pages, Hkv, P, D] act, mutated. block_table int32 [B, max_pages]. seq_lens int32 [B]: committed length *before* the commit.
+    k_pools, v_pools [L, pages, Hkv, P, D] act or both float8_e4m3fn, mutated. block_table int32 [B, max_pages]. seq_lens int32 [B]: committed length *before* the commit.
     path int32 [B, N]: accepted nodes in order, path[b, 0] == 0 (the root), ascending. path_len int32 [B], 0 = no such request."""
     _C.kv_commit(k_pools, v_pools, block_table, seq_lens, path, path_len)
 
@@ -174,50 +207,52 @@ class AttentionWorkspace:
 def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> AttentionWorkspace:
     """For up to ``rows`` rows of at most ``max_len`` positions. Allocate once."""
     chunks, cuda = (max_len + 255) // 256, torch.device(device).type == "cuda"
-    return AttentionWorkspace(torch.zeros(4 + 8 * max(rows, 32) if cuda else 1, dtype=torch.int32, device=device),
+    return AttentionWorkspace(torch.zeros(4 + 12 * max(rows, 32) if cuda else 1, dtype=torch.int32, device=device),
                               torch.empty(rows * q_heads * chunks * (head_dim + 2) if cuda else 1, dtype=torch.float32, device=device))
 
 
 def attention_plan(row_request: Tensor, row_prefix: Tensor, ancestors: Tensor | None, paths: Tensor | None, num_rows: Tensor, requests: int, q_heads: int,
                    kv_heads: int, plan: Tensor) -> None:
     """Before the calls of ``tree_attention`` that have these rows (all layers of a forward pass): divides the work. Shapes as there; ``requests`` is B,
-    ``plan`` int32 of attention_workspace."""
+    ``plan`` int32 of attention_workspace. CUDA: not right before one of them, which reads the plan before its wait; a ``linear`` between the two, as in every layer, or an op of
+    torch's suffices (csrc/attention/params.h)."""
     _C.attention_plan(row_request, row_prefix, ancestors, paths, num_rows, requests, q_heads, kv_heads, plan)
 
 
 def tree_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor,
                    ancestors: Tensor | None, paths: Tensor | None, scale: float, window: int, num_rows: Tensor, plan: Tensor,
-                   workspace: Tensor, out: Tensor) -> None:
+                   workspace: Tensor, out: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Decode, verify and draft-expansion attention over paged KV (few rows a request), after ``attention_plan`` for the same rows; plan, workspace: of attention_workspace.
 
-    q, out [R, Hq, D] act; k_pool, v_pool [pages, Hkv, P, D] act; block_table int32 [B, max_pages]; row_request int32 [R].
+    q, out [R, Hq, D] act; k_pool, v_pool [pages, Hkv, P, D] act or both float8_e4m3fn (then of ``k_scale`` and ``v_scale``, see ``rope_append``; P V in act as ever);
+    block_table int32 [B, max_pages]; row_request int32 [R].
     Row r sees the logical positions 0 .. row_prefix[r]-1 of its request, each in its own slot, and then its path: the key at logical position
     row_prefix[r] + d lies in slot row_prefix[r] + n_d, n_d the d-th node of the path, ascending, the row itself last. The path is given by
     ``ancestors`` int64 [R] (bit j: node j; verify) or ``paths`` int32 [R, depth] (-1 ends it; expansion scratch, beyond 64 slots); with neither,
     or with an empty one, the row sees its prefix only. ``window`` > 0: only the last ``window`` logical positions (the row's own included)."""
-    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, plan, workspace, out)
+    _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, plan, workspace, out, k_scale, v_scale)
 
 
 def prefill_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor, scale: float,
-                      window: int, num_rows: Tensor, out: Tensor) -> None:
+                      window: int, num_rows: Tensor, out: Tensor, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """The same attention, same bits, for many rows a request and no trees: row r sees logical positions 0 .. row_prefix[r]-1 (its own
     position + 1). Rows of one request stand together, positions ascending by one. Shapes as ``tree_attention``."""
-    _C.prefill_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out)
+    _C.prefill_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out, k_scale, v_scale)
 
 
 # ------------------------------------------------------------------------------------------------ tree
 
 
-def tree_build(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
+def tree_build(tree_token: Tensor, tree_parent: Tensor, active: Tensor, tree_size: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                tree_depth: Tensor, tree_ancestors: Tensor, row_offset: Tensor, row_request: Tensor, row_node: Tensor, row_token: Tensor,
                row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_ancestors: Tensor, num_rows: Tensor) -> None:
     """From nodes and parents: depths, ancestor words, and the packed rows of all requests.
 
-    In: tree_token, tree_parent int32 [B, N] (topological: parent < node; the root's parent is -1), tree_size int32 [B] (0: slot not in this
-    round), seq_lens int32 [B], block_table int32 [B, max_pages]. Out: tree_depth int32 [B, N]; tree_ancestors int64 [B, N]; row_offset int32 [B+1] (first row of each
+    In: tree_token, tree_parent int32 [B, N] (topological: parent < node; the root's parent is -1), active int32 [B] (0: slot not in this round: its size becomes 0), tree_size
+    int32 [B], seq_lens int32 [B], block_table int32 [B, max_pages]. Out: tree_depth int32 [B, N]; tree_ancestors int64 [B, N]; row_offset int32 [B+1] (first row of each
     slot); and by row, slots ascending, nodes ascending: row_request, row_node, row_token, row_position (= seq_len + depth), row_prefix (= seq_len)
     int32 [R], row_slot int64 [R] (page * P + offset of logical slot seq_len + node), row_ancestors int64 [R]; num_rows int32 [1]."""
-    _C.tree_build(tree_token, tree_parent, tree_size, seq_lens, block_table, page_size, tree_depth, tree_ancestors, row_offset, row_request,
+    _C.tree_build(tree_token, tree_parent, active, tree_size, seq_lens, block_table, page_size, tree_depth, tree_ancestors, row_offset, row_request,
                   row_node, row_token, row_position, row_prefix, row_slot, row_ancestors, num_rows)
 
 
@@ -228,6 +263,19 @@ def span_rows(history: Tensor, start: Tensor, end: Tensor, block_table: Tensor, 
     history int32 [B, T]; start, end int32 [B]. Out as in ``tree_build``, with row_prefix = position + 1 and the slot of the position itself. Rows beyond the R capacity are an
     error of the caller."""
     _C.span_rows(history, start, end, block_table, page_size, row_offset, row_request, row_token, row_position, row_prefix, row_slot, num_rows)
+
+
+def path_rows(history: Tensor, seq_lens: Tensor, path_len: Tensor, max_nodes: Tensor, levels: Tensor | None, most_levels: int, mask_token: int, path: Tensor, row_offset: Tensor,
+              block_table: Tensor, page_size: int, row_request: Tensor, row_token: Tensor, row_position: Tensor, row_prefix: Tensor, row_slot: Tensor, row_source: Tensor,
+              row_place: Tensor, num_rows: Tensor) -> None:
+    """``span_rows`` of what a round has committed, for a head: the last path_len[b] positions below seq_lens[b] (after the round), of slots with max_nodes[b] > 0; and with
+    levels int32 [B] (each 1 to most_levels) levels[b] - 1 rows of mask_token behind them.
+
+    history int32 [B, T]; seq_lens, path_len, max_nodes int32 [B]; path int32 [B, N] and row_offset int32 [B + 1] of the round. Rows as ``span_rows`` has them, but row_token is the token
+    *behind* the position's own. row_source int32 [R]: the round's row whose feature belongs to the position, -1 of a mask row; row_place int32 [R]: b * most_levels for a slot's last row
+    of a token, one more for each mask row behind it, -1 for the rows before it."""
+    _C.path_rows(history, seq_lens, path_len, max_nodes, levels, most_levels, mask_token, path, row_offset, block_table, page_size, row_request, row_token, row_position,
+                 row_prefix, row_slot, row_source, row_place, num_rows)
 
 
 def accept_walk(tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, row_offset: Tensor, row_target: Tensor, row_status: Tensor,
@@ -270,9 +318,15 @@ def ngram_propose(history: Tensor, seq_lens: Tensor, max_nodes: Tensor, max_dept
     _C.ngram_propose(history, seq_lens, max_nodes, max_depth, min_n, max_n, branches, seeds, sampling_f, tree_token, tree_parent, tree_size)
 
 
+def draft_limits(max_nodes: Tensor, max_depth: Tensor, seq_lens: Tensor, active: Tensor, lag: int, nodes: Tensor, depth: Tensor, base: Tensor | None) -> None:
+    """What the slots' trees may grow to, int32 [B] each: nodes and depth are max_nodes and max_depth, and 0 for a slot that is not active, has no drafter (max_nodes 0), or has
+    nothing committed that a tree could grow from; base, where it is wanted, = seq_lens - lag, for ``tree_expand``."""
+    _C.draft_limits(max_nodes, max_depth, seq_lens, active, lag, nodes, depth, base)
+
+
 def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                 cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor, beam: Tensor, row_request: Tensor, row_token: Tensor, row_position: Tensor,
-                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, num_rows: Tensor) -> None:
+                row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, row_parent: Tensor, num_rows: Tensor) -> None:
     """One level of a drafter's tree expansion (EAGLE-2): appends the children of the current beam to the candidates and picks the next beam.
 
     level >= 1 is the depth of the children. Let W = beam_width, k = topk_token.shape[1], F(1) = 0, F(l) = k + (l-2) W k the first candidate of level l.
@@ -282,9 +336,9 @@ def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Ten
     beam int32 [B, W]: candidate indices; read (level > 1), then replaced by the W best children of this level by cumulative score (ties: lower
     index), in descending order; k >= W. Rows of the next level, for slots with max_depth[b] > level: row_token, row_position = seq_len + level, row_prefix = seq_len + 1,
     row_slot int64 (scratch slot seq_len + 1 + (level-1) W + w for beam entry w, through the block table), row_path int32 [R, depth capacity]: for
-    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself."""
+    ``tree_attention``: offsets from row_prefix of the path's slots, -1 after the row itself, row_parent: the row of topk_token that the row is a child of."""
     _C.tree_expand(level, beam_width, topk_token, topk_score, max_depth, seq_lens, block_table, page_size, cand_token, cand_parent, cand_score, beam,
-                   row_request, row_token, row_position, row_prefix, row_slot, row_path, num_rows)
+                   row_request, row_token, row_position, row_prefix, row_slot, row_path, row_parent, num_rows)
 
 
 def tree_select(levels: int, beam_width: int, topk: int, max_nodes: Tensor, max_depth: Tensor, cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor,
@@ -339,6 +393,17 @@ def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tens
     (the target's own noise), NOISE_DRAFT (private: the draw order is then exactly sampling without replacement). No noise where temperature is 0.
     perturbed float32 [R, V] is scratch; token int32, score float32 [R, k], k <= 64. Missing tokens: -1 with score -inf."""
     _C.draft_topk(z, row_request, row_position, seeds, sampling_f, noise, num_rows, perturbed, token, score)
+
+
+def draft_children(logits: Tensor, slot_rows: int, level: int, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor,
+                   stop_ids: Tensor, bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
+    """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children, to the bit, and their scores but for the order
+    of the log-sum-exp, which is by blocks of the D columns.
+
+    logits float32 [R, D], raw and left so, or with slot_rows > 0 [B slot_rows, D], of which a row takes row_request * slot_rows + level; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
+    stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k], k <= 64: a token that
+    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: D <= 327680."""
+    _C.draft_children(logits, slot_rows, level, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
 
 
 def accept_rejection(z: Tensor, row_status: Tensor, row_offset: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, q: Tensor,

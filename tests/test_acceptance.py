@@ -153,7 +153,7 @@ def test_another_text_is_said(document):
 @pytest.mark.parametrize("flags, said", [
     (["--dtype", "bfloat16"], "its dtype is 'float32', this run's is 'bfloat16'"), (["--temperature", "0"], "its temperature is [0.0, 1.0]"),
     (["--max-tokens", "8"], "its sampling is"), (["--seed", "1"], "its sampling is"), (["--limit", "1"], "its number of prompts is 4"), (["--top-k", "5"], "its sampling is"),
-    (["--quantization", "fp8"], "its quantization is None"), (["--num-steps", "2"], "its methods is")])
+    (["--quantization", "fp8"], "its quantization is None"), (["--kv-cache-dtype", "fp8"], "its kv_cache_dtype is None"), (["--num-steps", "2"], "its methods is")])
 def test_a_baseline_of_other_settings_is_refused(folder, before, capsys, flags, said):
     assert bench(folder, "--compare", str(before), *flags, spec=["--method", "ngram"] if "--num-steps" in flags else None) == 2
     captured = capsys.readouterr()

@@ -148,7 +148,7 @@ def test_methods_come_from_the_registry(monkeypatch):
 
 @pytest.mark.parametrize("kw", [
     dict(device="gpu"), dict(device=0), dict(device=True), dict(dtype="float16"), dict(dtype=None), dict(dtype=torch.float32), dict(quantization="int8"),
-    dict(kv_cache_dtype="fp8"), dict(kv_cache_dtype=None), dict(max_batch_size=0), dict(max_batch_size=True), dict(max_batch_size=2.0), dict(max_batch_size=None),
+    dict(kv_cache_dtype="fp8_e5m2"), dict(kv_cache_dtype="FP8"), dict(kv_cache_dtype=None), dict(max_batch_size=0), dict(max_batch_size=True), dict(max_batch_size=2.0), dict(max_batch_size=None),
     dict(max_batch_size=10**6), dict(max_model_len=1), dict(max_model_len="8k"), dict(max_model_len=math.nan), dict(kv_cache_memory=0), dict(kv_cache_memory=-1),
     dict(kv_cache_memory=1e9), dict(kv_cache_memory=True), dict(page_size=48), dict(page_size="64"), dict(page_size=64.0), dict(page_size=None), dict(enforce_eager=1),
     dict(enforce_eager="no"), dict(speculative_config="ngram")])

@@ -1,4 +1,4 @@
-// Attention over paged KV, a layer, cold: decode rows, token trees, a prompt. 32 query and 8 KV heads of 128, page 64.
+// Attention over paged KV, a layer, cold: decode rows, token trees, a prompt; bf16, or keys and values in e4m3 (fp8). 32 query and 8 KV heads of 128, page 64.
 //
 // floor: a graph-timed pure read of as many bytes as the visible K and V have. Every configuration is first compared with a float64 reference, and its last row with the
 // same row computed alone by tree_attention: `==` on the bits.
@@ -6,6 +6,7 @@
 #include <random>
 
 #include "attention/params.h"
+#include "base/fp8.h"
 #include "common/arguments.h"
 #include "common/read.h"
 #include "common/report.h"
@@ -19,10 +20,22 @@ constexpr double kTolerance = 1e-2;  // P and the output are rounded to bf16: ab
 struct Case {
   std::string name;
   int batch, context, nodes;  // nodes 0: a prompt of `context` tokens
+  bool fp8 = false;           // of the pools
 };
 const Case kCases[] = {{"decode_attention_b1_1k", 1, 1024, 1},      {"decode_attention_b1_16k", 1, 16384, 1},   {"decode_attention_b32_1k", 32, 1024, 1},
                        {"verify_attention_n64_b1_1k", 1, 1024, 64}, {"verify_attention_n64_b1_4k", 1, 4096, 64}, {"verify_attention_n64_b8_1k", 8, 1024, 64},
-                       {"prefill_attention_4k", 1, 4096, 0}};
+                       {"prefill_attention_4k", 1, 4096, 0},         {"decode_attention_fp8_b1_16k", 1, 16384, 1, true}, {"decode_attention_fp8_b32_1k", 32, 1024, 1, true},
+                       {"verify_attention_fp8_n64_b1_4k", 1, 4096, 64, true}, {"prefill_attention_fp8_4k", 1, 4096, 0, true}};
+constexpr float kKeyScale = 0.02f, kValueScale = 0.03f;  // of fp8 pools
+
+__global__ void convert_kernel(const bf16* from, e4m3* to, int64_t count, float scale) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = to_e4m3(to_float(from[i]) / scale);
+}
+
+__device__ double element(const AttentionParams& p, const void* pool, int64_t at, float scale) {
+  return p.kv_dtype == DType::kE4M3 ? static_cast<double>(to_float(static_cast<const e4m3*>(pool)[at])) * scale : static_cast<double>(to_float(static_cast<const bf16*>(pool)[at]));
+}
 
 // A block a (row, head): scores, their maximum, then a thread an element of the output.
 __global__ void reference_kernel(AttentionParams p, const int2* samples, int most, double* scores, double* got, double* reference) {
@@ -41,11 +54,11 @@ __global__ void reference_kernel(AttentionParams p, const int2* samples, int mos
     return ((page * p.kv_heads + kv_head) * p.page + slot % p.page) * p.head_dim;
   };
   const int64_t vector = (static_cast<int64_t>(row) * p.q_heads + head) * p.head_dim;
-  const bf16 *q = static_cast<const bf16*>(p.q) + vector, *k = static_cast<const bf16*>(p.k_pool), *v = static_cast<const bf16*>(p.v_pool);
+  const bf16* q = static_cast<const bf16*>(p.q) + vector;
   for (int t = threadIdx.x; t < len; t += blockDim.x) {
-    const bf16* key = k + offset(t);
+    const int64_t key = offset(t);
     double sum = 0;
-    for (int d = 0; d < p.head_dim; ++d) sum += static_cast<double>(to_float(q[d])) * static_cast<double>(to_float(key[d]));
+    for (int d = 0; d < p.head_dim; ++d) sum += static_cast<double>(to_float(q[d])) * element(p, p.k_pool, key + d, p.k_scale);
     s[t] = sum * static_cast<double>(p.scale);
   }
   __syncthreads();
@@ -54,7 +67,7 @@ __global__ void reference_kernel(AttentionParams p, const int2* samples, int mos
   for (int t = 0; t < len; ++t) {
     const double probability = exp(s[t] - top);
     total += probability;
-    out += probability * static_cast<double>(to_float(v[offset(t) + threadIdx.x]));
+    out += probability * element(p, p.v_pool, offset(t) + threadIdx.x, p.v_scale);
   }
   reference[blockIdx.x * kDim + threadIdx.x] = out / total;
   got[blockIdx.x * kDim + threadIdx.x] = to_float(static_cast<const bf16*>(p.out)[vector + threadIdx.x]);
@@ -72,11 +85,12 @@ class Bench {
   explicit Bench(const Case& row) : case_(row), prompt_(row.nodes == 0), rows_(prompt_ ? row.context : row.batch * row.nodes) {
     const int seen = row.context + row.nodes;  // slots of a request that are read
     max_pages_ = (seen + kPage - 1) / kPage + 1;
-    visible_ = static_cast<size_t>(row.batch) * seen * kKvHeads * kDim * 2 * 2;
+    const size_t element_bytes = row.fp8 ? 1 : 2;
+    visible_ = static_cast<size_t>(row.batch) * seen * kKvHeads * kDim * 2 * element_bytes;
     const size_t pages = static_cast<size_t>(row.batch) * max_pages_, elements = pages * kKvHeads * kPage * kDim;
-    pool_bytes_ = elements * 2;
+    pool_bytes_ = elements * element_bytes;
     copies_ = cold_copies(visible_, prompt_ ? 4 : 8);
-    pools_ = random_buffer(DType::kBF16, elements * 2 * copies_, 20);
+    pools_ = random_pools(elements);
     // Queries three times as long as keys: probabilities that are far from even, so that a missing key would show.
     q_ = random_buffer(DType::kBF16, static_cast<size_t>(rows_) * kHeads * kDim, 21, 3.0f);
     out_ = Buffer(q_.bytes());
@@ -105,7 +119,7 @@ class Bench {
   void measure(Report& report) const {
     Row out;
     out.name = case_.name;
-    out.shape = prompt_ ? "32/8 heads of 128, causal" : "32/8 heads of 128, page 64";
+    out.shape = std::string("32/8 heads of 128, ") + (prompt_ ? "causal" : "page 64") + (case_.fp8 ? ", keys and values in e4m3" : "");
     out.correct = check(out.checks);
     const Timing ours = time_graph([&](cudaStream_t stream) {
       for (int copy = 0; copy < copies_; ++copy) enqueue(copy, stream);
@@ -122,9 +136,22 @@ class Bench {
   }
 
  private:
+  Buffer random_pools(size_t elements) const {
+    Buffer wide = random_buffer(DType::kBF16, elements * 2 * copies_, 20);
+    if (!case_.fp8) return wide;
+    Buffer narrow(elements * 2 * copies_);
+    for (int i = 0; i < 2 * copies_; ++i)
+      convert_kernel<<<static_cast<unsigned>((elements + 255) / 256), 256>>>(wide.as<bf16>() + elements * i, reinterpret_cast<e4m3*>(narrow.at(elements * i)),
+                                                                            static_cast<int64_t>(elements), i % 2 ? kValueScale : kKeyScale);
+    SPECRT_CHECK_LAUNCH();
+    SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
+    return narrow;
+  }
+
   AttentionParams params(int copy) const {
     AttentionParams p{};
-    p.dtype = DType::kBF16;
+    p.dtype = p.kv_dtype = DType::kBF16;
+    if (case_.fp8) p.kv_dtype = DType::kE4M3, p.k_scale = kKeyScale, p.v_scale = kValueScale;
     p.q = q_.as();
     p.k_pool = pools_.at(2 * pool_bytes_ * copy);
     p.v_pool = pools_.at(2 * pool_bytes_ * copy + pool_bytes_);

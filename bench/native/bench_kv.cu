@@ -72,7 +72,7 @@ Row append(const std::string& name, int rows) {
   const Buffer position = upload(positions), slot = upload(slots);
   auto enqueue = [&](int copy, cudaStream_t stream) {
     RopeAppendParams p{};
-    p.dtype = DType::kBF16;
+    p.dtype = p.kv_dtype = DType::kBF16;
     p.qkv = qkv.at(qkv_elements * 2 * copy);
     p.positions = position.as<int32_t>();
     p.slots = slot.as<int64_t>();

@@ -58,7 +58,7 @@ struct Case {
   bool one_layer;
 };
 const Case kCases[] = {{"linear_bf16_m1", 1, false},   {"linear_bf16_m8", 8, false},     {"linear_bf16_m32", 32, false},          {"linear_bf16_m64", 64, false},
-                       {"linear_bf16_m128", 128, false}, {"linear_bf16_m256", 256, false}, {"prefill_linear_bf16_m4096", 4096, true}};
+                       {"linear_bf16_m128", 128, false}, {"linear_bf16_m160", 160, false}, {"linear_bf16_m256", 256, false}, {"prefill_linear_bf16_m4096", 4096, true}};
 
 constexpr int kSamples = 64, kLength = 64;  // vectors of outputs compared with the reference, and their length
 constexpr double kTolerance[] = {1e-3, 5e-3};  // of their relative error, for fp32 and bf16 outputs (whose rounding alone costs up to 2^-9 an element)

@@ -25,10 +25,10 @@ struct Block {
   int begin, end, request;
 };
 
-template <typename T> class Attention {
+template <typename T, typename KV> class Attention {
  public:
   explicit Attention(const AttentionParams& p)
-      : p_(p), group_(p.q_heads / p.kv_heads), dim_(p.head_dim), stride_(p.head_dim + 2), scale_(p.scale * kLog2e) {
+      : p_(p), group_(p.q_heads / p.kv_heads), dim_(p.head_dim), stride_(p.head_dim + 2), scale_(score_factor(p)) {
     const int n = std::min(*p.num_rows, p.rows);
     if (p.ancestors) nodes_.resize(static_cast<size_t>(n) * 64);
     for (int r = 0; r < n; ++r) rows_.push_back(describe(r));
@@ -120,7 +120,7 @@ template <typename T> class Attention {
     std::fill(m, l, -INFINITY);
     std::fill(l, o + vectors * dim_, 0.0f);
 
-    const T *keys[kTile], *values[kTile];
+    const KV *keys[kTile], *values[kTile];
     for (int tile = begin; tile < begin + kChunk; tile += kTile) {
       Span all{kTile, 0};  // what the rows without path positions in this tile see together
       for (int r = block.begin; r < block.end; ++r) {
@@ -151,11 +151,11 @@ template <typename T> class Attention {
 
   static bool reaches_path(const Row& row, int tile) { return row.len > row.prefix && tile + kTile > row.prefix; }
 
-  void locate(int request, int head, int slot, const T*& key, const T*& value) const {
+  void locate(int request, int head, int slot, const KV*& key, const KV*& value) const {
     const int64_t page = p_.block_table[static_cast<int64_t>(request) * p_.max_pages + slot / p_.page];
     const int64_t at = ((page * p_.kv_heads + head) * p_.page + slot % p_.page) * dim_;
-    key = static_cast<const T*>(p_.k_pool) + at;
-    value = static_cast<const T*>(p_.v_pool) + at;
+    key = static_cast<const KV*>(p_.k_pool) + at;
+    value = static_cast<const KV*>(p_.v_pool) + at;
   }
 
   void fold_chunks(const Block& block, int head, const float* partial, int64_t chunk_floats) {
@@ -177,7 +177,8 @@ template <typename T> class Attention {
       }
       const int64_t r = block.begin + v / group_;
       T* out = static_cast<T*>(p_.out) + (r * p_.q_heads + head * group_ + v % group_) * dim_;
-      for (int d = 0; d < dim_; ++d) out[d] = round_to<T>(row.len > 0 ? total.o[d] * (1.0f / total.l) : 0.0f);
+      const float factor = 1.0f / total.l * p_.v_scale;
+      for (int d = 0; d < dim_; ++d) out[d] = round_to<T>(row.len > 0 ? total.o[d] * factor : 0.0f);
     }
   }
 
@@ -192,7 +193,11 @@ template <typename T> class Attention {
 
 }  // namespace
 
-void launch_tree_attention_cpu(const AttentionParams& p) { p.dtype == DType::kBF16 ? Attention<bf16>(p).run() : Attention<float>(p).run(); }
+void launch_tree_attention_cpu(const AttentionParams& p) {
+  const bool fp8 = p.kv_dtype == DType::kE4M3;
+  if (p.dtype == DType::kBF16) fp8 ? Attention<bf16, e4m3>(p).run() : Attention<bf16, bf16>(p).run();
+  else fp8 ? Attention<float, e4m3>(p).run() : Attention<float, float>(p).run();
+}
 void launch_prefill_attention_cpu(const AttentionParams& p) { launch_tree_attention_cpu(p); }
 
 }  // namespace specrt

@@ -3,23 +3,30 @@
 // What a row sees: the logical positions 0 .. prefix-1 of its request, each in its own slot, then its path: position prefix + d in slot prefix + n_d.
 // len = prefix + path length; with a window w > 0 the positions before len - w are invisible. A row with len 0 gives zeros.
 //
-// Reduction order (csrc/README.md, 4): tiles of 64 logical positions, chunks of 4 tiles, groups of 8 chunks. t = (q.k) * c with c = scale * log2 e
+// The pools hold the dtype of q, or e4m3 with one k_scale and one v_scale (kv/params.h): an element is then widened as it is read (every e4m3 value is a bf16 value) and
+// taken for a k or v of q's dtype; k_scale is part of c, v_scale of the last factor. So both scales stand outside all loops, and 1 changes no bit.
+//
+// Reduction order (csrc/README.md, 4): tiles of 64 logical positions, chunks of 4 tiles, groups of 8 chunks. t = (q.k) * c with c = scale * log2 e * k_scale
 // rounded once. A chunk starts from (m, l, O) = (-inf, 0, 0); each of its tiles, ascending:
-//   m' = max(m, max t)   a = exp2(m - m')   p = exp2(t - m') rounded to V's dtype   l = l * a + sum p   O = O * a + P V
+//   m' = max(m, max t)   a = exp2(m - m')   p = exp2(t - m') rounded to q's dtype   l = l * a + sum p   O = O * a + P V
 // CPU and float32 CUDA: one fma chain over the visible positions, ascending, from the products l * a and O * a. bf16 CUDA: the products, then 4
 // mma.m16n8k16 ascending, V rows nobody sees zeroed. Fold of (m2, l2, O2) into (m, l, O): m' = max(m, m2), x = fma(x2, exp2(m2 - m'), x * exp2(m - m')): chunks
 // ascending into their group, groups ascending into the total, each from (-inf, 0, 0). A tile, chunk or group in which a row sees nothing is
-// skipped for that row. Both ops follow this order, so they give a row the same bits.
+// skipped for that row. The output is O * f rounded to q's dtype, f = (1 / l) * v_scale: the quotient rounded, then the product. Both ops follow this order, so they give a
+// row the same bits.
 #pragma once
-#include "base/types.h"
+#include "base/math.h"
 
 namespace specrt {
 
 constexpr int kTile = 64, kChunkTiles = 4, kGroupChunks = 8;
 constexpr int kChunk = kTile * kChunkTiles, kGroup = kChunk * kGroupChunks;
 
+// On CUDA tree attention in bfloat16 reads the plan, the block table, the rows' tables, num_rows, and keys and values of positions that were there before this pass (of a request's rows
+// without ancestors or paths: below its first row's; of others: below prefix) while the kernel before it may still run. So what writes those must be older than a kernel that waits
+// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them.
 struct AttentionParams {
-  DType dtype;
+  DType dtype, kv_dtype;      // kv_dtype: of the pools, dtype or e4m3
   const void* q;              // [R, Hq, D]
   const void* k_pool;         // [pages, Hkv, P, D]
   const void* v_pool;         // [pages, Hkv, P, D]
@@ -28,7 +35,7 @@ struct AttentionParams {
   const int32_t* row_prefix;  // [R]
   const int64_t* ancestors;   // [R] or null: bit j = node j is on the path
   const int32_t* paths;       // [R, path_depth] or null: nodes of the path, -1 ends it
-  float scale;
+  float scale, k_scale = 1.0f, v_scale = 1.0f;  // of the pools: 1 but for e4m3
   int window;                 // 0: none
   const int32_t* num_rows;
   const int32_t* plan;        // bf16 CUDA tree attention: made by attention_plan from the same rows
@@ -36,6 +43,9 @@ struct AttentionParams {
   void* out;                  // [R, Hq, D]
   int rows, requests, q_heads, kv_heads, head_dim, page, max_pages, pages, path_depth;
 };
+
+// c of the formulas.
+inline float score_factor(const AttentionParams& p) { return static_cast<float>(static_cast<double>(p.scale) * static_cast<double>(kLog2e) * static_cast<double>(p.k_scale)); }
 
 // Which CTA of tree attention does what (plan.cuh), once for all layers of a forward pass.
 struct AttentionPlanParams {
@@ -48,7 +58,7 @@ struct AttentionPlanParams {
   int rows, requests, q_heads, kv_heads, path_depth;
 };
 
-constexpr int kPlanHeader = 4, kPlanBlock = 8;  // ints
+constexpr int kPlanHeader = 4, kPlanBlock = 12;  // ints
 constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
 
 // CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.

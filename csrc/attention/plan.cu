@@ -1,4 +1,4 @@
-// Makes the plan of tree attention (plan.cuh): one block walks the packed rows.
+// Makes the plan of tree attention (plan.cuh): one block walks the packed rows. It stands before the weights of a first layer, which come while it works.
 #include "attention/plan.cuh"
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
@@ -6,7 +6,8 @@
 namespace specrt {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kNear = 256;  // blocks that are made in shared memory: a plan of more rows is made where it will lie
 
 // The combination of what the threads before and the thread itself have, over the block; `total`: of all. Operator: max or plus.
 template <typename F> __device__ int scan(int x, F f, int identity, int& total, int* warps) {
@@ -37,11 +38,12 @@ struct Plus {
 
 __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
   __shared__ int warps[kWarps];
-  ptx::launch_dependents();
   ptx::grid_dependency_wait();
+  ptx::launch_dependents();  // now: sooner, weights that fill a pipeline and then wait would only stand in the way of what is before
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
-  Block* blocks = reinterpret_cast<Block*>(p.plan + kPlanHeader);
+  __shared__ Block near[kNear];
+  Block* const blocks = p.rows <= kNear ? near : reinterpret_cast<Block*>(p.plan + kPlanHeader);
   auto together = [&](int r) {  // row r goes on with row r - 1's run
     return r > 0 && p.row_request[r] == p.row_request[r - 1] && (!has_paths || p.row_prefix[r] == p.row_prefix[r - 1]);
   };
@@ -55,7 +57,10 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     const bool leads = r < rows && (r - begin) % most == 0;
     int leaders;
     const int place = count + scan(leads, Plus(), 0, leaders, warps) - 1;
-    if (leads) blocks[place].begin = r;
+    if (leads) {
+      blocks[place].begin = r;
+      blocks[place].settled = has_paths ? p.row_prefix[r] : p.row_prefix[begin] - 1;
+    }
     count += leaders;
   }
   __syncthreads();
@@ -64,6 +69,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   for (int b = warp; b < count; b += kWarps) {
     const int begin = blocks[b].begin, end = b + 1 < count ? blocks[b + 1].begin : rows;
     int prefix = 0, shortest = 0x7fffffff, longest = 0, nodes = 0;
+    unsigned long long wanted = 0;
     for (int r = begin + lane; r < end; r += 32) {
       int len = p.row_prefix[r];
       prefix = max(prefix, len);
@@ -71,8 +77,15 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
         const long long word = p.ancestors[r];
         len += __popcll(word);
         nodes = max(nodes, 64 - __clzll(word));
+        wanted |= word;
       } else if (p.paths) {
-        for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++len;
+        bool goes_on = true;
+#pragma unroll 8
+        for (int d = 0; d < p.path_depth; ++d) {  // loads that do not wait for each other
+          const int node = p.paths[static_cast<int64_t>(r) * p.path_depth + d];
+          goes_on = goes_on && node >= 0;
+          len += goes_on;
+        }
       }
       shortest = min(shortest, len);
       longest = max(longest, len);
@@ -81,6 +94,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     shortest = __reduce_min_sync(~0u, shortest);
     longest = __reduce_max_sync(~0u, longest);
     nodes = __reduce_max_sync(~0u, nodes);
+    const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
     if (lane == 0) {
       blocks[b].rows = end - begin;
       blocks[b].request = p.row_request[begin];
@@ -88,6 +102,8 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
       blocks[b].shortest = shortest;
       blocks[b].longest = longest;
       blocks[b].nodes = nodes;
+      blocks[b].wanted_low = static_cast<int>(low);
+      blocks[b].wanted_high = static_cast<int>(high);
     }
   }
   __syncthreads();
@@ -115,6 +131,9 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     pieces += total;
   }
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
+  if (blocks != near) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * kPlanBlock; i += kThreads) p.plan[kPlanHeader + i] = reinterpret_cast<const int32_t*>(near)[i];
 }
 
 }  // namespace

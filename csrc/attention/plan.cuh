@@ -14,15 +14,24 @@ struct PlanHeader {
 struct alignas(16) Block {
   int begin, rows, request, pieces_before;
   int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
+  int settled;                  // positions that no row of the request has added (params.h)
+  int wanted_low, wanted_high;  // with ancestors: the nodes on any row's path, a word in two
 
   __device__ int pieces(int run) const { return (longest + run * kChunk - 1) / (run * kChunk); }
 };
 
 static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
 
-// A plan in memory: the header, then a block for each row at most.
-__device__ __forceinline__ const PlanHeader& plan_header(const int32_t* plan) { return *reinterpret_cast<const PlanHeader*>(plan); }
-__device__ __forceinline__ const Block* plan_blocks(const int32_t* plan) { return reinterpret_cast<const Block*>(plan + kPlanHeader); }
+// A plan in memory: the header, then a block for each row at most. Read from L2: what an SM holds of it may be of another pass.
+__device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {
+  const int4 x = __ldcg(reinterpret_cast<const int4*>(plan));
+  return {x.x, x.y, x.z, x.w};
+}
+__device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
+  const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + index * kPlanBlock);
+  const int4 a = __ldcg(from), b = __ldcg(from + 1), c = __ldcg(from + 2);
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z};
+}
 
 // The block that has a piece; pieces ascend from call to call.
 struct BlockCursor {
@@ -35,16 +44,17 @@ struct BlockCursor {
     const unsigned before = __ballot_sync(~0u, lane < header.blocks && mine.pieces_before <= piece);
     index = max(0, 31 - __clz(static_cast<int>(before)));
     auto get = [&](int x) { return __shfl_sync(~0u, x, index); };
-    block = {get(mine.begin), get(mine.rows), get(mine.request), get(mine.pieces_before), get(mine.prefix), get(mine.shortest), get(mine.longest), get(mine.nodes)};
+    block = {get(mine.begin), get(mine.rows), get(mine.request), get(mine.pieces_before), get(mine.prefix), get(mine.shortest), get(mine.longest), get(mine.nodes), get(mine.settled),
+             get(mine.wanted_low), get(mine.wanted_high)};
     for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
       const int i = base + lane;
-      const unsigned more = __ballot_sync(~0u, i < header.blocks && plan_blocks(plan)[i].pieces_before <= piece);
-      if (more) block = plan_blocks(plan)[index = base + 31 - __clz(static_cast<int>(more))];
+      const unsigned more = __ballot_sync(~0u, i < header.blocks && __ldcg(plan + kPlanHeader + i * kPlanBlock + 3) <= piece);
+      if (more) block = plan_block(plan, index = base + 31 - __clz(static_cast<int>(more)));
     }
   }
 
   __device__ void advance(int piece) {
-    while (piece >= block.pieces_before + block.pieces(run)) block = plan_blocks(plan)[++index];
+    while (piece >= block.pieces_before + block.pieces(run)) block = plan_block(plan, ++index);
   }
 };
 

@@ -1,12 +1,14 @@
-// Prompt attention, bf16, on Hopper: 128 rows of one query head at a time, 64 a warpgroup, over tiles of 64 keys; the same bits as tree.cu for the same row.
+// Prompt attention, bf16 over bf16 or e4m3 pools, on Hopper: 128 rows of one query head at a time, 64 a warpgroup, over tiles of 64 keys; the same bits as tree.cu for the same row.
 //
 // A job is the rows of one request in a block of 128 and a head. CTAs stay and walk the jobs, long ones first; a producer warp finds them and brings their queries and the
 // pages of K and V by bulk tensor copies, so that a job's first tiles are there when the one before it ends. Each of two warpgroups takes only the tiles its own rows
 // see, and keeps scores, the chunk's O and the group's O in registers; the total of the groups before, which few prompts have, lies in shared memory. While a tile's
 // P V is on the tensor cores, so are the next tile's scores, and its softmax follows at once. (Making the warpgroups take turns on the tensor cores: 4 % slower.)
 //
+// Tiles of e4m3 pools are widened by the warps beside the producer before a warpgroup sees them (widen.cuh): again for every job that reads them.
 // V rows beyond what the job sees are zeroed in shared memory; a row's own masked positions have p = 0 times a finite V of the same request.
 #include "attention/prefill_tile.cuh"
+#include "attention/widen.cuh"
 #include "base/launch.h"
 #include "base/tensor_map.h"
 #include "ptx/mbarrier.cuh"
@@ -40,6 +42,8 @@ template <int D> struct Rest {
   uint4 ones[16];
   float2 total[kRows];  // its (m, l)
   uint64_t full_k[Layout<D>::stages], full_v[Layout<D>::stages], empty_k[Layout<D>::stages], empty_v[Layout<D>::stages], full_q, empty_q;
+  uint64_t narrow_k[Layout<D>::stages], narrow_v[Layout<D>::stages];  // an e4m3 tile has come: full follows when it is wide
+  bool end[Layout<D>::stages];  // no e4m3 tile: the producer has done
   Job job;  // comes with the queries
 };
 template <int D> constexpr int kSharedBytes = Layout<D>::rest + static_cast<int>(sizeof(Rest<D>));
@@ -53,7 +57,8 @@ template <int D> struct Place {
   }
 };
 
-template <int D> struct Producer {
+template <int D, typename KV> struct Producer {
+  using Tile = Arrival<KV, kTileColumns<D>>;
   const CUtensorMap &q_map, &k_map, &v_map;
   const AttentionParams& p;
   Rest<D>& rest;
@@ -93,7 +98,7 @@ template <int D> struct Producer {
     int coming = page(tiles_begin);
     for (int tile = tiles_begin; tile < end; tile += kTile) {
       const bool mine = copies(tile);
-      const int row = (coming * p.kv_heads + kv_head) * p.page, bytes = __popc(__ballot_sync(~0u, mine)) * p.page * kTileBlocks<D> * kBlockColumns * 2;
+      const int row = (coming * p.kv_heads + kv_head) * p.page, bytes = __popc(__ballot_sync(~0u, mine)) * p.page * Tile::boxes * 128;
       coming = page(tile + kTile);
       auto copy = [&](const CUtensorMap& map, int tiles, uint64_t* full, uint64_t* empty) {
         const uint32_t bell = ptx::shared_address(full + at.stage);
@@ -102,12 +107,12 @@ template <int D> struct Producer {
         __syncwarp();
         if (!mine) return;
 #pragma unroll
-        for (int b = 0; b < kTileBlocks<D>; ++b)
-          ptx::tma_load(shared + tiles + at.stage * Layout<D>::tile_bytes + b * kBlockBytes + lane * p.page * kBlockColumns * 2, &map, b * kBlockColumns, row, bell);
+        for (int b = 0; b < Tile::boxes; ++b)
+          ptx::tma_load(shared + tiles + at.stage * Layout<D>::tile_bytes + Tile::at + b * kBlockBytes + lane * p.page * kBlockColumns * 2, &map, b * kBlockColumns, row, bell);
       };
-      copy(k_map, 0, rest.full_k, rest.empty_k);
+      copy(k_map, 0, Tile::fp8 ? rest.narrow_k : rest.full_k, rest.empty_k);
       if (tile == tiles_begin) load_queries(job);
-      copy(v_map, Layout<D>::values, rest.full_v, rest.empty_v);
+      copy(v_map, Layout<D>::values, Tile::fp8 ? rest.narrow_v : rest.full_v, rest.empty_v);
       at.advance();
     }
     if (tiles_begin >= end) load_queries(job);  // nobody sees anything: zeros are due
@@ -142,8 +147,27 @@ template <int D> struct Producer {
       block(row, item % p.q_heads, min(kRows, rows - row));
     }
     publish({0, 0, 0, 0, 0}, 0);
+    if constexpr (Tile::fp8) {
+      ptx::mbarrier_wait(ptx::shared_address(rest.empty_k + at.stage), at.parity ^ 1);
+      if (lane == 0) {
+        rest.end[at.stage] = true;
+        ptx::mbarrier_arrive(ptx::shared_address(rest.narrow_k + at.stage));
+      }
+    }
   }
 };
+
+// A warp beside the producer, one of kWideners, where pools are e4m3: its part of every tile that comes.
+template <int D> __device__ void widen_tiles(Rest<D>& rest, uint32_t shared, int warp, int lane) {
+  for (Place<D> at;; at.advance())
+#pragma unroll 1
+    for (int which = 0; which < 2; ++which) {  // K, V
+      ptx::mbarrier_wait(ptx::shared_address((which ? rest.narrow_v : rest.narrow_k) + at.stage), at.parity);
+      if (rest.end[at.stage]) return;
+      widen_tile<kTileColumns<D>>(shared + which * Layout<D>::values + at.stage * Layout<D>::tile_bytes, warp, lane);
+      if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address((which ? rest.full_v : rest.full_k) + at.stage));
+    }
+}
 
 // A warpgroup: its rows [64 warpgroup, ..) of every block.
 template <int D> struct Consumer {
@@ -317,10 +341,10 @@ template <int D> struct Consumer {
       if (r < job.begin || r >= job.end) continue;
       bf16* out = static_cast<bf16*>(p.out) + (static_cast<int64_t>(job.row + r) * p.q_heads + job.head) * D + lane % 4 * 2;
       const bool sees = job.len_of(r) > 0;
-      const float reciprocal = 1.0f / group.l[i];
+      const float factor = 1.0f / group.l[i] * p.v_scale;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
-        *reinterpret_cast<uint32_t*>(out + n * 8) = sees ? ptx::pack_bf16(group.o[n][2 * i] * reciprocal, group.o[n][2 * i + 1] * reciprocal) : 0u;
+        *reinterpret_cast<uint32_t*>(out + n * 8) = sees ? ptx::pack_bf16(group.o[n][2 * i] * factor, group.o[n][2 * i + 1] * factor) : 0u;
     }
   }
 
@@ -337,7 +361,7 @@ template <int D> struct Consumer {
   }
 };
 
-template <int D> __global__ void __launch_bounds__(kThreads, 1)
+template <int D, typename KV> __global__ void __launch_bounds__(kThreads, 1)
 prefill_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
                          const __grid_constant__ AttentionParams p, float scale) {
   extern __shared__ __align__(1024) char memory[];
@@ -346,8 +370,12 @@ prefill_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid
   if (threadIdx.x < 16) rest.ones[threadIdx.x] = make_uint4(0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Layout<D>::stages; ++i) {
-      ptx::mbarrier_init(ptx::shared_address(&rest.full_k[i]), 1);
-      ptx::mbarrier_init(ptx::shared_address(&rest.full_v[i]), 1);
+      constexpr int kFillers = Arrival<KV, kTileColumns<D>>::fp8 ? kWideners : 1;
+      ptx::mbarrier_init(ptx::shared_address(&rest.full_k[i]), kFillers);
+      ptx::mbarrier_init(ptx::shared_address(&rest.full_v[i]), kFillers);
+      ptx::mbarrier_init(ptx::shared_address(&rest.narrow_k[i]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&rest.narrow_v[i]), 1);
+      rest.end[i] = false;
       ptx::mbarrier_init(ptx::shared_address(&rest.empty_k[i]), kConsumers / 32);
       ptx::mbarrier_init(ptx::shared_address(&rest.empty_v[i]), kConsumers / 32);
     }
@@ -360,18 +388,29 @@ prefill_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid
   const uint32_t shared = ptx::shared_address(memory);
   if (warp >= kConsumers / 32) {
     ptx::give_registers<kProducerRegisters>();
-    if (warp == kConsumers / 32) Producer<D>{q_map, k_map, v_map, p, rest, shared, lane}.all();
+    const int beside = warp - kConsumers / 32 - 1;
+    if (beside < 0) Producer<D, KV>{q_map, k_map, v_map, p, rest, shared, lane}.all();
+    else if constexpr (Arrival<KV, kTileColumns<D>>::fp8) widen_tiles<D>(rest, shared, beside, lane);
   } else {
     ptx::take_registers<kConsumerRegisters>();
     Consumer<D>{p, rest, memory, scale, shared, warp / 4, lane, warp * 16 + lane / 4}.all();
   }
 }
 
-template <int D> void launch_prefill(const AttentionParams& p, cudaStream_t stream) {
-  auto map = [&](const void* pool) { return tensor_map_bf16(pool, p.pages * p.kv_heads * p.page, D, p.page); };
+template <int D, typename KV> void launch_prefill(const AttentionParams& p, cudaStream_t stream) {
+  auto map = [&](const void* pool) { return pool_map<Arrival<KV, kTileColumns<D>>>(p, pool, p.page); };
   const int items = (p.rows + kRows - 1) / kRows * p.q_heads, slots = multiprocessors();
-  launch({dim3(static_cast<unsigned>(items < slots ? items : slots)), dim3(kThreads), kSharedBytes<D>, stream}, prefill_attention_kernel<D>,
-         tensor_map_bf16(p.q, p.rows, p.q_heads * D, 64), map(p.k_pool), map(p.v_pool), p, p.scale * kLog2e);
+  launch({dim3(static_cast<unsigned>(items < slots ? items : slots)), dim3(kThreads), kSharedBytes<D>, stream}, prefill_attention_kernel<D, KV>,
+         tensor_map_bf16(p.q, p.rows, p.q_heads * D, 64), map(p.k_pool), map(p.v_pool), p, score_factor(p));
+}
+
+template <typename KV> void launch_pool(const AttentionParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64: return launch_prefill<64, KV>(p, stream);
+    case 96: return launch_prefill<96, KV>(p, stream);
+    case 128: return launch_prefill<128, KV>(p, stream);
+    default: fail("prefill_attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
+  }
 }
 
 }  // namespace
@@ -380,12 +419,7 @@ void launch_prefill_attention_cuda(const AttentionParams& p, void* stream) {
   if (p.dtype == DType::kF32) return launch_attention_f32(p, stream);
   require_hopper("prefill_attention");
   auto s = static_cast<cudaStream_t>(stream);
-  switch (p.head_dim) {
-    case 64: return launch_prefill<64>(p, s);
-    case 96: return launch_prefill<96>(p, s);
-    case 128: return launch_prefill<128>(p, s);
-    default: fail("prefill_attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
-  }
+  p.kv_dtype == DType::kE4M3 ? launch_pool<e4m3>(p, s) : launch_pool<bf16>(p, s);
 }
 
 }  // namespace specrt

@@ -18,10 +18,17 @@ struct Row {
 
 __device__ __forceinline__ Row describe_row(const AttentionParams& p, int r) {
   Row row;
-  row.prefix = row.len = p.row_prefix[r];
-  if (p.ancestors) row.len += __popcll(p.ancestors[r]);
-  else if (p.paths)
-    for (int d = 0; d < p.path_depth && p.paths[static_cast<int64_t>(r) * p.path_depth + d] >= 0; ++d) ++row.len;
+  row.prefix = row.len = __ldcg(p.row_prefix + r);  // from L2, as it may be before the wait (params.h)
+  if (p.ancestors) row.len += __popcll(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + r));
+  if (p.paths) {
+    bool goes_on = true;
+#pragma unroll 8
+    for (int d = 0; d < p.path_depth; ++d) {  // loads that do not wait for each other
+      const int node = __ldcg(p.paths + static_cast<int64_t>(r) * p.path_depth + d);
+      goes_on = goes_on && node >= 0;
+      row.len += goes_on;
+    }
+  }
   if (p.window > 0) row.first = max(0, row.len - p.window);
   return row;
 }

@@ -2,13 +2,14 @@
 // shared memory; then lanes own elements of O and every chain runs over the visible positions, ascending. Plain, for parity checks rather than speed.
 #include "attention/row.cuh"
 #include "base/check.h"
+#include "base/fp8.h"
 
 namespace specrt {
 namespace {
 
 constexpr int kWarps = 4;
 
-template <int D> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(AttentionParams p, float scale) {
+template <int D, typename KV> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(AttentionParams p, float scale) {
   __shared__ float shared_q[kWarps][D], shared_p[kWarps][kTile];
   __shared__ int64_t shared_at[kWarps][kTile];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -17,7 +18,7 @@ template <int D> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(
   if (r >= p.rows || r >= *p.num_rows) return;  // a whole warp: no block barrier follows
   const int kv_head = head / (p.q_heads / p.kv_heads), request = p.row_request[r];
   const Row row = describe_row(p, r);
-  const float *k = static_cast<const float*>(p.k_pool), *v = static_cast<const float*>(p.v_pool);
+  const KV *k = static_cast<const KV*>(p.k_pool), *v = static_cast<const KV*>(p.v_pool);
   float *q = shared_q[warp], *probability = shared_p[warp];
   int64_t* at = shared_at[warp];
   for (int d = lane; d < D; d += 32) q[d] = static_cast<const float*>(p.q)[vector * D + d];
@@ -37,7 +38,7 @@ template <int D> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(
       if (j < low || j >= high) continue;
       at[j] = slot_offset(p, request, kv_head, slot_of(p, r, row, begin + j));
       float s = 0.0f;
-      for (int d = 0; d < D; ++d) s = fma_rn(q[d], k[at[j] + d], s);
+      for (int d = 0; d < D; ++d) s = fma_rn(q[d], to_float(k[at[j] + d]), s);
       t[half] = s * scale;
     }
     float top = t[1] > t[0] ? t[1] : t[0];
@@ -58,7 +59,7 @@ template <int D> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(
       const float x = probability[j];
       chunk.l = chunk.l + x;
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) chunk.o[i] = fma_rn(x, v[at[j] + lane + 32 * i], chunk.o[i]);
+      for (int i = 0; i < D / 32; ++i) chunk.o[i] = fma_rn(x, to_float(v[at[j] + lane + 32 * i]), chunk.o[i]);
     }
     __syncwarp();
     const int end = begin + kTile;
@@ -71,24 +72,29 @@ template <int D> __global__ void __launch_bounds__(kWarps * 32) rows_f32_kernel(
       group.reset();
     }
   }
+  const float factor = 1.0f / total.l * p.v_scale;
 #pragma unroll
-  for (int i = 0; i < D / 32; ++i) static_cast<float*>(p.out)[vector * D + lane + 32 * i] = row.len > 0 ? total.o[i] * (1.0f / total.l) : 0.0f;
+  for (int i = 0; i < D / 32; ++i) static_cast<float*>(p.out)[vector * D + lane + 32 * i] = row.len > 0 ? total.o[i] * factor : 0.0f;
+}
+
+template <typename KV> void launch_pool(const AttentionParams& p, cudaStream_t s) {
+  const int64_t vectors = static_cast<int64_t>(p.rows) * p.q_heads;
+  const int blocks = static_cast<int>((vectors + kWarps - 1) / kWarps);
+  const float scale = score_factor(p);
+  switch (p.head_dim) {
+    case 64: rows_f32_kernel<64, KV><<<blocks, kWarps * 32, 0, s>>>(p, scale); break;
+    case 96: rows_f32_kernel<96, KV><<<blocks, kWarps * 32, 0, s>>>(p, scale); break;
+    case 128: rows_f32_kernel<128, KV><<<blocks, kWarps * 32, 0, s>>>(p, scale); break;
+    default: fail("attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
+  }
+  SPECRT_CHECK_LAUNCH();
 }
 
 }  // namespace
 
 void launch_attention_f32(const AttentionParams& p, void* stream) {
-  const int64_t vectors = static_cast<int64_t>(p.rows) * p.q_heads;
-  const int blocks = static_cast<int>((vectors + kWarps - 1) / kWarps);
-  const float scale = p.scale * kLog2e;
   auto s = static_cast<cudaStream_t>(stream);
-  switch (p.head_dim) {
-    case 64: rows_f32_kernel<64><<<blocks, kWarps * 32, 0, s>>>(p, scale); break;
-    case 96: rows_f32_kernel<96><<<blocks, kWarps * 32, 0, s>>>(p, scale); break;
-    case 128: rows_f32_kernel<128><<<blocks, kWarps * 32, 0, s>>>(p, scale); break;
-    default: fail("attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
-  }
-  SPECRT_CHECK_LAUNCH();
+  p.kv_dtype == DType::kE4M3 ? launch_pool<e4m3>(p, s) : launch_pool<float>(p, s);
 }
 
 }  // namespace specrt

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "attention/params.h"
+#include "base/fp8.h"
 #include "base/math.h"
 #include "base/parallel.h"
 
@@ -165,8 +166,18 @@ void attend_tile(int vectors, int dim, const float* q, const Span* spans, float 
   }
 }
 
+// to_float, fit for loops over vectors: all sides of a choice are computed (select), and none is a float32 denormal, which a CPU multiplies slowly.
+SPECRT_HD float widened(float x) { return x; }
+SPECRT_HD float widened(bf16 x) { return to_float(x); }
+SPECRT_HD float widened(e4m3 x) {
+  const uint32_t magnitude = x.bits & 0x7fu, sign = static_cast<uint32_t>(x.bits & 0x80u) << 24;
+  const float denormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0.001953125f, normal = bits_to_float((magnitude << 20) + (120u << 23));
+  const float value = select(magnitude == 0x7fu, bits_to_float(0x7fc00000u), select(magnitude < 8u, denormal, normal));
+  return bits_to_float(float_to_bits(value) | sign);
+}
+
 template <typename T> SPECRT_CLONES void widen(const T* from, float* to, int n) {
-  for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
+  for (int i = 0; i < n; ++i) to[i] = widened(from[i]);
 }
 
 using Vec = float __attribute__((vector_size(64)));
@@ -194,7 +205,7 @@ template <int S> SPECRT_HD void exchange_all(Vec (&rows)[16]) {
 template <typename T> SPECRT_CLONES void transpose_block(const T* const* from, int d, float* to) {
   alignas(64) float wide[16][16];
   for (int j = 0; j < 16; ++j)
-    for (int i = 0; i < 16; ++i) wide[j][i] = to_float(from[j][d + i]);
+    for (int i = 0; i < 16; ++i) wide[j][i] = widened(from[j][d + i]);
   Vec rows[16];
 #pragma GCC unroll 16
   for (int j = 0; j < 16; ++j) memcpy(&rows[j], wide[j], sizeof(Vec));

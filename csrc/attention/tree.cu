@@ -1,15 +1,16 @@
-// Decode, verify and draft-expansion attention, bf16, on Hopper.
+// Decode, verify and draft-expansion attention, bf16 over bf16 or e4m3 pools, on Hopper.
 //
 // A job is a block of rows of one request, a KV head and a run of chunks of 256 positions (plan.cuh). Rows x query heads stand side by side as the 64 vectors of a
 // warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp keeps `stages` tiles in flight by tensor copies, one a page. The keys of the
-// rows' paths come as tiles of their own, a copy a slot, from which every row's groups of 16 are read at their logical places (row addresses of ldmatrix).
+// rows' paths come as tiles of their own, a copy a slot, from which every row's groups of 16 are read at their logical places (row addresses of ldmatrix). Tiles of e4m3 pools
+// are widened by the warps beside the producer before anybody else sees them (widen.cuh).
 // A run folds its chunks where they are; what is not a row's whole answer goes through the workspace to the combine kernel. Which CTA does what changes no bit.
 //
 // Bytes: K and V once a block of rows (the blocks of a request share them through L2), D + 2 floats for each vector and run.
 #include "attention/plan.cuh"
 #include "attention/tree_tile.cuh"
+#include "attention/widen.cuh"
 #include "base/launch.h"
-#include "base/tensor_map.h"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/named_barrier.cuh"
@@ -19,22 +20,24 @@
 namespace specrt {
 namespace {
 
-template <int dim_, int warpgroups_> struct Shape {
+template <int dim_, int warpgroups_, typename KV> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 7;  // at least 4: a tile that holds paths takes as many
   static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
   static constexpr int tile_bytes = columns / 64 * kBlockBytes;
+  using Tile = Arrival<KV, columns>;
   // Shared memory: stages; the queries, a tile a warpgroup; O of the run so far, 16 bytes a thread and piece; the rest.
   static constexpr int queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes, pieces = columns / 8, rest = kept + consumers * pieces * 16;
 };
 
 template <typename S> struct Rest {
   uint4 zeros;
-  uint64_t full[S::stages], empty[S::stages];
+  uint64_t full[S::stages], empty[S::stages], narrow[S::stages];  // narrow: an e4m3 tile has come, full follows when it is wide
   uint64_t nodes[S::vectors];  // ancestors of a row
   uint8_t places[S::warps][16];  // for a warp's group of 16 positions: the node at each
   int len[S::vectors];
+  bool end[S::stages];  // no e4m3 tile: the producer has done
 };
 
 template <typename S> constexpr int kSharedBytes = S::rest + static_cast<int>(sizeof(Rest<S>));
@@ -74,12 +77,17 @@ struct Job {
 // The producer, a warp (of a warpgroup that gives its registers away): the tiles of a job, each of its stages filled as soon as it is free.
 template <typename S> struct Producer {
   const AttentionParams& p;
-  uint32_t stages, full, empty;
+  uint32_t stages, full, empty;  // full: what a tile that has come arrives at
   int lane, copied = 0;
 
-  __device__ uint32_t stage(int bytes) {
+  __device__ int stage_free() const {
     const int s = copied % S::stages;
     if (copied >= S::stages) ptx::mbarrier_wait(empty + 8 * s, (copied / S::stages - 1) & 1);
+    return s;
+  }
+
+  __device__ int stage(int bytes) {
+    const int s = stage_free();
     if (lane == 0) ptx::mbarrier_arrive_expect(full + 8 * s, bytes);
     __syncwarp();
     ++copied;
@@ -89,9 +97,9 @@ template <typename S> struct Producer {
   // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
   __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
     const int pages = kTile / p.page, page = lane & (pages - 1), block = lane / pages, at = tile + page * p.page;
-    const bool copies = block < S::columns / 64 && at < job.slots_end() && at + p.page > job.first_seen;
+    const bool copies = block < S::Tile::boxes && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
+    if (copies) ptx::tma_load(stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
   }
 
   // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
@@ -106,12 +114,12 @@ template <typename S> struct Producer {
   }
 
   __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
-    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::columns * 2);
+    const int s = stage((__popc(__ballot_sync(~0u, rows[0] >= 0)) + __popc(__ballot_sync(~0u, rows[1] >= 0))) * S::Tile::boxes * 128);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (rows[half] >= 0)
-        for (int block = 0; block < S::columns / 64; ++block)
-          ptx::tma_load(stages + s * S::tile_bytes + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
+        for (int block = 0; block < S::Tile::boxes; ++block)
+          ptx::tma_load(stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + (lane + 32 * half) * 128, map, block * 64, rows[half], full + 8 * s);
   }
 
   // The row of the pool [pages x kv heads x page, D] that holds a slot.
@@ -121,16 +129,12 @@ template <typename S> struct Producer {
 
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages, const CUtensorMap* k_slots, const CUtensorMap* v_slots) {
     const int32_t* table = p.block_table + static_cast<int64_t>(job.block.request) * p.max_pages;
-    uint64_t wanted = 0;
-    if (p.ancestors && !job.many_nodes && job.chunk_end * kChunk > job.own_begin()) {
-      for (int r = lane; r < job.block.rows; r += 32) wanted |= static_cast<uint64_t>(p.ancestors[job.block.begin + r]);
-      const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
-      wanted = static_cast<uint64_t>(high) << 32 | low;
-    }
+    const uint64_t wanted = static_cast<uint64_t>(static_cast<uint32_t>(job.block.wanted_high)) << 32 | static_cast<uint32_t>(job.block.wanted_low);
     for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
       const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), first_page = chunk * kChunk / p.page, mine = first_page + lane;
-      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? table[mine] : 0;
+      const int ids = lane < (kChunk + kTile) / p.page && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
       for (int at = begin; at < end; at += kTile) {
+        if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
         const bool slots = job.loads_slots(at), more = job.loads_more(at);
         const int place = at / p.page - first_page + (lane & (kTile / p.page - 1));
         const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + kTile / p.page);
@@ -149,11 +153,22 @@ template <typename S> struct Producer {
   }
 };
 
-// O * (1 / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
+// A warp beside the producer, one of kWideners, where pools are e4m3: its part of every tile that comes.
+template <typename S> __device__ void widen_tiles(Rest<S>& rest, uint32_t stages, uint32_t narrow, uint32_t full, int warp, int lane) {
+  for (int count = 0;; ++count) {
+    const int s = count % S::stages;
+    ptx::mbarrier_wait(narrow + 8 * s, count / S::stages & 1);
+    if (rest.end[s]) return;
+    widen_tile<S::columns>(stages + s * S::tile_bytes, warp, lane);
+    if (lane == 0) ptx::mbarrier_arrive(full + 8 * s);
+  }
+}
+
+// O * (v_scale / l), or a partial (m, l, O), of a vector; by the four lanes that hold it.
 template <typename S> __device__ __forceinline__ void write_vector(const AttentionParams& p, int64_t vector, int slot, bool whole, float m, float l, const float (&o)[S::pieces][4], int i, int lane) {
   if (whole) {
     uint32_t* out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + vector * S::dim) + lane % 4;
-    const float r = 1.0f / l;
+    const float r = 1.0f / l * p.v_scale;
 #pragma unroll
     for (int n = 0; n < S::dim / 8; ++n)
       out[4 * n] = to_bf16(o[n][2 * i] * r).bits | static_cast<uint32_t>(to_bf16(o[n][2 * i + 1] * r).bits) << 16;
@@ -174,7 +189,8 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   extern __shared__ __align__(1024) unsigned char shared[];
   Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const uint32_t stages = ptx::shared_address(shared), full = ptx::shared_address(rest.full), empty = ptx::shared_address(rest.empty);
+  const uint32_t stages = ptx::shared_address(shared), full = ptx::shared_address(rest.full), empty = ptx::shared_address(rest.empty),
+                 narrow = ptx::shared_address(rest.narrow);
   if (threadIdx.x == S::consumers) {
     ptx::prefetch_tensor_map(&k_pages);
     ptx::prefetch_tensor_map(&v_pages);
@@ -183,32 +199,45 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   }
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::stages; ++s) {
-      ptx::mbarrier_init(full + 8 * s, 1);
+      ptx::mbarrier_init(full + 8 * s, S::Tile::fp8 ? kWideners : 1);
       ptx::mbarrier_init(empty + 8 * s, S::warps);
+      ptx::mbarrier_init(narrow + 8 * s, 1);
+      rest.end[s] = false;
     }
     ptx::mbarrier_init_fence();
     rest.zeros = make_uint4(0, 0, 0, 0);
   }
   __syncthreads();
   ptx::launch_dependents();
-  ptx::grid_dependency_wait();
+  // Before the wait: who does what, and the producer's first tiles (params.h).
   const PlanHeader header = plan_header(p.plan);
-  const Block first_blocks = plan_blocks(p.plan)[lane];
+  const Block first_blocks = plan_block(p.plan, lane);
   // Neighbouring jobs to a CTA: pieces of one block and KV head.
   const int jobs = header.pieces * p.kv_heads, each = jobs / static_cast<int>(gridDim.x), over = jobs % static_cast<int>(gridDim.x), cta = blockIdx.x;
   const int jobs_begin = cta * each + min(cta, over), jobs_end = jobs_begin + each + (cta < over);
-  if (jobs_begin == jobs_end) return;
-  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
+  if (jobs_begin == jobs_end) return ptx::grid_dependency_wait();  // this grid must not end before the one it depends on
 
   if (warp >= S::warps) {
     ptx::give_registers<S::producer_registers>();
-    if (warp > S::warps) return;
-    Producer<S> producer{p, stages, full, empty, lane};
+    if (warp > S::warps) {
+      if constexpr (S::Tile::fp8) widen_tiles<S>(rest, stages, narrow, full, warp - S::warps - 1, lane);
+      return;
+    }
+    BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
+    Producer<S> producer{p, stages, S::Tile::fp8 ? narrow : full, empty, lane};
     for (int number = jobs_begin; number < jobs_end; ++number) producer.run(Job(p, cursor, number), &k_pages, &v_pages, &k_slots, &v_slots);
+    if constexpr (S::Tile::fp8) {
+      const int s = producer.stage_free();
+      if (lane == 0) {
+        rest.end[s] = true;
+        ptx::mbarrier_arrive(narrow + 8 * s);
+      }
+    }
     return;
   }
 
   ptx::take_registers<S::consumer_registers>();
+  BlockCursor cursor(p.plan, header, first_blocks, jobs_begin / p.kv_heads, lane);
   const int group_heads = p.q_heads / p.kv_heads, first_vector = warp * 16;
   const uint32_t queries = stages + S::queries + warp / 4 * S::tile_bytes, zeros = ptx::shared_address(&rest.zeros);
   const RowAddress query{queries, first_vector % 64 + lane % 16};
@@ -225,8 +254,9 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     const int warp_rows_begin = first_vector / group_heads, warp_rows_end = min((first_vector + 15) / group_heads + 1, block.rows);
 
     if (block.begin != loaded_block || job.kv_head != loaded_head) {
-    loaded_block = block.begin;
-    loaded_head = job.kv_head;
+      loaded_block = block.begin;
+      loaded_head = job.kv_head;
+      ptx::grid_dependency_wait();
       ptx::named_barrier(1, S::consumers);  // nobody reads the job before's queries and rows
       constexpr int kEach = S::vectors * (S::columns / 8) / S::consumers;
       uint4 q[kEach];
@@ -418,10 +448,9 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_k
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kCombineWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32, r = static_cast<int>(vector / p.q_heads), chunks = (p.max_pages * p.page + kChunk - 1) / kChunk;
   ptx::launch_dependents();
+  const int rows = min(__ldcg(p.num_rows), p.rows), run = plan_header(p.plan).run;
+  const Row row = describe_row(p, min(r, p.rows - 1));
   ptx::grid_dependency_wait();
-  if (r >= p.rows) return;
-  const int rows = *p.num_rows, run = plan_header(p.plan).run;  // all loads at once
-  const Row row = describe_row(p, r);
   if (r >= rows) return;
   const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
   if (run == kGroupChunks && end - begin == 1) return;  // written where it was computed
@@ -453,25 +482,34 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32) combine_k
     }
   }
   bf16* out = static_cast<bf16*>(p.out) + vector * D + lane;
-  const float reciprocal = row.len > 0 ? 1.0f / total.l : 0.0f;
+  const float factor = row.len > 0 ? 1.0f / total.l * p.v_scale : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kFloats; ++i) out[32 * i] = to_bf16(row.len > 0 ? total.o[i] * reciprocal : 0.0f);
+  for (int i = 0; i < kFloats; ++i) out[32 * i] = to_bf16(row.len > 0 ? total.o[i] * factor : 0.0f);
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
-  auto map = [&](const void* pool, int box) { return tensor_map_bf16(pool, p.pages * p.kv_heads * p.page, p.head_dim, box); };
+  auto map = [&](const void* pool, int box) { return pool_map<typename S::Tile>(p, pool, box); };
   // The most jobs that these capacities can hold, and no more CTAs than there is room for.
   const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
   const int64_t slots = multiprocessors() * shape.blocks_per_sm;
   launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
-         map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, p.scale * kLog2e);
+         map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, score_factor(p));
   const int64_t vectors = static_cast<int64_t>(p.rows) * p.q_heads;
   launch({dim3(static_cast<unsigned>((vectors + kCombineWarps - 1) / kCombineWarps)), dim3(kCombineWarps * 32), 0, stream, 1, true}, combine_kernel<S::dim>, p);
 }
 
-template <int D> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
+template <int D, typename KV> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
   const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
-  shape.warpgroups == 2 ? launch_shape<Shape<D, 2>>(p, shape, stream) : launch_shape<Shape<D, 1>>(p, shape, stream);
+  shape.warpgroups == 2 ? launch_shape<Shape<D, 2, KV>>(p, shape, stream) : launch_shape<Shape<D, 1, KV>>(p, shape, stream);
+}
+
+template <typename KV> void launch_pool(const AttentionParams& p, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 64: return launch_dim<64, KV>(p, stream);
+    case 96: return launch_dim<96, KV>(p, stream);
+    case 128: return launch_dim<128, KV>(p, stream);
+    default: fail("tree_attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
+  }
 }
 
 }  // namespace
@@ -480,12 +518,7 @@ void launch_tree_attention_cuda(const AttentionParams& p, void* stream) {
   if (p.dtype == DType::kF32) return launch_attention_f32(p, stream);
   require_hopper("tree_attention");
   auto s = static_cast<cudaStream_t>(stream);
-  switch (p.head_dim) {
-    case 64: return launch_dim<64>(p, s);
-    case 96: return launch_dim<96>(p, s);
-    case 128: return launch_dim<128>(p, s);
-    default: fail("tree_attention: head dim " + std::to_string(p.head_dim) + " on CUDA; 64, 96 and 128 are built");
-  }
+  p.kv_dtype == DType::kE4M3 ? launch_pool<e4m3>(p, s) : launch_pool<bf16>(p, s);
 }
 
 }  // namespace specrt

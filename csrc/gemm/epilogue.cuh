@@ -19,16 +19,20 @@ template <int warpgroups, int tokens> struct EpilogueShared {
   alignas(16) uint64_t full, empty;       // of `scale`: made, read
 };
 
-// f(j, fragment j) for all of a thread's fragments, one after the other: between the rounds of a loop the values move down, as registers have no index. Code behind the main loop is
-// cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so it must be short: written out for each of the fragments of 64
-// tokens it cost 10 us a kernel.
-template <int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
+// f(j, fragment j) for all of a thread's fragments, one after the other, kTogether of them written out: between the rounds of a loop the values move down, as registers have no index.
+// Code behind the main loop is cold in the instruction cache at every launch (the weights between two launches displace it even from L2), so few rows' must be short, one fragment: written
+// out for each of the fragments of 64 tokens it cost 10 us a kernel. Where rows are many the moves count, 4k of them a tile of 256 tokens, and few instructions a fragment (staged.cuh).
+template <int kTogether, int N, typename F> __device__ __forceinline__ void for_each_fragment(float (&value)[N], F&& f) {
+  static_assert(N % (4 * kTogether) == 0, "whole rounds");
 #pragma unroll 1
-  for (int j = 0; j < N / 4; ++j) {
-    float d[4] = {value[0], value[1], value[2], value[3]};
-    f(j, d);
+  for (int first = 0; first < N / 4; first += kTogether) {
 #pragma unroll
-    for (int i = 0; i + 4 < N; ++i) value[i] = value[i + 4];
+    for (int k = 0; k < kTogether; ++k) {
+      float d[4] = {value[4 * k], value[4 * k + 1], value[4 * k + 2], value[4 * k + 3]};
+      f(first + k, d);
+    }
+#pragma unroll
+    for (int i = 0; i + 4 * kTogether < N; ++i) value[i] = value[i + 4 * kTogether];
   }
 }
 
@@ -71,10 +75,11 @@ template <int kLoads> __device__ __forceinline__ void make_scales(const LinearPa
   }
 }
 
-// What an extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows for each of outputs), `outputs` wide and the first
-// from first_output: 1 / rms of the tokens [begin, end) of each, and what the epilogue reads from memory, asked for early. T: of next_weight.
+// What an extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows, the first from base, for each of outputs), `outputs` wide
+// and the first from first_output: 1 / rms of the tokens [begin, end) of each, and what the epilogue reads from memory, asked for early. T: of next_weight.
 template <typename T, int kLoads, typename Shared>
-__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
+__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int base, int begin,
+                                       int end) {
   constexpr int tokens = sizeof(shared.scale) / sizeof(float), sector = 32 / sizeof(T);
   const int lane = threadIdx.x % 32;
   if (p.next_weight) {  // nobody has read it before
@@ -86,8 +91,8 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
   const int rows = min(*p.num_rows, p.rows);
   int parity = 1;
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    const int first_row = tile % blocks * tokens;
-    if (first_row > 0 && first_row >= rows) continue;
+    const int first_row = base + tile % blocks * tokens;
+    if (first_row > base && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
     make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
     __syncwarp();

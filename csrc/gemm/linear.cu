@@ -1,14 +1,14 @@
-// float32 linear, and the choice by dtype. One thread holds 4 outputs of some tokens, each one fma chain over k; tiles of 16 k pass through
+// float32 linear, and the choice by dtype. One thread holds 4 outputs (8 for kChoose) of some tokens, each one fma chain over k; tiles of 16 k pass through
 // shared memory. The float32 path on CUDA is for parity checks: it is written to be right at any K and N, not to be near the memory's speed.
 #include "base/check.h"
 #include "base/math.h"
-#include "gemm/epilogue.cuh"
+#include "gemm/choose.cuh"
 #include "gemm/kernels_cuda.h"
 
 namespace specrt {
 namespace {
 
-constexpr int kDepth = 16, kOutputs = 64;
+constexpr int kDepth = 16;
 
 // One value's way out (params.h, Finish), of lanes that hold 16 outputs side by side; returns the sum of the 16 squares of the residual stream.
 __device__ float finish_f32(const LinearParams& p, int row, int output, bool valid, float y) {
@@ -35,18 +35,18 @@ __device__ float finish_f32(const LinearParams& p, int row, int output, bool val
   return sum + __shfl_xor_sync(0xffffffffu, sum, 8);
 }
 
-// 16 x 16 threads: outputs tx + 16 i, tokens ty + 16 j with j < TM.
-template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams p) {
-  constexpr int tokens = 16 * TM;
-  __shared__ float ws[kDepth][kOutputs + 1], xs[kDepth][tokens + 1];  // +1: the transposing stores hit 16 different banks
-  const int first_row = blockIdx.x * tokens, first_output = blockIdx.y * kOutputs, num_rows = min(*p.num_rows, p.rows);
+// 16 x 16 threads: outputs tx + 16 i, tokens ty + 16 j with j < TM. OM: outputs a thread.
+template <int TM, int OM> __global__ void __launch_bounds__(256) linear_f32(LinearParams p) {
+  constexpr int tokens = 16 * TM, outputs = 16 * OM;
+  __shared__ float ws[kDepth][outputs + 1], xs[kDepth][tokens + 1];  // +1: the transposing stores hit 16 different banks
+  const int first_row = blockIdx.x * tokens, first_output = blockIdx.y * outputs, num_rows = min(*p.num_rows, p.rows);
   if (first_row >= num_rows) return;
   const float *x = static_cast<const float*>(p.x), *weight = static_cast<const float*>(p.weight), *bias = static_cast<const float*>(p.bias);
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  float acc[4][TM] = {};
+  float acc[OM][TM] = {};
   for (int k0 = 0; k0 < p.in_features; k0 += kDepth) {
     const int depth = min(kDepth, p.in_features - k0);
-    for (int i = ty; i < kOutputs; i += 16) {
+    for (int i = ty; i < outputs; i += 16) {
       const bool valid = tx < depth && first_output + i < p.out_features;
       ws[tx][i] = valid ? weight[static_cast<int64_t>(first_output + i) * p.in_features + k0 + tx] : 0.0f;
     }
@@ -57,10 +57,23 @@ template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams
     __syncthreads();
     for (int k = 0; k < depth; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < OM; ++i)
 #pragma unroll
         for (int j = 0; j < TM; ++j) acc[i][j] = fma_rn(xs[k][ty + 16 * j], ws[k][tx + 16 * i], acc[i][j]);
     __syncthreads();
+  }
+  if constexpr (outputs == kLseBlock) {
+    __shared__ __align__(16) float z[tokens][outputs];
+#pragma unroll
+    for (int j = 0; j < TM; ++j)
+#pragma unroll
+      for (int i = 0; i < OM; ++i) z[ty + 16 * j][tx + 16 * i] = acc[i][j];
+    __syncthreads();
+    for (int t = threadIdx.x / 32; t < min(tokens, num_rows - first_row); t += 8) {
+      float bound = -infinity();
+      choose_block(p, Draw(row_choice(p, first_row + t), first_output), bound, first_row + t, first_output, *reinterpret_cast<const float4*>(&z[t][4 * (threadIdx.x % 32)]));
+    }
+    return;
   }
   if (p.squares) {
     __shared__ float scale[tokens];
@@ -70,14 +83,14 @@ template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams
 #pragma unroll
     for (int j = 0; j < TM; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i][j] = acc[i][j] * scale[ty + 16 * j];
+      for (int i = 0; i < OM; ++i) acc[i][j] = acc[i][j] * scale[ty + 16 * j];
   }
 #pragma unroll
   for (int j = 0; j < TM; ++j) {
     const int row = first_row + ty + 16 * j;
-    float squares[4];
+    float squares[OM];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < OM; ++i) {
       const int output = first_output + tx + 16 * i;
       const bool valid = row < num_rows && output < p.out_features;
       const float y = bias && valid ? acc[i][j] + bias[output] : acc[i][j];
@@ -88,14 +101,18 @@ template <int TM> __global__ void __launch_bounds__(256) linear_f32(LinearParams
   }
 }
 
-template <int TM> void launch(const LinearParams& p, cudaStream_t stream) {
-  const dim3 grid((p.rows + 16 * TM - 1) / (16 * TM), (p.out_features + kOutputs - 1) / kOutputs);
-  linear_f32<TM><<<grid, 256, 0, stream>>>(p);
+template <int TM, int OM = 4> void launch(const LinearParams& p, cudaStream_t stream) {
+  const dim3 grid((p.rows + 16 * TM - 1) / (16 * TM), (p.out_features + 16 * OM - 1) / (16 * OM));
+  linear_f32<TM, OM><<<grid, 256, 0, stream>>>(p);
 }
 
 }  // namespace
 
-void linear_f32_cuda(const LinearParams& p, cudaStream_t stream) { p.rows <= 32 ? launch<1>(p, stream) : launch<4>(p, stream); }
+void linear_f32_cuda(const LinearParams& p, cudaStream_t stream) {
+  if (p.finish == Finish::kChoose) launch<1, kLseBlock / 16>(p, stream);
+  else if (p.rows <= 32) launch<1>(p, stream);
+  else launch<4>(p, stream);
+}
 
 void launch_linear_cuda(const LinearParams& p, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);

@@ -1,4 +1,4 @@
-// bfloat16 linear on Hopper's warpgroup tensor cores: 64 to 192 weight rows on the wide side, 16 to 256 tokens on the narrow one.
+// bfloat16 linear on Hopper's warpgroup tensor cores: 64 to 256 weight rows on the wide side, 16 to 256 tokens on the narrow one.
 //
 // One kernel, three ways through K (params.h has the order; which way runs, who shares what, and how deep the pipeline is, changes no bit):
 //   one range:       a CTA walks all of K.
@@ -14,16 +14,21 @@
 // take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ. For the same reason the code is short: what lies straight on for
 // every fragment of a tile does not stay in an SM's instruction cache, and every kernel would fetch it from memory again.
 //
-// Many rows: the tokens' way from L2 (at most 59 GB/s an SM) counts as much, so two CTAs with different outputs share it: each brings half of the tokens and
-// multicasts them to both. Not more than two: of clusters of four that fill their SMs, the card's uneven groups of SMs hold 30 (120 SMs).
+// Many rows: the way from L2 and shared memory counts as much, so two CTAs share what both need. With outputs of their own, each brings half of the tokens and multicasts them to both.
+// Or each has half of the tokens, of all outputs, and brings half of the weights: a cluster then takes any number of units of 64 outputs, all clusters the same (161 to 256 rows of
+// 28672 outputs: 7 units for each of 64, where tiles of four would be two for some and one for others). Not more than two CTAs: of clusters of four that fill their SMs, the card's uneven
+// groups of SMs hold 30 (120 SMs), and o and down of the 8B shape have 32 blocks of 128 outputs. Products on 128 tokens read shared memory faster than it is (160 of 128 bytes a cycle,
+// with the copies' writes), on 256 just not.
 // Bytes: the weights once per block of tokens, x once per block of weight rows, or per two that share (from L2).
 #include <algorithm>
+#include <type_traits>
 
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
-#include "gemm/epilogue.cuh"
+#include "gemm/choose.cuh"
 #include "gemm/kernels_cuda.h"
+#include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -40,35 +45,47 @@ constexpr int kStepsToL2 = 4;  // of weights, beyond the pipeline, that come to 
 
 enum class Ways { kOne, kTurn, kPair };  // through K: see the top
 
-template <int warpgroups_, int tokens_, Ways ways_> struct Tile {
+// splits: of two CTAs that share, each has half of the tokens and all of the outputs, and they share the weights; otherwise each has its outputs, and they share the tokens.
+// chooses: the finish is kChoose, of kernels of its own, since it takes shared memory and registers that the others need.
+template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool chooses_ = false> struct Tile {
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
+  static constexpr bool splits = splits_;
   static constexpr Ways ways = ways_;
+  static constexpr bool chooses = chooses_;
+  static_assert(!chooses || (warpgroups == 2 && ways != Ways::kPair), "a block of 128 outputs");
   static constexpr bool pair = ways == Ways::kPair;
   static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
   static constexpr int cluster = pair ? 2 : share;
   static constexpr int outputs = 64 * warpgroups, values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
   // Behind the warpgroups one warp is the producer, and one makes the rows' scales. Where the others need more than an even share of the registers these are four, which give most of
   // their own, and three make scales.
-  static constexpr bool takes = tokens > 128;
+  static constexpr bool takes = tokens > 192 || (tokens > 128 && ways == Ways::kTurn) || warpgroups > 3;
   static constexpr int assistants = takes ? 3 : 1;
-  static constexpr int given = 56, taken = 224;
-  static_assert(128 * given + 256 * taken <= 384 * 168, "of 168 registers a thread, which is what 384 threads can have");
+  static constexpr int even = warpgroups > 3 ? 96 : 168, given = warpgroups > 3 ? 64 : 56, taken = warpgroups > 3 ? 104 : 224;  // registers a thread: what so many threads can have
+  static_assert(!takes || 128 * given + 128 * warpgroups * taken <= (128 + 128 * warpgroups) * even);
   static constexpr int threads = 128 * warpgroups + (takes ? 128 : 64);
-  static constexpr int box = tokens / share;  // the tokens a CTA brings
+  static constexpr int box = splits ? tokens : tokens / share;  // the tokens a CTA brings
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int own = fragments / 2, fragment_bytes = 16 * 128 * warpgroups;  // of a pair, each finishes half of the fragments of 8 tokens
   // What the other CTA of a pair sends: [own][thread of the warpgroups] of 4 values. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? own * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
-  // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long.
-  static constexpr int lag = tokens > 128 || ways == Ways::kTurn;
+  // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long, and less where many warpgroups take turns.
+  static constexpr int lag = (tokens > 64 && warpgroups < 4) || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
-  static constexpr bool many = tokens > 64;  // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
+  static constexpr bool staged = tokens > 32 && !chooses;  // the way out, by shared memory
+  static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
-  using Tail = EpilogueShared<warpgroups, tokens>;
+  // Of two ranges in turn, the first's sum stays in registers, but for so many values of each thread, which go to shared memory. [kept / 4][thread of the warpgroups] of 4 values
+  static constexpr int kept = ways == Ways::kTurn && tokens > 192 ? 64 : 0, kept_bytes = kept * 4 * 128 * warpgroups;
 
-  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
+  using Plain = std::conditional_t<staged, StagedShared<warpgroups, tokens, (tokens <= 64 || warpgroups > 3 || kept > 0 ? 1 : 2)>, EpilogueShared<warpgroups, tokens>>;
+  using Tail = std::conditional_t<chooses, ChooseShared<tokens>, Plain>;
+  using PlainEnding = std::conditional_t<staged, StagedEpilogue<Tail, bf16, (tokens > 64 && warpgroups <= 3)>, Epilogue<Tail>>;
+  using Ending = std::conditional_t<chooses, ChooseEpilogue<Tail>, PlainEnding>;
+
+  static constexpr int shared_bytes(int stages) { return stages * stage_bytes + (own_inbox ? inbox_bytes : 0) + kept_bytes + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8; }
 };
 
 constexpr int kHalfBytes = 113 << 10;  // two CTAs an SM
@@ -77,15 +94,18 @@ template <typename T> __global__ void __launch_bounds__(T::threads, T::few_regis
 linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearParams p, int num_stages) {
   extern __shared__ __align__(1024) char shared[];
   const uint32_t stages = ptx::shared_address(shared), inbox = T::own_inbox ? stages + num_stages * T::stage_bytes : stages;
-  const int tail_at = num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0);
+  const int kept_at = num_stages * T::stage_bytes + (T::own_inbox ? T::inbox_bytes : 0), tail_at = kept_at + T::kept_bytes;
   typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
   const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
   const uint32_t scales_made = ptx::shared_address(&tail.full), scales_read = ptx::shared_address(&tail.empty);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = T::cluster > 1 ? ptx::cluster_rank() : 0, slot = T::share > 1 ? rank : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = T::pair && rank == 1 ? middle : 0, steps = T::pair && rank == 0 ? middle : all_steps - begin;
-  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::share * T::outputs - 1) / (T::share * T::outputs));
-  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // a tile: of the cluster. A pair has one.
+  // A tile: of the cluster. A pair has one. Where the tokens are split, tiles count units: every cluster has the same number of them but for one, and takes them by `warpgroups`.
+  const int units_all = (p.out_features + 63) / 64, cluster = blockIdx.x / T::cluster, clusters = gridDim.x / T::cluster;
+  const int blocks = T::splits ? 1 : (p.rows + T::tokens - 1) / T::tokens;
+  const int tiles = T::splits ? units_all * (cluster + 1) / clusters : blocks * ((units_all + T::share * T::warpgroups - 1) / (T::share * T::warpgroups));
+  const int first_tile = T::splits ? units_all * cluster / clusters : cluster, tile_step = T::splits ? T::warpgroups : clusters;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -99,34 +119,41 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   }
   __syncthreads();
   if (T::share > 1 || T::own_inbox) ptx::cluster_arrive_relaxed();
+  if (T::splits) ptx::cluster_wait();  // weights go to both at once
 
   if (warp >= 4 * T::warpgroups) {
     if constexpr (T::takes) ptx::give_registers<T::given>();
-    auto row_of = [&](int tile) { return tile % blocks * T::tokens; };
-    auto output_of = [&](int tile) { return (tile / blocks * T::share + slot) * T::outputs; };
+    auto row_of = [&](int tile) { return T::splits ? slot * T::tokens : tile % blocks * T::tokens; };
+    auto output_of = [&](int tile) { return T::splits ? tile * 64 : (tile / blocks * T::share + slot) * T::outputs; };
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
-    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (p.out_features - first_output + 63) / 64)); };
-    // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
-    const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();  // keep: of x, every CTA reads it
+    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (T::splits ? tiles : units_all) - first_output / 64)); };
+    // Weights that pass once would displace from L2 what the next kernels need: their code, and what this one writes. Those that two blocks of tokens read must not go first (256 rows
+    // so: 7.3 ms instead of 6.9, though the layers by themselves are as fast).
     auto copy_weights = [&](const char* weight, int units, int step, int s) {
       ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + T::tokens * kRowBytes);
 #pragma unroll
-      for (int u = 0; u < T::warpgroups; ++u) {
-        if (u >= units) continue;
-        const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
-        const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-        if (T::many) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-        else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
-      }
+      for (int u = 0; u < T::warpgroups; ++u)
+        if (u < units) {
+          const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+          const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+          if constexpr (T::splits) {
+            if (u % 2 == slot) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
+          } else if (T::ways == Ways::kTurn || T::tokens > 192 || (T::many && blocks > 1)) {
+            ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+          } else {
+            ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, ptx::evict_first_policy());
+          }
+        }
     };
+    const uint64_t keep = ptx::evict_last_policy();  // of x: every CTA reads it
     auto copy_tokens = [&](int first_row, int step, int s) {
-      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + slot * T::box * kRowBytes;
-      const int column = (begin + step) * kStepColumns, row = first_row + slot * T::box;
-      if constexpr (T::share > 1) ptx::tma_load_to_all(to, &x_map, column, row, full + 8 * s, (1 << T::share) - 1, keep);
+      const int part = T::splits ? 0 : slot * T::box, column = (begin + step) * kStepColumns, row = first_row + part;
+      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + part * kRowBytes;
+      if constexpr (T::share > 1 && !T::splits) ptx::tma_load_to_all(to, &x_map, column, row, full + 8 * s, (1 << T::share) - 1, keep);
       else ptx::tma_load(to, &x_map, column, row, full + 8 * s, keep);
     };
     // The first block of rows always runs: its weights may come before the number of rows is known.
-    const int ahead = first_tile < tiles && row_of(first_tile) == 0 ? min(steps, num_stages) : 0;
+    const int ahead = first_tile < tiles && (T::splits || row_of(first_tile) == 0) ? min(steps, num_stages) : 0;
     const int units = units_of(output_of(first_tile));
     const char* weight = weights_of(output_of(first_tile));
     const bool producer = warp == 4 * T::warpgroups && lane == 0;
@@ -137,19 +164,21 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     if (warp > 4 * T::warpgroups) {
       constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
-      assist<bf16, T::takes ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, begin, T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens));
+      const int end = T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens);
+      if constexpr (T::chooses) assist_choice(p, tail, first_tile, tile_step, tiles, blocks, begin, end);
+      else assist<bf16, T::takes && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
-    if (T::share > 1) ptx::cluster_wait();  // the other's barriers are there
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
     if (producer) {
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_tokens(0, i, i);
+      for (int i = 0; i < ahead; ++i) copy_tokens(row_of(first_tile), i, i);
       const int further = ahead ? min(steps - ahead, kStepsToL2) : 0;
       for (int u = 0; u < units && further > 0; ++u) ptx::bulk_prefetch_l2(weight + (static_cast<int64_t>(u) * all_steps + ahead) * kUnitBytes, further * kUnitBytes);
       int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
       for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
         const int first_row = row_of(tile), units = units_of(output_of(tile));
-        if (first_row > 0 && first_row >= *p.num_rows) continue;
+        if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
         const char* weight = weights_of(output_of(tile));
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : -1;
 #pragma unroll 1
@@ -186,19 +215,22 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
     };
     ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
-    if (T::share > 1) ptx::cluster_wait();
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = min(*p.num_rows, p.rows);
     int cta;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));  // read anew: the compiler would keep first_tile for both branches, and spill it
-    for (int tile = cta / T::cluster; tile < tiles; tile += tile_step) {
+    for (int tile = T::splits ? first_tile : cta / T::cluster; tile < tiles; tile += tile_step) {
       if (tile % blocks > 0 && tile % blocks * T::tokens >= rows) continue;
       constexpr bool turn = T::ways == Ways::kTurn;
-      float sum[T::values], first_sum[turn ? T::values : 1];
+      float sum[T::values], first_sum[turn ? T::values - T::kept : 1] = {};  // zeros: or the compiler keeps the last tile's through the epilogue
+      float4* const kept = reinterpret_cast<float4*>(shared + kept_at) + threadIdx.x;
 #pragma unroll 1
       for (int range = 0; range < (turn ? 2 : 1); ++range) {
         if (turn && range == 1) {
 #pragma unroll
-          for (int i = 0; i < T::values; ++i) first_sum[i] = sum[i];
+          for (int i = 0; i < T::kept; i += 4) kept[i * 32 * T::warpgroups] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+#pragma unroll
+          for (int i = T::kept; i < T::values; ++i) first_sum[i - T::kept] = sum[i];
         }
 #pragma unroll
         for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
@@ -208,11 +240,13 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           ptx::mbarrier_wait(full + 8 * s, parity & 1);
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-          ptx::wgmma_fence();
+          if (!T::splits || tile + warpgroup < tiles) {
+            ptx::wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<T::lag>();
+            for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<T::lag>();
+          }
           if (T::lag == 0) release(s);
           else if (step > 0 || (range > 0 && middle > 0)) release((s == 0 ? num_stages : s) - 1);
           if (++s == num_stages) {
@@ -223,9 +257,10 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         ptx::wgmma_wait<0>();
       }
       if (T::lag && steps > 0) release((s == 0 ? num_stages : s) - 1);
-      const int first_row = tile % blocks * T::tokens, first_output = (tile / blocks * T::share + slot) * T::outputs + warpgroup * 64;
-      const Epilogue<typename T::Tail> epilogue(p, tail, warpgroup, first_row, rows, first_output);
-      if (p.squares) {
+      const int first_row = T::splits ? slot * T::tokens : tile % blocks * T::tokens;
+      const int first_output = (T::splits ? tile : (tile / blocks * T::share + slot) * T::warpgroups) * 64 + warpgroup * 64;
+      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
+      if (T::chooses || p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
         parity ^= 2;
       }
@@ -243,40 +278,52 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           theirs[i] = rank == 0 ? sum[4 * T::own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment(theirs, [&](int j, float (&d)[4]) {
+        for_each_fragment<T::staged ? T::own : 1>(theirs, [&](int j, float (&d)[4]) {
           if (j < sent) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int half = 8 * rank * T::own;
-        uint2 stream = epilogue.residual(half);
-        ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment(mine, [&](int j, float (&d)[4]) {
-          if (j >= awaited) return;
-          const uint2 next = epilogue.residual(half + 8 * (j + 1));
-          const float4 other = from[j * T::fragment_bytes / 16];
-          d[0] = d[0] + other.x;
-          d[1] = d[1] + other.y;
-          d[2] = d[2] + other.z;
-          d[3] = d[3] + other.w;
-          epilogue.finish(half + 8 * j, d, stream);
-          stream = next;
-        });
-        epilogue.finish_squares(half, half + 8 * T::own);
-      } else {
-        if constexpr (turn)
+        auto add_other = [&](int j, float* d) { add_four(d, from[j * T::fragment_bytes / 16]); };
+        if constexpr (T::staged) {
+          ptx::mbarrier_wait(received, 0);
 #pragma unroll
-          for (int i = 0; i < T::values; ++i) sum[i] = first_sum[i] + sum[i];
-        uint2 stream = epilogue.residual(0);
-        for_each_fragment(sum, [&](int j, float (&d)[4]) {
-          if (first_row + 8 * j >= rows) return;
-          const uint2 next = epilogue.residual(8 * (j + 1));
-          epilogue.finish(8 * j, d, stream);
-          stream = next;
-        });
-        epilogue.finish_squares(0, T::tokens);
+          for (int j = 0; j < T::own; ++j)
+            if (j < awaited) add_other(j, mine + 4 * j);
+          epilogue.finish(half, mine);
+        } else {
+          uint2 stream = epilogue.residual(half);
+          ptx::mbarrier_wait(received, 0);
+          for_each_fragment<1>(mine, [&](int j, float (&d)[4]) {
+            if (j >= awaited) return;
+            const uint2 next = epilogue.residual(half + 8 * (j + 1));
+            add_other(j, d);
+            epilogue.finish(half + 8 * j, d, stream);
+            stream = next;
+          });
+          epilogue.finish_squares(half, half + 8 * T::own);
+        }
+      } else {
+        if constexpr (turn) {
+#pragma unroll
+          for (int i = 0; i < T::kept; i += 4) add_four(sum + i, kept[i * 32 * T::warpgroups]);
+#pragma unroll
+          for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
+        }
+        if constexpr (T::staged) {
+          if (!T::splits || tile + warpgroup < tiles) epilogue.finish(0, sum);
+        } else {
+          uint2 stream = epilogue.residual(0);
+          for_each_fragment<T::many ? 2 : 1>(sum, [&](int j, float (&d)[4]) {
+            if (first_row + 8 * j >= rows) return;
+            const uint2 next = epilogue.residual(8 * (j + 1));
+            epilogue.finish(8 * j, d, stream);
+            stream = next;
+          });
+          epilogue.finish_squares(0, T::tokens);
+        }
       }
       __syncwarp();
-      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
+      if ((T::chooses || p.squares) && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
     if (T::share > 1) {  // the other may still arrive at this CTA's barriers
       ptx::cluster_arrive_relaxed();
@@ -287,7 +334,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 
 template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
   const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
-  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
+  const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
   const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
   const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
@@ -302,18 +349,33 @@ template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cuda
   else launch_tile<Tile<warpgroups, 128, ways>>(p, stream);
 }
 
+void launch_choice(const LinearParams& p, cudaStream_t stream) {
+  if (num_ranges(p.out_features) == 2) launch_tile<Tile<2, 32, Ways::kTurn, false, true>>(p, stream);  // a small vocabulary
+  else if (p.rows <= 16) launch_tile<Tile<2, 16, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 32) launch_tile<Tile<2, 32, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 64) launch_tile<Tile<2, 64, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 128) launch_tile<Tile<2, 128, Ways::kOne, false, true>>(p, stream);
+  else launch_tile<Tile<2, 256, Ways::kOne, false, true>>(p, stream);
+}
+
 }  // namespace
 
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   require_hopper("linear", "bfloat16");
+  if (p.finish == Finish::kChoose) return launch_choice(p, stream);
   const int sms = num_sms();
   auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {
     if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
+    else if (p.rows <= 160) launch_tile<Tile<2, 160, Ways::kOne>>(p, stream);
+    else if (p.rows <= 256) launch_tile<Tile<4, 128, Ways::kOne, true>>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
   } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kEnoughCtas) {
-    launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream);
+    auto time = [&](int tokens) { return ceil_div(ceil_div(p.rows, tokens) * ceil_div(p.out_features, 256), sms / 2) * tokens; };
+    time(192) < time(256) ? launch_tile<Tile<2, 192, Ways::kTurn>>(p, stream) : launch_tile<Tile<2, 256, Ways::kTurn>>(p, stream);
+  } else if (p.rows > 128 && p.rows <= 160 && 2 * ceil_div(p.out_features, 128) <= sms) {  // one block of tokens: the weights once
+    2 * ceil_div(p.out_features, 64) <= sms ? launch_tile<Tile<1, 160, Ways::kPair>>(p, stream) : launch_tile<Tile<2, 160, Ways::kPair>>(p, stream);
   } else if (p.rows <= 64 ? 2 * pairs(2) < kEnoughCtas : 2 * pairs(1) <= sms) {
     launch_few<1, Ways::kPair>(p, stream);  // narrower CTAs, so that a small weight still occupies the chip
   } else if (p.rows <= 64 || 2 * pairs(2) <= sms) {

@@ -6,6 +6,7 @@
 
 #include "base/parallel.h"
 #include "gemm/blocks_cpu.h"
+#include "gemm/choose_cpu.h"
 #include "gemm/finish_cpu.h"
 #include "gemm/kernels_cpu.h"
 
@@ -30,13 +31,12 @@ template <typename T> void pack(const PackLinearParams& p) {
   });
 }
 
-// Rows [row, row + count) of one panel.
-template <typename T, typename Out> void panel_block(const LinearParams& p, const StepKernels& kernels, const float* scales, int64_t panel, int64_t row, int count) {
+// The sums of rows [row, row + count) of one panel: acc [count, 64].
+template <typename T> void panel_sums(const LinearParams& p, const StepKernels& kernels, int64_t panel, int64_t row, int count, float* acc) {
   constexpr int g = kPair<T>;
   const int64_t whole = p.in_features / g, steps = (p.in_features + g - 1) / g;
   const T* x = static_cast<const T*>(p.x) + row * p.in_features;
   const char* weight = static_cast<const char*>(p.weight) + panel * steps * kStepBytes;
-  alignas(64) float acc[kRowBlock * kPanel];
   std::memset(acc, 0, sizeof(float) * kPanel * count);
   const int passes = (count + kMaxRows - 1) / kMaxRows;
   for (int64_t k = 0; k < whole; k += kChunk) {
@@ -56,7 +56,6 @@ template <typename T, typename Out> void panel_block(const LinearParams& p, cons
       kernels.rows[0](last, 0, weight + whole * kStepBytes, 1, acc + r * kPanel, {weight, 0});
     }
   }
-  for (int r = 0; r < count; ++r) finish_row<T, Out, T>(p, scales, row + r, panel, acc + r * kPanel);
 }
 
 template <typename T, typename Out> void linear(const LinearParams& p) {
@@ -64,7 +63,29 @@ template <typename T, typename Out> void linear(const LinearParams& p) {
   if (n <= 0) return;
   const StepKernels& kernels = step_kernels(p.dtype);
   const auto scales = row_scales(p, n);
-  for_each_block(p.out_features, n, p.in_features, sizeof(T), [&](int64_t panel, int64_t row, int count) { panel_block<T, Out>(p, kernels, scales.get(), panel, row, count); });
+  for_each_block(p.out_features, kPanel, n, p.in_features, sizeof(T), [&](int64_t panel, int64_t row, int count) {
+    alignas(64) float acc[kRowBlock * kPanel];
+    panel_sums<T>(p, kernels, panel, row, count, acc);
+    for (int r = 0; r < count; ++r) finish_row<T, Out, T>(p, scales.get(), row + r, panel, acc + r * kPanel);
+  });
+}
+
+// kChoose: two panels are a block of the choice.
+template <typename T> void linear_choice(const LinearParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows);
+  if (n <= 0) return;
+  const StepKernels& kernels = step_kernels(p.dtype);
+  const RowBounds bounds(n);
+  for_each_block(p.out_features, kLseBlock, n, p.in_features, sizeof(T), [&](int64_t block, int64_t row, int count) {
+    alignas(64) float acc[2][kRowBlock * kPanel];
+    const int outputs = static_cast<int>(std::min<int64_t>(kLseBlock, p.out_features - block * kLseBlock));
+    for (int half = 0; half * kPanel < outputs; ++half) panel_sums<T>(p, kernels, 2 * block + half, row, count, acc[half]);
+    for (int r = 0; r < count; ++r) {
+      float z[kLseBlock];
+      for (int half = 0; half < 2; ++half) std::copy_n(acc[half] + r * kPanel, std::clamp(outputs - half * kPanel, 0, kPanel), z + half * kPanel);
+      choose_row(p, bounds, row + r, block, z, outputs);
+    }
+  });
 }
 
 }  // namespace
@@ -76,7 +97,8 @@ void launch_pack_linear_cpu(const PackLinearParams& p) {
 }
 
 void launch_linear_cpu(const LinearParams& p) {
-  if (p.dtype == DType::kF32) linear<float, float>(p);
+  if (p.finish == Finish::kChoose) p.dtype == DType::kF32 ? linear_choice<float>(p) : linear_choice<bf16>(p);
+  else if (p.dtype == DType::kF32) linear<float, float>(p);
   else if (p.out_dtype == DType::kF32) linear<bf16, float>(p);
   else linear<bf16, bf16>(p);
 }

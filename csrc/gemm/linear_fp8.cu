@@ -1,15 +1,17 @@
-// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (pairs of CTAs, pipelines of two sizes, early start) and its epilogue, in steps of
+// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (three ways through K, pipelines of two sizes, early start) and its epilogues, in steps of
 // 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
 //
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
 // stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: the producer never waits for the layer before.
 // Bytes: the weights once per block of tokens; x and its scales once per block of weight rows (from L2).
+#include <type_traits>
+
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
-#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
 #include "gemm/quantize.cuh"
+#include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
@@ -27,11 +29,13 @@ constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
 constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
 
-// pair: two CTAs with half of K each; else one with all of it, which stays and takes tile after tile. quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
-template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
+enum class Ways { kOne, kTurn, kPair };  // through K, as in linear_bf16.cu: one range, two in turn, a CTA for each of two
+
+// quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
+template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
   using Activation = Activation_;
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
-  static constexpr bool pair = pair_, quantizes = quantizes_;
+  static constexpr bool pair = ways == Ways::kPair, turn = ways == Ways::kTurn, quantizes = quantizes_;
   // Behind the warpgroups: the producer, the warp that makes the rows' scales, the quantisers.
   static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64 + (quantizes ? 32 * kQuantizers : 0);
   static constexpr int cluster = pair ? 2 : 1;
@@ -39,16 +43,19 @@ template <int warpgroups_, int tokens_, bool pair_, bool quantizes_ = false, typ
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
+  static constexpr bool staged = tokens > 64 && std::is_same_v<Activation, bf16>;
   static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
+  static constexpr int kept_bytes = turn ? values * 4 * 128 * warpgroups : 0;  // in turn: the first range's sums. [values / 4][thread of the warpgroups] of 4
 
-  using Tail = EpilogueShared<warpgroups, tokens>;
+  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens>, EpilogueShared<warpgroups, tokens>>;
+  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float>, Epilogue<Tail, Activation, float>>;
 
   static constexpr int shared_bytes(int stages) {
-    return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
+    return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : kept_bytes) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
   }
 };
 
@@ -119,8 +126,8 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   constexpr bool pair = T::pair;
   const LinearParams& p = fp8.linear;
   extern __shared__ __align__(1024) char shared[];
-  // stages, x's scales of each stage, the inbox where it has a place of its own, the quantisers' ring, the epilogue's, barriers
-  const int after = num_stages * (T::stage_bytes + T::tokens * 4), ring_at = after + (T::own_inbox ? T::inbox_bytes : 0), tail_at = ring_at + (T::quantizes ? kRingBytes : 0);
+  // stages, x's scales of each stage, the inbox where it has a place of its own or the sums that are kept, the quantisers' ring, the epilogue's, barriers
+  const int after = num_stages * (T::stage_bytes + T::tokens * 4), ring_at = after + (T::own_inbox ? T::inbox_bytes : T::kept_bytes), tail_at = ring_at + (T::quantizes ? kRingBytes : 0);
   const uint32_t stages = ptx::shared_address(shared), scales = stages + num_stages * T::stage_bytes, inbox = T::own_inbox ? stages + after : stages;
   typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
   const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
@@ -150,7 +157,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - 2);
     } else if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
-      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, rank * half, pair ? (rank + 1) * half : T::tokens);
+      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, 0, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
       // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
       const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();
@@ -197,7 +204,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 #pragma unroll 1
         for (; step < steps; ++step) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (step == start) ptx::launch_dependents();
+          if (step == start) {
+            if (T::quantizes) ptx::grid_dependency_wait();  // of few steps, this stage may never have been full: nobody here may have waited yet (ptx/dependency.cuh)
+            ptx::launch_dependents();
+          }
           copy_weights(step, s);
           if (!T::quantizes) copy_tokens(step, s);
           if (++s == num_stages) {
@@ -226,43 +236,58 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       float next[2] = {scale_at(0), scale_at(1)}, part[T::values / T::parts], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+      auto kept = [&](int i) -> float4& { return reinterpret_cast<float4*>(shared + after)[i * 32 * T::warpgroups + threadIdx.x]; };
       constexpr int part_tokens = T::tokens / T::parts, part_fragments = T::fragments / T::parts;
+      int step = 0;
 #pragma unroll 1
-      for (int step = 0; step < steps; ++step) {
-        const float scale[2] = {next[0], next[1]};
-        if (fp8.weight_blocks > 1 && step + 1 < steps) {
-          weight_scale += p.out_features;
-          next[0] = scale_at(0);
-          next[1] = scale_at(1);
-        }
-        ptx::mbarrier_wait(full + 8 * s, parity);
-        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
+      for (int range = 0; range < (T::turn ? 2 : 1); ++range) {
+        if (T::turn && range == 1)
 #pragma unroll
-        for (int i = 0; i < T::parts; ++i) {
-          ptx::wgmma_fence();
+          for (int i = 0; i < T::values; i += 4) {
+            kept(i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            sum[i] = sum[i + 1] = sum[i + 2] = sum[i + 3] = 0.0f;
+          }
+        const int range_end = T::turn && range == 0 ? middle : steps;
+#pragma unroll 1
+        for (; step < range_end; ++step) {
+          const float scale[2] = {next[0], next[1]};
+          if (fp8.weight_blocks > 1 && step + 1 < steps) {
+            weight_scale += p.out_features;
+            next[0] = scale_at(0);
+            next[1] = scale_at(1);
+          }
+          ptx::mbarrier_wait(full + 8 * s, parity);
+          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
+          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
+          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
 #pragma unroll
-          for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_results(part);
+          for (int i = 0; i < T::parts; ++i) {
+            ptx::wgmma_fence();
 #pragma unroll
-          for (int j = 0; j < part_fragments; ++j) {
-            const int at = i * part_fragments + j;
-            const float2 x = x_scale[4 * at];
+            for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<0>();
+            ptx::wgmma_results(part);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sum[4 * at + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * at + e]);
+            for (int j = 0; j < part_fragments; ++j) {
+              const int at = i * part_fragments + j;
+              const float2 x = x_scale[4 * at];
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sum[4 * at + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * at + e]);
+            }
+          }
+          __syncwarp();
+          if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
+          if (++s == num_stages) {
+            s = 0;
+            parity ^= 1;
           }
         }
-        __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
-        if (++s == num_stages) {
-          s = 0;
-          parity ^= 1;
-        }
       }
-      const Epilogue<typename T::Tail, typename T::Activation, float> epilogue(p, tail, warpgroup, first_row, rows, first_output);
+      if constexpr (T::turn)
+#pragma unroll
+        for (int i = 0; i < T::values; i += 4) add_four(sum + i, kept(i));
+      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
       if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
       scales_parity ^= 1;
       if constexpr (pair) {
@@ -280,28 +305,35 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment(theirs, [&](int j, float(&d)[4]) {
+        for_each_fragment<T::staged ? own : 1>(theirs, [&](int j, float(&d)[4]) {
           if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int first = 8 * rank * own;
-        auto stream = epilogue.residual(first);
-        ptx::mbarrier_wait(received, 0);
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        for_each_fragment(mine, [&](int j, float(&d)[4]) {
-          if (j >= awaited) return;
-          const auto next = epilogue.residual(first + 8 * (j + 1));
-          const float4 other = from[j * (T::fragment_bytes / 16)];
-          d[0] = d[0] + other.x;  // of two ranges: either order is the same sum
-          d[1] = d[1] + other.y;
-          d[2] = d[2] + other.z;
-          d[3] = d[3] + other.w;
-          epilogue.finish(first + 8 * j, d, stream);
-          stream = next;
-        });
-        epilogue.finish_squares(first, first + 8 * own);
+        auto add_other = [&](int j, float* d) { add_four(d, from[j * (T::fragment_bytes / 16)]); };
+        if constexpr (T::staged) {
+          ptx::mbarrier_wait(received, 0);
+#pragma unroll
+          for (int j = 0; j < own; ++j)
+            if (j < awaited) add_other(j, mine + 4 * j);
+          epilogue.finish(first, mine);
+        } else {
+          auto stream = epilogue.residual(first);
+          ptx::mbarrier_wait(received, 0);
+          for_each_fragment<1>(mine, [&](int j, float(&d)[4]) {
+            if (j >= awaited) return;
+            const auto next = epilogue.residual(first + 8 * (j + 1));
+            add_other(j, d);
+            epilogue.finish(first + 8 * j, d, stream);
+            stream = next;
+          });
+          epilogue.finish_squares(first, first + 8 * own);
+        }
+      } else if constexpr (T::staged) {
+        epilogue.finish(0, sum);
       } else {
         auto stream = epilogue.residual(0);
-        for_each_fragment(sum, [&](int j, float(&d)[4]) {
+        for_each_fragment<1>(sum, [&](int j, float(&d)[4]) {
           if (first_row + 8 * j >= rows) return;
           const auto next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);
@@ -324,21 +356,24 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
+  // Of one row, each quantiser fills a stage of its own, and a barrier's parity tells one round from the next alone.
+  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= std::min(kNarrowBytes, kWideBytes));
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
 // Blocks of 16 to 128 tokens, as the rows need.
-template <int warpgroups, bool pair> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
+template <int warpgroups, Ways ways> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
   const int rows = fp8.linear.rows;
-  if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, pair, true>>(fp8, stream);
-  else if (rows <= 16) launch_tile<Tile<warpgroups, 16, pair>>(fp8, stream);
-  else if (rows <= 32) launch_tile<Tile<warpgroups, 32, pair>>(fp8, stream);
-  else if (rows <= 64) launch_tile<Tile<pair ? warpgroups : 4, 64, pair>>(fp8, stream);  // the tokens' way from L2 begins to count: once for more outputs
-  else launch_tile<Tile<warpgroups, 128, pair>>(fp8, stream);
+  static_assert(kSelfQuantizedRows <= 16, "one block of tokens");
+  if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, ways, true>>(fp8, stream);
+  else if (rows <= 16) launch_tile<Tile<warpgroups, 16, ways>>(fp8, stream);
+  else if (rows <= 32) launch_tile<Tile<warpgroups, 32, ways>>(fp8, stream);
+  else if (rows <= 64) launch_tile<Tile<ways == Ways::kPair ? warpgroups : 4, 64, ways>>(fp8, stream);  // the tokens' way from L2 begins to count: once for more outputs
+  else launch_tile<Tile<warpgroups, 128, ways>>(fp8, stream);
 }
 
 // float32 activations are for parity checks: one shape of tile, whatever the rows.
-template <bool pair> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, pair, false, float>>(fp8, stream); }
+template <Ways ways> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, ways, false, float>>(fp8, stream); }
 
 }  // namespace
 
@@ -347,10 +382,11 @@ void launch_linear_fp8_cuda(const LinearFp8Params& fp8, void* stream) {
   require_hopper("linear_fp8", "e4m3");
   const LinearParams& p = fp8.linear;
   const bool one_range = num_ranges(p.out_features) == 1;
-  if (p.finish != Finish::kStore && p.out_dtype == DType::kF32) one_range ? launch_f32<false>(fp8, s) : launch_f32<true>(fp8, s);
-  else if (one_range) launch_block<2, false>(fp8, s);
-  else if (2 * ceil_div(p.out_features, 128) >= kFewCtas || p.rows > 256) launch_block<2, true>(fp8, s);
-  else launch_block<1, true>(fp8, s);  // narrower CTAs, so that a small weight still occupies the chip
+  if (p.finish != Finish::kStore && p.out_dtype == DType::kF32) one_range ? launch_f32<Ways::kOne>(fp8, s) : launch_f32<Ways::kPair>(fp8, s);
+  else if (one_range) launch_block<2, Ways::kOne>(fp8, s);
+  else if (ceil_div(p.out_features, 128) * ceil_div(p.rows, 128) >= 2 * num_sms()) launch_tile<Tile<2, 128, Ways::kTurn>>(fp8, s);
+  else if (2 * ceil_div(p.out_features, 128) >= kFewCtas || p.rows > 256) launch_block<2, Ways::kPair>(fp8, s);
+  else launch_block<1, Ways::kPair>(fp8, s);  // narrower CTAs, so that a small weight still occupies the chip
 }
 
 }  // namespace specrt

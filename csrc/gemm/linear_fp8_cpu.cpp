@@ -100,7 +100,7 @@ template <typename T> void linear_fp8(const LinearFp8Params& fp8) {
   const StepKernels& kernels = step_kernels(DType::kBF16);
   const Widen widen = weight_widener();
   const auto scales = row_scales(p, n);
-  for_each_block(p.out_features, n, k, sizeof(bf16),
+  for_each_block(p.out_features, kPanel, n, k, sizeof(bf16),
                  [&](int64_t panel, int64_t row, int count) { panel_block<T>(fp8, kernels, widen, x.get(), scales.get(), steps, panel, row, count); });
 }
 

@@ -11,6 +11,8 @@
 //   kSilu      W's rows interleave gate and up in eights (rows 16 i + e and 16 i + 8 + e, e < 8: gate and up of channel 8 i + e); both are rounded, and
 //              out = round(round(g / (1 + exp(-g))) * up), [R, N / 2].
 //   kResidual  it is rounded, h = round(residual + it); for the next layer, where next_weight is given, scaled = round(h * next_weight) and the sums of squares of h.
+//   kChoose    (lm_head, fp32) nothing of it is stored but what the choice of the row's token needs of each 128 outputs: base/choice.h, to the bits that the sampler (sample/)
+//              would have of the row of logits; sample_blocks (sample/params.h) does the rest.
 // So an RMSNorm is never a kernel of its own: norm(h) W^T = r (h * weight) W^T with r = 1 / rms(h), and r commutes with the product (base/squares.h: the order of r's sum).
 //
 // FP8: K is padded with zeros to blocks of 128. A block's sum is taken from zero: CPU, the chain of bfloat16 above on the widened values; CUDA, one chain of four
@@ -18,6 +20,7 @@
 // in S = num_ranges(N) ranges, the second from T / 2 on, each acc from zero, the first plus the second; the CPU has one range.
 // The bias is float32; what then happens to a sum is as above (Finish), in out_dtype.
 #pragma once
+#include "base/choice.h"
 #include "base/fp8.h"
 #include "base/squares.h"
 
@@ -35,14 +38,14 @@ struct PackLinearParams {
   int out_features, in_features;  // N, K
 };
 
-enum class Finish : int32_t { kStore, kSilu, kResidual };
+enum class Finish : int32_t { kStore, kSilu, kResidual, kChoose };
 
 struct LinearParams {
   DType dtype, out_dtype;  // of x, weight and bias; of what follows the sums: out (dtype, or with kStore float32), residual, next_weight, scaled
   const void* x;           // [R, K]
   const void* weight;      // packed as above; CUDA float32: [N, K]
   const void* bias;        // [N] or null
-  void* out;               // [R, N] (kSilu: [R, N / 2]), not overlapping x; with kResidual null
+  void* out;               // [R, N] (kSilu: [R, N / 2]), not overlapping x; with kResidual and kChoose null
   const int32_t* num_rows;
   int rows, out_features, in_features;  // R (capacity), N, K
   const float* squares;    // [R, square_pitch(K)] or null: sums of squares of what x was before it was multiplied by a norm's weight
@@ -53,7 +56,19 @@ struct LinearParams {
   const void* next_weight; // kResidual: [N] or null
   void* scaled;            // with next_weight: [R, N]
   float* next_squares;     // with next_weight: [R, square_pitch(N)]
+  // kChoose; bias and squares are null, and it is not for FP8.
+  const int32_t* row_request;   // [R]
+  const int32_t* row_position;  // [R] of the row's input token
+  const int64_t* seeds;         // [B]
+  const float* sampling_f;      // [B, 6]
+  BlockChoice* choice;          // [R, ceil(N/128)]
+  float* sums;                  // [R, ceil(N/128)] or null: sum of exp(z - max) of each block, for log-probabilities
 };
+
+SPECRT_HD RowChoice row_choice(const LinearParams& p, int64_t row) {
+  const int b = p.row_request[row];
+  return {p.sampling_f[b * kSamplingF + kTemperature], p.row_position[row] + 1, p.seeds[b]};
+}
 
 // Rows of scales that stand side by side for a block of k: R, so that bulk copies of any 16 of them are aligned.
 SPECRT_HD int scale_pitch(int rows) { return (rows + 15) / 16 * 16; }
@@ -69,7 +84,8 @@ struct QuantizeFp8Params {
   int rows, columns;  // R (capacity), K
 };
 
-constexpr int kSelfQuantizedRows = 4;  // up to so many rows of bfloat16 linear_fp8 quantises itself on CUDA, to the same bits
+// Up to so many rows of bfloat16 linear_fp8 quantises itself on CUDA, to the same bits. More take longer than the weights (8 rows: down of the 8B shape 36 us, with a kernel before it 24).
+constexpr int kSelfQuantizedRows = 4;
 
 struct LinearFp8Params {
   // dtype kE4M3: x as quantize_fp8 writes it; CUDA, up to kSelfQuantizedRows rows: or kBF16. weight packed (CPU: as above; CUDA: in units of 64 outputs x 128 k, pack.cu,

@@ -74,6 +74,14 @@ template <> union Packed<float> {
   float4 all;
 };
 
+// Of two ranges' sums: either order is the same sum.
+__device__ __forceinline__ void add_four(float* sum, const float4& other) {
+  sum[0] = sum[0] + other.x;
+  sum[1] = sum[1] + other.y;
+  sum[2] = sum[2] + other.z;
+  sum[3] = sum[3] + other.w;
+}
+
 __device__ __forceinline__ void store_quad(void* out, DType dtype, int out_features, int rows, const Quad& quad) {
   if (quad.token >= rows || quad.output >= out_features) return;
   const int64_t at = static_cast<int64_t>(quad.token) * out_features + quad.output;

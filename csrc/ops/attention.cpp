@@ -6,11 +6,14 @@ namespace {
 
 // The checks both ops share; the fields that only trees have are left empty.
 AttentionParams describe(Checker& check, Sym& R, const Tensor& q, const Tensor& k_pool, const Tensor& v_pool, const Tensor& block_table,
-                         const Tensor& row_request, const Tensor& row_prefix, double scale, int64_t window, const Tensor& num_rows, Tensor& out) {
+                         const Tensor& row_request, const Tensor& row_prefix, double scale, int64_t window, const Tensor& num_rows, Tensor& out, double k_scale,
+                         double v_scale) {
   Sym Hq("Hq"), Hkv("Hkv"), D("D"), P("P"), pages("pages"), B("B"), M("max_pages");
   check("q", q, {R, Hq, D}, {kF32, kBF16});
-  check("k_pool", k_pool, {pages, Hkv, P, D}, {q.scalar_type()});
-  check("v_pool", v_pool, {pages, Hkv, P, D}, {q.scalar_type()});
+  check("k_pool", k_pool, {pages, Hkv, P, D}, {q.scalar_type(), kE4M3});
+  check("v_pool", v_pool, {pages, Hkv, P, D}, {k_pool.scalar_type()});
+  check.pool_scale("k_scale", k_scale, k_pool);
+  check.pool_scale("v_scale", v_scale, v_pool);
   check("block_table", block_table, {B, M}, {kI32});
   check("row_request", row_request, {R}, {kI32});
   check("row_prefix", row_prefix, {R}, {kI32});
@@ -29,8 +32,8 @@ AttentionParams describe(Checker& check, Sym& R, const Tensor& q, const Tensor& 
   } else {
     check.require(D > 0 && D % 16 == 0, "q", "a head dim that is a multiple of 16, not " + std::to_string(D));
   }
-  return {dtype_of(q), in<void>(q), in<void>(k_pool), in<void>(v_pool), in<int32_t>(block_table), in<int32_t>(row_request), in<int32_t>(row_prefix),
-          nullptr, nullptr, static_cast<float>(scale), static_cast<int>(window), in<int32_t>(num_rows), nullptr, nullptr, inout<void>(out),
+  return {dtype_of(q), dtype_of(k_pool), in<void>(q), in<void>(k_pool), in<void>(v_pool), in<int32_t>(block_table), in<int32_t>(row_request), in<int32_t>(row_prefix),
+          nullptr, nullptr, static_cast<float>(scale), static_cast<float>(k_scale), static_cast<float>(v_scale), static_cast<int>(window), in<int32_t>(num_rows), nullptr, nullptr, inout<void>(out),
           static_cast<int>(R), static_cast<int>(B), static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(D), static_cast<int>(P), static_cast<int>(M),
           static_cast<int>(pages), 0};
 }
@@ -63,10 +66,10 @@ void attention_plan(Tensor row_request, Tensor row_prefix, std::optional<Tensor>
 }
 
 void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request, Tensor row_prefix, std::optional<Tensor> ancestors,
-                    std::optional<Tensor> paths, double scale, int64_t window, Tensor num_rows, Tensor plan, Tensor workspace, Tensor out) {
+                    std::optional<Tensor> paths, double scale, int64_t window, Tensor num_rows, Tensor plan, Tensor workspace, Tensor out, double k_scale, double v_scale) {
   Checker check("tree_attention", q);
   Sym R("R"), depth("depth"), W("floats"), L("ints");
-  AttentionParams p = describe(check, R, q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out);
+  AttentionParams p = describe(check, R, q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out, k_scale, v_scale);
   check("ancestors", ancestors, {R}, {kI64});
   check("paths", paths, {R, depth}, {kI32});
   check.require(!(ancestors.has_value() && paths.has_value()), "paths", "None where ancestors are given");
@@ -88,10 +91,10 @@ void tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, 
 }
 
 void prefill_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request, Tensor row_prefix, double scale, int64_t window,
-                       Tensor num_rows, Tensor out) {
+                       Tensor num_rows, Tensor out, double k_scale, double v_scale) {
   Checker check("prefill_attention", q);
   Sym R("R");
-  const AttentionParams p = describe(check, R, q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out);
+  const AttentionParams p = describe(check, R, q, k_pool, v_pool, block_table, row_request, row_prefix, scale, window, num_rows, out, k_scale, v_scale);
   if (R == 0) return;
   SPECRT_LAUNCH(prefill_attention, check, p);
 }

@@ -1,5 +1,6 @@
 #include "ops/checks.h"
 
+#include <cmath>
 #include <stdexcept>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,6 +19,7 @@ const char* name_of(ScalarType t) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
     case ScalarType::Double: return "float64";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Byte: return "uint8";
@@ -76,6 +78,12 @@ void Checker::operator()(const char* arg, const Tensor& t, std::initializer_list
 
 void Checker::require(bool condition, const char* arg, const std::string& what) const {
   if (!condition) refuse(arg, "a value out of range", what);
+}
+
+void Checker::pool_scale(const char* arg, double scale, const Tensor& pool) const {
+  const float rounded = static_cast<float>(scale);
+  if (pool.scalar_type() == kE4M3 ? !(std::isfinite(rounded) && rounded > 0.0f) : scale != 1.0)
+    refuse(arg, std::to_string(scale), pool.scalar_type() == kE4M3 ? "a finite number > 0" : "1: only a float8_e4m3fn pool has a scale");
 }
 
 void Checker::aligned(const char* arg, const Tensor& t) const {

@@ -41,6 +41,8 @@ class Checker {
   }
   // A condition on values or sizes: `what` says what would be accepted.
   void require(bool condition, const char* arg, const std::string& what) const;
+  // The scale of a key/value pool: 1 unless that is e4m3.
+  void pool_scale(const char* arg, double scale, const Tensor& pool) const;
   // CUDA kernels copy 16 bytes at a time from and to these.
   void aligned(const char* arg, const Tensor& t) const;
   bool cuda() const { return cuda_; }
@@ -62,6 +64,9 @@ template <typename T> const T* in(const Tensor& t) { return static_cast<const T*
 template <typename T> const T* in(const std::optional<Tensor>& t) { return t.has_value() ? in<T>(*t) : nullptr; }
 template <typename T> T* inout(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 template <typename T> T* inout(const std::optional<Tensor>& t) { return t.has_value() ? inout<T>(*t) : nullptr; }
+
+inline constexpr int64_t kMaxVocab = 1 << 19;  // block statistics of a row fit the default shared memory
+inline constexpr const char* kVocabText = "a vocabulary of at most 524288 tokens";
 
 // Without CUDA kernels in the build, or without a CUDA torch, a CUDA tensor is refused by name.
 [[noreturn]] void no_cuda(const char* op);

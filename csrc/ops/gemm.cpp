@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "gemm/params.h"
+#include "sample/params.h"
 #include "ops/checks.h"
 
 namespace specrt::ops {
@@ -152,6 +153,38 @@ void linear_residual(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor
   SPECRT_LAUNCH(linear, check, p);
 }
 
+// Two kernels, and between them a few bytes for each 128 outputs in short-lived memory of torch's (in a captured graph: of the graph's own pool).
+void linear_sample(Tensor x, Tensor weight, int64_t out_features, Tensor num_rows, Tensor row_request, Tensor row_position, Tensor seeds, Tensor sampling_f, Tensor token,
+                   Tensor status, std::optional<Tensor> logprob) {
+  Checker check("linear_sample", x);
+  Sym R("R"), K("K"), N("N"), B("B");
+  check.require(out_features >= 1 && out_features <= kMaxVocab, "out_features", kVocabText);
+  N.value = out_features;
+  LinearParams p = linear_params(check, R, N, K, x, weight, std::nullopt, num_rows);
+  check("row_request", row_request, {R}, {kI32});
+  check("row_position", row_position, {R}, {kI32});
+  check("seeds", seeds, {B}, {kI64});
+  check("sampling_f", sampling_f, {B, kSamplingF}, {kF32});
+  check("token", token, {R}, {kI32});
+  check("status", status, {R}, {kI32});
+  check("logprob", logprob, {R}, {kF32});
+  if (R == 0) return;
+  const int64_t blocks = ceil_div(N, kLseBlock);
+  const Tensor choice = torch::stable::new_empty(x, {R, blocks, static_cast<int64_t>(sizeof(BlockChoice))}, kU8);
+  std::optional<Tensor> sums;
+  if (logprob.has_value()) sums = torch::stable::new_empty(x, {R, blocks}, kF32);
+  p.finish = Finish::kChoose;
+  p.row_request = in<int32_t>(row_request);
+  p.row_position = in<int32_t>(row_position);
+  p.seeds = in<int64_t>(seeds);
+  p.sampling_f = in<float>(sampling_f);
+  p.choice = inout<BlockChoice>(choice);
+  p.sums = inout<float>(sums);
+  SPECRT_LAUNCH(linear, check, p);
+  const SampleBlocksParams row{p.choice, p.sums, p.num_rows, inout<int32_t>(token), inout<int32_t>(status), inout<float>(logprob), p.rows, static_cast<int>(blocks)};
+  SPECRT_LAUNCH(sample_blocks, check, row);
+}
+
 void quantize_fp8(Tensor x, Tensor num_rows, Tensor q, Tensor scale) {
   Checker check("quantize_fp8", x);
   Sym R("R"), K("K");
@@ -253,6 +286,7 @@ STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_silu", TORCH_BOX(&linear_silu));
   m.impl("linear_residual", TORCH_BOX(&linear_residual));
+  m.impl("linear_sample", TORCH_BOX(&linear_sample));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
   m.impl("linear_fp8_silu", TORCH_BOX(&linear_fp8_silu));
@@ -263,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(specrt, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_silu", TORCH_BOX(&linear_silu));
   m.impl("linear_residual", TORCH_BOX(&linear_residual));
+  m.impl("linear_sample", TORCH_BOX(&linear_sample));
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
   m.impl("linear_fp8_silu", TORCH_BOX(&linear_fp8_silu));

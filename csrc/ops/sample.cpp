@@ -4,9 +4,6 @@
 namespace specrt::ops {
 namespace {
 
-constexpr int64_t kMaxVocab = 1 << 19;  // block statistics of a row fit the default shared memory
-constexpr const char* kVocabText = "a vocabulary of at most 524288 tokens";
-
 void sample_transform(Tensor logits, Tensor row_request, Tensor row_position, std::optional<Tensor> row_node, std::optional<Tensor> tree_token,
                       std::optional<Tensor> tree_ancestors, Tensor sampling_f, Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor output_count,
                       Tensor prompt_mask, std::optional<Tensor> mask_bits, std::optional<Tensor> row_mask, Tensor num_rows, Tensor status, std::optional<Tensor> seeds,
@@ -103,6 +100,35 @@ void draft_topk(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds,
   SPECRT_LAUNCH(draft_topk, check, p);
 }
 
+void draft_children(Tensor logits, int64_t slot_rows, int64_t level, std::optional<Tensor> ids, Tensor row_request, Tensor row_position, int64_t ahead, Tensor sampling_f,
+                    Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, Tensor num_rows, Tensor token, Tensor score) {
+  Checker check("draft_children", logits);
+  Sym L("L"), R("R"), D("D"), V("V"), B("B"), S("S"), k("k");
+  check("logits", logits, {L, D}, {kF32});
+  check("ids", ids, {D}, {kI64});
+  check("row_request", row_request, {R}, {kI32});
+  check("row_position", row_position, {R}, {kI32});
+  check("sampling_f", sampling_f, {B, kSamplingF}, {kF32});
+  check("sampling_i", sampling_i, {B, kSamplingI}, {kI32});
+  check("stop_ids", stop_ids, {B, S}, {kI32});
+  check("bias", bias, {B, V}, {kF32});
+  check("seeds", seeds, {B}, {kI64});
+  check("num_rows", num_rows, {1}, {kI32});
+  check("token", token, {R, k}, {kI32});
+  check("score", score, {R, k}, {kF32});
+  check.require(slot_rows > 0 ? level >= 0 && level < slot_rows && L >= B * slot_rows : slot_rows == 0 && L >= R, "logits", "a row a row, or slot_rows a slot, one of them for the level");
+  check.require(noise >= -1 && noise <= 3, "noise", "-1 (none) or a NOISE_* purpose");
+  check.require(k >= 1 && k <= 64, "token", "1 to 64 columns");
+  check.require(D <= (check.cuda() ? kChildrenVocab : kMaxVocab), "logits", check.cuda() ? "a vocabulary of at most 327680 tokens on CUDA" : kVocabText);
+  if (R == 0 || V == 0 || D == 0) return;
+  DraftChildrenParams p{in<float>(logits),     in<int64_t>(ids),       in<int32_t>(row_request), in<int32_t>(row_position), in<float>(sampling_f),
+                        in<int32_t>(sampling_i), in<int32_t>(stop_ids), in<float>(bias),          in<int64_t>(seeds),        in<int32_t>(num_rows),
+                        inout<int32_t>(token), inout<float>(score),    static_cast<int>(ahead),   static_cast<int>(noise),   static_cast<int>(R),
+                        static_cast<int>(D),   static_cast<int>(V),    static_cast<int>(S),       static_cast<int>(k),       static_cast<int>(slot_rows),
+                        static_cast<int>(level)};
+  SPECRT_LAUNCH(draft_children, check, p);
+}
+
 void accept_rejection(Tensor z, Tensor row_status, Tensor row_offset, Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor seq_lens, Tensor q,
                       Tensor q_levels, Tensor seeds, Tensor sampling_f, Tensor scratch, Tensor path, Tensor path_len, Tensor emitted, Tensor error) {
   Checker check("accept_rejection", z);
@@ -139,6 +165,7 @@ void accept_rejection(Tensor z, Tensor row_status, Tensor row_offset, Tensor tre
   m.impl("sample_exact", TORCH_BOX(&sample_exact));         \
   m.impl("row_logprobs", TORCH_BOX(&row_logprobs));         \
   m.impl("draft_topk", TORCH_BOX(&draft_topk));             \
+  m.impl("draft_children", TORCH_BOX(&draft_children));     \
   m.impl("accept_rejection", TORCH_BOX(&accept_rejection));
 
 STABLE_TORCH_LIBRARY_IMPL(specrt, CPU, m) { SPECRT_SAMPLE_OPS(m) }

@@ -19,7 +19,7 @@ Paging paging_of(Checker& check, const Tensor& block_table, int64_t page_size, S
   return {in<int32_t>(block_table), as_int(pages), as_int(page_size)};
 }
 
-void tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor seq_lens, Tensor block_table, int64_t page_size, Tensor tree_depth,
+void tree_build(Tensor tree_token, Tensor tree_parent, Tensor active, Tensor tree_size, Tensor seq_lens, Tensor block_table, int64_t page_size, Tensor tree_depth,
                 Tensor tree_ancestors, Tensor row_offset, Tensor row_request, Tensor row_node, Tensor row_token, Tensor row_position, Tensor row_prefix,
                 Tensor row_slot, Tensor row_ancestors, Tensor num_rows) {
   Checker check("tree_build", tree_token);
@@ -27,6 +27,7 @@ void tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor 
   check("tree_token", tree_token, {B, N}, {kI32});
   check("tree_parent", tree_parent, {B, N}, {kI32});
   require_nodes(check, "tree_token", N);
+  check("active", active, {B}, {kI32});
   check("tree_size", tree_size, {B}, {kI32});
   check("seq_lens", seq_lens, {B}, {kI32});
   const Paging paging = paging_of(check, block_table, page_size, B);
@@ -42,7 +43,7 @@ void tree_build(Tensor tree_token, Tensor tree_parent, Tensor tree_size, Tensor 
   check("row_ancestors", row_ancestors, {R}, {kI64});
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "tree_token", "at least one slot");
-  TreeBuildParams p{in<int32_t>(tree_token), in<int32_t>(tree_parent), in<int32_t>(tree_size), in<int32_t>(seq_lens), paging,
+  TreeBuildParams p{in<int32_t>(tree_token), in<int32_t>(tree_parent), in<int32_t>(active), inout<int32_t>(tree_size), in<int32_t>(seq_lens), paging,
                     inout<int32_t>(tree_depth), inout<int64_t>(tree_ancestors), inout<int32_t>(row_offset), inout<int32_t>(row_request),
                     inout<int32_t>(row_node), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
                     inout<int64_t>(row_slot), inout<int64_t>(row_ancestors), inout<int32_t>(num_rows), as_int(B), as_int(N), as_int(R)};
@@ -69,6 +70,36 @@ void span_rows(Tensor history, Tensor start, Tensor end, Tensor block_table, int
                    inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix), inout<int64_t>(row_slot),
                    inout<int32_t>(num_rows), as_int(B), as_int(T), as_int(R)};
   SPECRT_LAUNCH(span_rows, check, p);
+}
+
+void path_rows(Tensor history, Tensor seq_lens, Tensor path_len, Tensor max_nodes, std::optional<Tensor> levels, int64_t most_levels, int64_t mask_token, Tensor path,
+               Tensor row_offset, Tensor block_table, int64_t page_size, Tensor row_request, Tensor row_token, Tensor row_position, Tensor row_prefix, Tensor row_slot,
+               Tensor row_source, Tensor row_place, Tensor num_rows) {
+  Checker check("path_rows", history);
+  Sym B("B"), T("T"), N("N"), R("R");
+  check("history", history, {B, T}, {kI32});
+  check("seq_lens", seq_lens, {B}, {kI32});
+  check("path_len", path_len, {B}, {kI32});
+  check("max_nodes", max_nodes, {B}, {kI32});
+  check("levels", levels, {B}, {kI32});
+  check.require(most_levels >= 1, "most_levels", "at least 1");
+  check("path", path, {B, N}, {kI32});
+  check("row_offset", row_offset, {B + 1}, {kI32});
+  const Paging paging = paging_of(check, block_table, page_size, B);
+  check("row_request", row_request, {R}, {kI32});
+  check("row_token", row_token, {R}, {kI32});
+  check("row_position", row_position, {R}, {kI32});
+  check("row_prefix", row_prefix, {R}, {kI32});
+  check("row_slot", row_slot, {R}, {kI64});
+  check("row_source", row_source, {R}, {kI32});
+  check("row_place", row_place, {R}, {kI32});
+  check("num_rows", num_rows, {1}, {kI32});
+  check.require(B >= 1, "history", "at least one slot");
+  PathRowsParams p{in<int32_t>(history), in<int32_t>(seq_lens), in<int32_t>(path_len), in<int32_t>(max_nodes), in<int32_t>(levels), in<int32_t>(path),
+                   in<int32_t>(row_offset), paging, inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
+                   inout<int64_t>(row_slot), inout<int32_t>(row_source), inout<int32_t>(row_place), inout<int32_t>(num_rows), as_int(B), as_int(T), as_int(N), as_int(R),
+                   as_int(most_levels), as_int(mask_token)};
+  SPECRT_LAUNCH(path_rows, check, p);
 }
 
 AcceptWalkParams walk_params(Checker& check, Sym& B, const Tensor& tree_token, const Tensor& tree_parent, const Tensor& tree_size, const Tensor& row_offset,
@@ -163,9 +194,25 @@ void require_expansion(const Checker& check, int64_t levels, int64_t width, int6
   check.require(candidates >= need, "cand_token", "room for k + (levels - 1) W k = " + std::to_string(need) + " candidates a slot");
 }
 
+void draft_limits(Tensor max_nodes, Tensor max_depth, Tensor seq_lens, Tensor active, int64_t lag, Tensor nodes, Tensor depth, std::optional<Tensor> base) {
+  Checker check("draft_limits", max_nodes);
+  Sym B("B");
+  check("max_nodes", max_nodes, {B}, {kI32});
+  check("max_depth", max_depth, {B}, {kI32});
+  check("seq_lens", seq_lens, {B}, {kI32});
+  check("active", active, {B}, {kI32});
+  check("nodes", nodes, {B}, {kI32});
+  check("depth", depth, {B}, {kI32});
+  check("base", base, {B}, {kI32});
+  if (B == 0) return;
+  DraftLimitsParams p{in<int32_t>(max_nodes), in<int32_t>(max_depth), in<int32_t>(seq_lens), in<int32_t>(active), inout<int32_t>(nodes), inout<int32_t>(depth),
+                      inout<int32_t>(base), as_int(B), as_int(lag)};
+  SPECRT_LAUNCH(draft_limits, check, p);
+}
+
 void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens, Tensor block_table,
                  int64_t page_size, Tensor cand_token, Tensor cand_parent, Tensor cand_score, Tensor beam, Tensor row_request, Tensor row_token,
-                 Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor num_rows) {
+                 Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor row_parent, Tensor num_rows) {
   Checker check("tree_expand", topk_token);
   Sym rows("rows"), k("k"), B("B"), C("C"), R("R"), depth("depth");
   check("topk_token", topk_token, {rows, k}, {kI32});
@@ -183,6 +230,7 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   check("row_prefix", row_prefix, {R}, {kI32});
   check("row_slot", row_slot, {R}, {kI64});
   check("row_path", row_path, {R, depth}, {kI32});
+  check("row_parent", row_parent, {R}, {kI32});
   check("num_rows", num_rows, {1}, {kI32});
   check.require(B >= 1, "max_depth", "at least one slot");
   require_expansion(check, level, beam_width, k, C);
@@ -192,7 +240,7 @@ void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor to
   TreeExpandParams p{in<int32_t>(topk_token), in<float>(topk_score), in<int32_t>(max_depth), in<int32_t>(seq_lens), paging,
                      inout<int32_t>(cand_token), inout<int32_t>(cand_parent), inout<float>(cand_score), inout<int32_t>(beam),
                      inout<int32_t>(row_request), inout<int32_t>(row_token), inout<int32_t>(row_position), inout<int32_t>(row_prefix),
-                     inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(num_rows),
+                     inout<int64_t>(row_slot), inout<int32_t>(row_path), inout<int32_t>(row_parent), inout<int32_t>(num_rows),
                      as_int(level), as_int(beam_width), as_int(k), as_int(B), as_int(C), as_int(depth), as_int(rows)};
   SPECRT_LAUNCH(tree_expand, check, p);
 }
@@ -227,6 +275,8 @@ void tree_select(int64_t levels, int64_t beam_width, int64_t topk, Tensor max_no
   m.impl("accept_synthetic", TORCH_BOX(&accept_synthetic)); \
   m.impl("round_advance", TORCH_BOX(&round_advance));     \
   m.impl("ngram_propose", TORCH_BOX(&ngram_propose));     \
+  m.impl("path_rows", TORCH_BOX(&path_rows));             \
+  m.impl("draft_limits", TORCH_BOX(&draft_limits));       \
   m.impl("tree_expand", TORCH_BOX(&tree_expand));         \
   m.impl("tree_select", TORCH_BOX(&tree_select));
 

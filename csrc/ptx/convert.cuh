@@ -32,4 +32,26 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return pair;
 }
 
+// Two e4m3, bytes `first` and first + 1 of four, as bf16, exactly; a NaN gives +-480. A byte below its sign eight times, moved to bf16's places, is the value times 2^-120.
+template <int first> __device__ __forceinline__ uint32_t widen_e4m3_pair(uint32_t four) {
+  constexpr uint32_t kSelect = first ? 0xb3a2u : 0x9180u, kScale = 0x7b807b80u;  // 8 in a place of kSelect: the byte's sign; 2^120 twice
+  uint32_t pair;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(pair) : "r"(four), "n"(kSelect));  // __byte_perm knows no signs
+  pair = (pair << 4) & 0x87f087f0u;
+  asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(kScale));
+  return pair;
+}
+
+// Eight e4m3 as bf16, exactly; a NaN gives +-480.
+__device__ __forceinline__ uint4 widen_e4m3(uint2 x) { return {widen_e4m3_pair<0>(x.x), widen_e4m3_pair<2>(x.x), widen_e4m3_pair<0>(x.y), widen_e4m3_pair<2>(x.y)}; }
+
+// A sign bit is set where one of them is NaN.
+__device__ __forceinline__ uint32_t e4m3_nans(uint2 x) { return (((x.x & 0x7f7f7f7fu) + 0x01010101u) | ((x.y & 0x7f7f7f7fu) + 0x01010101u)) & 0x80808080u; }
+
+// What widen_e4m3 gave, with NaN for +-480.
+__device__ __forceinline__ uint4 mark_nans(uint4 wide) {
+  auto mark = [](uint32_t pair) { return pair | (__vcmpeq2(pair & 0x7fff7fffu, 0x43f043f0u) & 0x7fc07fc0u); };
+  return {mark(wide.x), mark(wide.y), mark(wide.z), mark(wide.w)};
+}
+
 }  // namespace specrt::ptx

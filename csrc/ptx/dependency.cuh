@@ -1,7 +1,8 @@
 // Programmatic dependent launch (sm_90): a kernel may start while the one before it in the stream still runs.
 //
 // A kernel launched with the attribute (base/launch.h) must call grid_dependency_wait in every thread before it touches what an earlier kernel
-// wrote, and before it writes what an earlier kernel may still read. Weights are neither: they may be read before.
+// wrote, and before it writes what an earlier kernel may still read. Weights are neither: they may be read before. What is older than the kernel before may be too, where that
+// one is sure to have waited (linear, which starts the next late); where it is done, a params.h says so (kv, attention), and the loads go to L2: an SM's L1 may hold what was.
 #pragma once
 
 namespace specrt::ptx {

@@ -1,4 +1,4 @@
-// Warp-level matrix instructions (sm_80 on): mma.sync m16n8k16 on bf16 with fp32 accumulation, and ldmatrix, which loads its operands.
+// Warp-level matrix instructions (sm_80 on): mma.sync m16n8k16 on bf16 with fp32 accumulation, and ldmatrix, which loads its operands (stmatrix, sm_90, is the way back).
 //
 // Fragments of D[16,8] += A[16,16] B[16,8] (PTX ISA, "Matrix Fragments for mma.m16n8k16"), lane = 4 g + t:
 //   a[0] A[g][2t..2t+1]   a[1] A[g+8][2t..]   a[2] A[g][2t+8..]   a[3] A[g+8][2t+8..]
@@ -27,6 +27,15 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+
+// The way back: r_i of every lane hold elements [2 (lane % 4) .. + 1][lane / 4] of matrix i, whose rows lanes 8i..8i+7 give.
+__device__ __forceinline__ void stmatrix_x2_trans(uint32_t row, uint32_t r0, uint32_t r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(row), "r"(r0), "r"(r1) : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
 }  // namespace specrt::ptx

@@ -59,4 +59,11 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int byt
                : "memory");
 }
 
+// Without a hint, into every CTA of the cluster whose bit is set in `ctas`, at this offset of its shared memory and completing on its own barrier there.
+__device__ __forceinline__ void bulk_load_to_all(uint32_t to, const void* from, int bytes, uint32_t barrier, int ctas) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier),
+               "h"(static_cast<uint16_t>(ctas))
+               : "memory");
+}
+
 }  // namespace specrt::ptx

@@ -59,29 +59,39 @@ void launch_row_logprobs_cpu(const RowLogprobsParams& p) {
   });
 }
 
-void launch_draft_topk_cpu(const DraftTopkParams& p) {
-  const int64_t n = std::min(*p.num_rows, p.rows), chunks = (p.vocab + kChunk - 1) / kChunk;
-  parallel_for(n * chunks, n * p.vocab * 32, [&](int64_t task) {
-    const int64_t row = task / chunks, b = p.row_request[row];
+void perturb_rows(float* z, int64_t n, int vocab, const int32_t* request, const int32_t* positions, const int64_t* seeds, const float* sampling_f, int noise) {
+  if (noise < 0) return;
+  const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+  parallel_for(n * chunks, n * vocab * 32, [&](int64_t task) {
+    const int64_t row = task / chunks, b = request[row];
+    if (!(sampling_f[b * kSamplingF + kTemperature] > 0.0f)) return;
     const int32_t first = static_cast<int32_t>(task % chunks * kChunk);
-    const int size = std::min(kChunk, p.vocab - first);
-    const float* z = p.z + row * p.vocab + first;
-    float* out = p.perturbed + row * p.vocab + first;
-    const bool noisy = p.noise >= 0 && p.sampling_f[b * kSamplingF + kTemperature] > 0.0f;
-    if (noisy) perturb_chunk(z, size, p.seeds[b], p.row_position[row] + 1, p.noise, first, out);
-    else std::copy(z, z + size, out);
+    float* part = z + row * vocab + first;
+    perturb_chunk(part, std::min(kChunk, vocab - first), seeds[b], positions[row], noise, first, part);
   });
+}
+
+void best_columns(const float* x, int64_t n, int columns, int k, int32_t* column, float* score) {
   std::vector<float> lse(n);
-  rows_lse(p.perturbed, n, p.vocab, lse.data());
-  parallel_for(n, n * p.vocab * 4, [&](int64_t row) {
-    const float* score = p.perturbed + row * p.vocab;
-    const std::vector<uint64_t> top = top_ranks(score, p.vocab, p.k);
-    for (int i = 0; i < p.k; ++i) {
-      const int32_t v = i < static_cast<int>(top.size()) ? rank_token(top[i]) : -1;
-      p.token[row * p.k + i] = v;
-      p.score[row * p.k + i] = v >= 0 ? canonical(score[v] - lse[row]) : -infinity();
+  rows_lse(x, n, columns, lse.data());
+  parallel_for(n, n * columns * 4, [&](int64_t row) {
+    const float* own = x + row * columns;
+    const std::vector<uint64_t> top = top_ranks(own, columns, k);
+    for (int i = 0; i < k; ++i) {
+      const int32_t c = i < static_cast<int>(top.size()) ? rank_token(top[i]) : -1;
+      column[row * k + i] = c;
+      score[row * k + i] = c >= 0 ? canonical(own[c] - lse[row]) : -infinity();
     }
   });
+}
+
+void launch_draft_topk_cpu(const DraftTopkParams& p) {
+  const int64_t n = std::min(*p.num_rows, p.rows);
+  std::copy(p.z, p.z + n * p.vocab, p.perturbed);
+  std::vector<int32_t> positions(n);
+  for (int64_t row = 0; row < n; ++row) positions[row] = p.row_position[row] + 1;
+  perturb_rows(p.perturbed, n, p.vocab, p.row_request, positions.data(), p.seeds, p.sampling_f, p.noise);
+  best_columns(p.perturbed, n, p.vocab, p.k, p.token, p.score);
 }
 
 }  // namespace specrt

@@ -6,14 +6,9 @@
 //   * everything else that is summed (top-p mass, residual mass) is an integer: no order.
 //   * every choice is a maximum with the lowest token id on ties: no order.
 #pragma once
-#include "base/types.h"
+#include "base/choice.h"
 
 namespace specrt {
-
-// Columns of the per-slot tables (specrt/ops.py).
-enum SamplingF { kTemperature, kTopP, kMinP, kRepetition, kPresence, kFrequency, kSamplingF };  // [B, 6]
-enum SamplingI { kTopK, kMinTokens, kPromptLen, kHasBias, kHasPenalty, kSamplingI };            // [B, 5]
-enum RowStatus : int32_t { kStatusOk, kStatusNotFinite, kStatusAllMasked };
 
 struct SampleTransformParams {
   float* logits;                  // [R, V], in place
@@ -75,6 +70,29 @@ struct DraftTopkParams {
   int rows, vocab, k;
 };
 
+// A child's score is z + G less the log-sum-exp of z + G over the drafter's own columns, in the order above.
+struct DraftChildrenParams {
+  const float* logits;          // [L, D]; of row r: row r, or with slot_rows row request * slot_rows + level
+  const int64_t* ids;           // [D], ascending, or null: 0, 1, ...
+  const int32_t* row_request;   // [R]
+  const int32_t* row_position;  // [R]
+  const float* sampling_f;      // [B, 6]
+  const int32_t* sampling_i;    // [B, 5]
+  const int32_t* stop_ids;      // [B, S], -1 pads
+  const float* bias;            // [B, V]
+  const int64_t* seeds;         // [B]
+  const int32_t* num_rows;
+  int32_t* token;               // [R, k]
+  float* score;                 // [R, k]
+  int ahead;                    // the child's position - row_position
+  int noise;                    // purpose, or -1
+  int rows, columns, vocab, stops, k;  // R, D, V, S
+  int slot_rows, level;
+
+  SPECRT_HD const float* own(int64_t row) const { return logits + (slot_rows ? static_cast<int64_t>(row_request[row]) * slot_rows + level : row) * columns; }
+};
+constexpr int kChildrenVocab = 5 << 16;  // the drafter's, on CUDA: as kTransformVocab, with the statistics of the row's blocks beside it
+
 struct AcceptRejectionParams {
   const float* z;              // [R, V]
   const int32_t* row_status;   // [R]
@@ -95,14 +113,29 @@ struct AcceptRejectionParams {
   int slots, nodes, depth, vocab;  // B, N, D, V
 };
 
+// The choice of rows whose blocks are given (base/choice.h): what sample_transform without filters, sample_exact and row_logprobs would have of the logits.
+struct SampleBlocksParams {
+  const BlockChoice* choice;  // [R, J]
+  const float* sums;          // [R, J], with logprob
+  const int32_t* num_rows;
+  int32_t* token;             // [R]; 0 where the status is not OK
+  int32_t* status;            // [R]
+  float* logprob;             // [R] or null: of the token; -inf where the status is not OK
+  int rows, blocks;           // R, J
+};
+
 void launch_sample_transform_cpu(const SampleTransformParams& p);
 void launch_sample_transform_cuda(const SampleTransformParams& p, void* stream);
 void launch_sample_exact_cpu(const SampleExactParams& p);
 void launch_sample_exact_cuda(const SampleExactParams& p, void* stream);
+void launch_sample_blocks_cpu(const SampleBlocksParams& p);
+void launch_sample_blocks_cuda(const SampleBlocksParams& p, void* stream);
 void launch_row_logprobs_cpu(const RowLogprobsParams& p);
 void launch_row_logprobs_cuda(const RowLogprobsParams& p, void* stream);
 void launch_draft_topk_cpu(const DraftTopkParams& p);
 void launch_draft_topk_cuda(const DraftTopkParams& p, void* stream);
+void launch_draft_children_cpu(const DraftChildrenParams& p);
+void launch_draft_children_cuda(const DraftChildrenParams& p, void* stream);
 void launch_accept_rejection_cpu(const AcceptRejectionParams& p);
 void launch_accept_rejection_cuda(const AcceptRejectionParams& p, void* stream);
 

@@ -8,32 +8,6 @@
 namespace specrt {
 namespace {
 
-// Division by one number, IEEE: by its reciprocal and two corrections where neither operand is extreme, as the compiler does it, but for what is the same for all.
-struct Divide {
-  float by, reciprocal;
-  bool plain;
-
-  __device__ explicit Divide(float by) : by(by), reciprocal(1.0f / by), plain(by > 0x1p-30f && by < 0x1p30f) {}
-
-  __device__ void operator()(float (&x)[4]) const {
-    const float low = fminf(fminf(fabsf(x[0]), fabsf(x[1])), fminf(fabsf(x[2]), fabsf(x[3]))), high = fmaxf(fmaxf(fabsf(x[0]), fabsf(x[1])), fmaxf(fabsf(x[2]), fabsf(x[3])));
-    if (plain && low > 0x1p-60f && high < 0x1p60f) {
-#pragma unroll
-      for (float& value : x) {
-        float q = value * reciprocal;
-        q = fma_rn(fma_rn(-q, by, value), reciprocal, q);
-        value = fma_rn(fma_rn(-q, by, value), reciprocal, q);
-      }
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < 4; ++e) {  // no index that is not a constant: x stays in registers
-        const float y = (e < 2 ? (e == 0 ? x[0] : x[1]) : (e == 2 ? x[2] : x[3])) / by;
-        e < 2 ? (e == 0 ? x[0] = y : x[1] = y) : (e == 2 ? x[2] = y : x[3] = y);
-      }
-    }
-  }
-};
-
 // What is done to a logit before the filters: penalties, bias, mask, temperature.
 struct Adjust {
   const int32_t* count;   // [V] or null: no penalty
@@ -117,8 +91,6 @@ struct Best {
     return rank_of(value, 4 * (row.first + quad) + (x.x == value ? 0 : x.y == value ? 1 : x.z == value ? 2 : 3));
   }
 };
-
-constexpr uint64_t kBadRank = ~uint64_t{0};  // above every rank: some logit is not finite
 
 // One pass over the logits into shared memory: change(quad, its first token); returns 0, or NaN if a raw logit is not finite. Each thread loads `Batch` quads at once.
 template <bool kVector, int Batch, typename Change> __device__ __forceinline__ float first_pass(const RowSlice& row, const float* logits, int n, Best& best, Change&& change) {
@@ -209,15 +181,13 @@ template <bool kVector> __device__ uint64_t finish_row(const RowSlice& row, floa
       for (float& z : x) z = exp_rn(z - f.max) >= f.min_p ? z : -infinity();
     const float top = highest_of(x);
     if (f.write) store_quad<kVector>(logits, v, n, x);
-    // Scores below `bound` cannot win, so most noise is never made: G < kGumbelMax; and since E = -log1p(-W) >= W, a score reaches the bound only where
-    // W <= exp(z - bound), up to roundings that the slack covers many times.
     if (!f.draw || !(top > -infinity() && top + kGumbelMax >= bound)) continue;
     uint32_t words[4];
     noise_words(f.seed, f.position, kNoiseShared, row.first + q, words);
-    const float reach = bound - (0.01f + fabsf(bound) * 1e-6f);
+    const float reach = noise_reach(bound);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (!(x[e] > -infinity()) || static_cast<float>(words[e]) * 2.3283064365386963e-10f > __expf(x[e] - reach)) continue;
+      if (!(x[e] > -infinity()) || !word_reaches(words[e], x[e], reach)) continue;
       const float score = x[e] + gumbel(words[e]);
       const uint64_t rank = rank_of(score, v + e);
       if (rank > best) best = rank;

@@ -140,13 +140,22 @@ RowStatus transform_row(const SampleTransformParams& p, int64_t row) {
       z[v] = penalize(path.raw[j], count, p.prompt_mask[base + v] != 0, f);
     }
   }
-  if (i[kHasBias]) add_row(z, n, p.bias + base);
-  if (p.row_position[row] + 1 - i[kPromptLen] < i[kMinTokens])
-    for (int s = 0; s < p.stops; ++s) {
-      const int32_t v = p.stop_ids[b * p.stops + s];
+  const int32_t* mask = p.mask_bits && p.row_mask[row] >= 0 ? p.mask_bits + static_cast<int64_t>(p.row_mask[row]) * ((n + 31) / 32) : nullptr;
+  return adjust_row(z, n, {f, i, p.bias + base, p.stop_ids + b * p.stops, mask, p.stops, p.row_position[row] + 1});
+}
+
+}  // namespace
+
+RowStatus adjust_row(float* z, int n, const Adjustments& a) {
+  const float* f = a.f;
+  const int32_t* i = a.i;
+  if (i[kHasBias]) add_row(z, n, a.bias);
+  if (a.position - i[kPromptLen] < i[kMinTokens])
+    for (int s = 0; s < a.stops; ++s) {
+      const int32_t v = a.stop_ids[s];
       if (v >= 0 && v < n) z[v] = -infinity();
     }
-  if (p.mask_bits && p.row_mask[row] >= 0) mask_row(z, n, p.mask_bits + static_cast<int64_t>(p.row_mask[row]) * ((n + 31) / 32));
+  if (a.mask) mask_row(z, n, a.mask);
   const float t = f[kTemperature];
   const bool scaled = t > 0.0f && t != 1.0f;
   if (scaled) divide_row(z, n, t);
@@ -159,8 +168,6 @@ RowStatus transform_row(const SampleTransformParams& p, int64_t row) {
   if (f[kMinP] > 0.0f) min_p_row(z, n, max, f[kMinP]);
   return kStatusOk;
 }
-
-}  // namespace
 
 void launch_sample_transform_cpu(const SampleTransformParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows);

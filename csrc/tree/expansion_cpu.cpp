@@ -26,8 +26,8 @@ struct Best {
   }
 };
 
-// The row of beam entry w for the next level. The path needs no state: a candidate's index says which beam entry of the level above it hangs from.
-void write_row(const TreeExpandParams& p, int b, int w, int row) {
+// The row of beam entry w for the next level; row0: its slot's first row in this one. The path needs no state: a candidate's index says which beam entry of the level above it hangs from.
+void write_row(const TreeExpandParams& p, int b, int w, int row0, int row) {
   const int64_t base = static_cast<int64_t>(b) * p.candidates;
   const int first = p.seq_lens[b] + 1;
   int candidate = p.beam[static_cast<int64_t>(b) * p.beam_width + w];
@@ -36,6 +36,7 @@ void write_row(const TreeExpandParams& p, int b, int w, int row) {
   p.row_position[row] = p.seq_lens[b] + p.level;
   p.row_prefix[row] = first;
   p.row_slot[row] = kv_slot(p.paging, b, first + (p.level - 1) * p.beam_width + w);
+  p.row_parent[row] = std::min(row0 + (candidate - first_candidate(p.level, p.beam_width, p.topk)) / p.topk, p.rows - 1);
   int32_t* path = p.row_path + static_cast<int64_t>(row) * p.path_depth;
   std::fill(path + p.level, path + p.path_depth, -1);
   path[p.level - 1] = (p.level - 1) * p.beam_width + w;
@@ -86,6 +87,10 @@ void select(const TreeSelectParams& p, int b) {
 
 }  // namespace
 
+void launch_draft_limits_cpu(const DraftLimitsParams& p) {
+  for (int b = 0; b < p.batch; ++b) limit_slot(p, b);
+}
+
 void launch_tree_expand_cpu(const TreeExpandParams& p) {
   const int first = first_candidate(p.level, p.beam_width, p.topk), sources = p.level == 1 ? 1 : p.beam_width;
   int active = 0, row = 0;
@@ -112,7 +117,7 @@ void launch_tree_expand_cpu(const TreeExpandParams& p) {
     }
     std::copy(best.index, best.index + p.beam_width, beam);
     if (p.max_depth[b] <= p.level) continue;
-    for (int w = 0; w < p.beam_width; ++w) write_row(p, b, w, row++);
+    for (int w = 0; w < p.beam_width; ++w) write_row(p, b, w, row0, row++);
   }
   *p.num_rows = row;
 }

@@ -19,7 +19,8 @@ struct Paging {
 
 struct TreeBuildParams {
   const int32_t *tree_token, *tree_parent;  // [B, N]
-  const int32_t* tree_size;                 // [B]
+  const int32_t* active;                    // [B]
+  int32_t* tree_size;                       // [B]; 0 where the slot is not active
   const int32_t* seq_lens;                  // [B]
   Paging paging;
   int32_t* tree_depth;                      // [B, N]
@@ -40,6 +41,22 @@ struct SpanRowsParams {
   int64_t* row_slot;                        // [R]
   int32_t* num_rows;                        // [1]
   int batch, max_len, rows;                 // B, T, R
+};
+
+struct PathRowsParams {
+  const int32_t* history;                   // [B, T]
+  const int32_t *seq_lens, *path_len;       // [B], after the round
+  const int32_t* max_nodes;                 // [B]
+  const int32_t* levels;                    // [B] or null: 1; rows of a slot that are kept, the last of the path and mask rows behind it
+  const int32_t* path;                      // [B, N]
+  const int32_t* row_offset;                // [B + 1], of the round
+  Paging paging;
+  int32_t *row_request, *row_token, *row_position, *row_prefix;  // [R]
+  int64_t* row_slot;                        // [R]
+  int32_t *row_source, *row_place;          // [R]
+  int32_t* num_rows;                        // [1]
+  int batch, max_len, nodes, rows;          // B, T, N, R
+  int most_levels, mask_token;
 };
 
 struct AcceptWalkParams {
@@ -83,6 +100,12 @@ struct NgramProposeParams {
   int batch, nodes, max_len;                // B, N, T
 };
 
+struct DraftLimitsParams {
+  const int32_t *max_nodes, *max_depth, *seq_lens, *active;  // [B]
+  int32_t *nodes, *depth, *base;            // [B]; base or null
+  int batch, lag;
+};
+
 struct TreeExpandParams {
   const int32_t* topk_token;                // [rows, k]
   const float* topk_score;                  // [rows, k]
@@ -94,6 +117,7 @@ struct TreeExpandParams {
   int32_t *row_request, *row_token, *row_position, *row_prefix;  // [R], R >= B W
   int64_t* row_slot;                        // [R]
   int32_t* row_path;                        // [R, path_depth], path_depth >= level
+  int32_t* row_parent;                      // [R] row of topk_token that it is a child of
   int32_t* num_rows;                        // [1]
   int level, beam_width, topk;              // W, k
   int batch, candidates, path_depth, rows;  // B, C; rows of topk: a row past them has no children
@@ -113,6 +137,8 @@ void launch_tree_build_cpu(const TreeBuildParams& p);
 void launch_tree_build_cuda(const TreeBuildParams& p, void* stream);
 void launch_span_rows_cpu(const SpanRowsParams& p);
 void launch_span_rows_cuda(const SpanRowsParams& p, void* stream);
+void launch_path_rows_cpu(const PathRowsParams& p);
+void launch_path_rows_cuda(const PathRowsParams& p, void* stream);
 void launch_accept_walk_cpu(const AcceptWalkParams& p);
 void launch_accept_walk_cuda(const AcceptWalkParams& p, void* stream);
 void launch_accept_synthetic_cpu(const AcceptSyntheticParams& p);
@@ -121,6 +147,8 @@ void launch_round_advance_cpu(const RoundAdvanceParams& p);
 void launch_round_advance_cuda(const RoundAdvanceParams& p, void* stream);
 void launch_ngram_propose_cpu(const NgramProposeParams& p);
 void launch_ngram_propose_cuda(const NgramProposeParams& p, void* stream);
+void launch_draft_limits_cpu(const DraftLimitsParams& p);
+void launch_draft_limits_cuda(const DraftLimitsParams& p, void* stream);
 void launch_tree_expand_cpu(const TreeExpandParams& p);
 void launch_tree_expand_cuda(const TreeExpandParams& p, void* stream);
 void launch_tree_select_cpu(const TreeSelectParams& p);

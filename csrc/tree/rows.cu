@@ -1,4 +1,4 @@
-// Packed rows: of all token trees, and of spans of committed tokens. A block a slot; each sums the sizes of the slots before it, so no block
+// Packed rows: of all token trees, of spans of committed tokens, and of accepted paths. A block a slot; each sums the sizes of the slots before it, so no block
 // waits for another. Bytes: a few words a row.
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
@@ -22,9 +22,10 @@ __global__ void tree_build_kernel(TreeBuildParams p) {
   ptx::launch_dependents();
   ptx::grid_dependency_wait();
   const int b = blockIdx.x, node = threadIdx.x;
-  const int first = place_slot(b, p.batch, p.rows, p.row_offset, p.num_rows, [&](int i) { return tree_nodes(p.tree_size, i, p.nodes); });
+  const int first = place_slot(b, p.batch, p.rows, p.row_offset, p.num_rows, [&](int i) { return active_nodes(p, i); });
   __shared__ int32_t parent[kMaxNodes];
-  const int size = tree_nodes(p.tree_size, b, p.nodes);
+  const int size = active_nodes(p, b);
+  if (node == 0 && !p.active[b]) p.tree_size[b] = 0;  // the others look at neither
   const int64_t at = static_cast<int64_t>(b) * p.nodes + node;
   if (node < size) parent[node] = node ? parent_before(p.tree_parent[at], node) : 0;
   __syncthreads();
@@ -61,6 +62,18 @@ __global__ void span_rows_kernel(SpanRowsParams p) {
   }
 }
 
+__global__ void path_rows_kernel(PathRowsParams p) {
+  ptx::grid_dependency_wait();
+  ptx::launch_dependents();  // as in attention/plan.cu: a head's weights come from here on
+  auto all = [&](int i) {
+    const int size = path_size(p, i);
+    return size + path_masks(p, i, size);
+  };
+  const int b = blockIdx.x, first = block_sum(b, all), size = path_size(p, b), end = min(first + all(b), p.rows);
+  for (int row = first + threadIdx.x; row < end; row += blockDim.x) write_path_row(p, b, row - first, size, row);
+  if (b == p.batch - 1 && threadIdx.x == 0) *p.num_rows = end;
+}
+
 }  // namespace
 
 void launch_tree_build_cuda(const TreeBuildParams& p, void* stream) {
@@ -69,6 +82,10 @@ void launch_tree_build_cuda(const TreeBuildParams& p, void* stream) {
 
 void launch_span_rows_cuda(const SpanRowsParams& p, void* stream) {
   launch({dim3(p.batch), dim3(256), 0, static_cast<cudaStream_t>(stream), 1, true}, span_rows_kernel, p);
+}
+
+void launch_path_rows_cuda(const PathRowsParams& p, void* stream) {
+  launch({dim3(p.batch), dim3(128), 0, static_cast<cudaStream_t>(stream), 1, true}, path_rows_kernel, p);
 }
 
 }  // namespace specrt

@@ -8,7 +8,8 @@ void launch_tree_build_cpu(const TreeBuildParams& p) {
   int row = 0;
   for (int b = 0; b < p.batch; ++b) {
     p.row_offset[b] = row;
-    const int size = tree_nodes(p.tree_size, b, p.nodes), prefix = p.seq_lens[b];
+    const int size = active_nodes(p, b), prefix = p.seq_lens[b];
+    if (!p.active[b]) p.tree_size[b] = 0;
     const int64_t base = static_cast<int64_t>(b) * p.nodes;
     int64_t* ancestors = p.tree_ancestors + base;
     int32_t* depth = p.tree_depth + base;
@@ -45,6 +46,15 @@ void launch_span_rows_cpu(const SpanRowsParams& p) {
     }
   }
   p.row_offset[p.batch] = *p.num_rows = row;
+}
+
+void launch_path_rows_cpu(const PathRowsParams& p) {
+  int row = 0;
+  for (int b = 0; b < p.batch; ++b) {
+    const int size = path_size(p, b), all = size + path_masks(p, b, size);
+    for (int i = 0; i < all && row < p.rows; ++i) write_path_row(p, b, i, size, row++);
+  }
+  *p.num_rows = row;
 }
 
 }  // namespace specrt

@@ -81,7 +81,8 @@ def settings(args: argparse.Namespace, prompts: list[Prompt], names: list[str]) 
     if len(set(temperatures)) < len(temperatures):
         raise ValueError(f"--temperature has a value twice: {temperatures}")
     texts = json.dumps([[p.category, p.text] for p in prompts])
-    return {"model": Path(args.model).name, "device": engine.device, "dtype": engine.dtype, "quantization": engine.quantization, "methods": names,
+    return {"model": Path(args.model).name, "device": engine.device, "dtype": engine.dtype, "quantization": engine.quantization,
+            "kv_cache_dtype": None if engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype, "methods": names,  # None: as baselines have it that do not say
             "temperature": temperatures, "sampling": {key: value for key, value in chosen.items() if key != "temperature"},
             "number of prompts": len(prompts), "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16]}
 

@@ -25,7 +25,7 @@ def marked(document: dict[str, Any], name: str) -> str:
 def heading(document: dict[str, Any]) -> str:
     s, first = document["settings"], document["methods"]
     total = sum(r["tokens"] for r in document["results"] if r["method"] == next(iter(first)) and r["category"] != "all")
-    weights = f"{s['dtype']}{', ' + s['quantization'] if s['quantization'] else ''}"
+    weights = f"{s['dtype']}{', ' + s['quantization'] if s['quantization'] else ''}{', FP8 keys and values' if s.get('kv_cache_dtype') else ''}"
     amount = f"{s['number of prompts']} prompts, {total} tokens a method, seed {s['sampling']['seed']}"
     return f"{document['model']}, {weights}, {s['device']} ({document['machine']}), {amount}"
 

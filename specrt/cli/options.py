@@ -48,7 +48,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     group.add_argument("--dtype", choices=["bfloat16", "float32"])
     group.add_argument("--quantization", choices=["fp8"])
-    group.add_argument("--kv-cache-dtype", choices=["auto", "fp8"])
+    group.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], help="of keys and values, a drafter's too: as --dtype (auto), or e4m3 (fp8)")
     group.add_argument("--max-batch-size", type=int, metavar="N")
     group.add_argument("--max-model-len", type=int, metavar="N")
     group.add_argument("--page-size", type=int, metavar="N")

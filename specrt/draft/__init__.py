@@ -16,7 +16,7 @@ def _ngram(config: Any, **_: Any) -> Drafter:
     return NgramDrafter(config.prompt_lookup_min, config.prompt_lookup_max, config.eagle_topk if config.is_tree else 1)
 
 
-def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: Any) -> Drafter:
+def _draft_model(config: Any, *, target: Any, tokenizer: Any, dtype: Any, device: Any, **_: Any) -> Drafter:
     from specrt.draft.draft_model import DraftModelDrafter
     from specrt.models.dense import DenseModel
     from specrt.weights import open_checkpoint
@@ -27,7 +27,7 @@ def _draft_model(config: Any, *, tokenizer: Any, dtype: Any, device: Any, **_: A
     if checkpoint.tokenizer().fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"speculative_config['model']: the draft model {config.model!r} has another tokenizer than the target (the token -> id tables differ); "
                          "a draft model must share the target's vocabulary")
-    return DraftModelDrafter(DenseModel.load(checkpoint, dtype, device, config.quantization), **growth(config))
+    return DraftModelDrafter(DenseModel.load(checkpoint, dtype, device, config.quantization, target.kv_dtype), **growth(config))
 
 
 def _head(family: str) -> Callable[..., Drafter]:

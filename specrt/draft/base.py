@@ -57,7 +57,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, slots: int, depth: int) -> None:
-        """Writes nodes 1.. of state.tree_token, tree_parent, and tree_size (root included) of its slots. What the host knows: at most ``slots`` active slots are its
+        """Writes nodes 1.. of state.tree_token, tree_parent, and tree_size (root included) of its slots, which is 1 until it does. What the host knows: at most ``slots`` active slots are its
         own (state.active says which), the largest max_depth among them is ``depth``."""
 
     def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:

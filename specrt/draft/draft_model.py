@@ -9,7 +9,6 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.dense import DenseModel
 from specrt.round.state import RoundState, SpanRows
@@ -30,17 +29,18 @@ class DraftModelDrafter(Drafter):
 
     def bytes_per_page(self, page_size: int) -> int:
         m = self.model
-        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.kv_dtype)
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
         m, device = self.model, state.device
-        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
+        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.kv_dtype, device, m.kv_scales)
         self.consumed = torch.zeros(state.batch, dtype=torch.int32, device=device)
         span_rows = state.batch * self._rows_a_slot()
         rows = max(span_rows, state.batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, choices=self.choices)
+        self.expansion = Expansion(state, page_size, m.config.vocab_size, None, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace,
+                                   choices=self.choices)
         self.span = SpanRows(state.batch, span_rows, device)
         sp = self.span
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
@@ -48,8 +48,6 @@ class DraftModelDrafter(Drafter):
         self.scratch = m.make_scratch(rows)
         self.prefill_scratch = m.make_scratch(prefill_rows)
         self.last_hidden = torch.zeros(state.batch, m.config.hidden_size, dtype=m.dtype, device=device)
-        # Vocabularies may be padded differently: ids past the smaller one are never proposed.
-        self.own_logits = torch.empty(state.batch * self.beam_width, m.config.vocab_size, dtype=torch.float32, device=device) if m.config.vocab_size != state.vocab else None
 
     def _rows_a_slot(self) -> int:
         """Most rows that a round feeds for a slot before its tree grows."""
@@ -75,24 +73,15 @@ class DraftModelDrafter(Drafter):
         hidden = self.model.forward(span_batch, self.pool, self.scratch)
         torch.index_select(hidden, 0, (sp.row_offset[1:] - 1).clamp_min(0).long(), out=self.last_hidden)
         depths = self.max_depth * mine
-        self._logits(self.last_hidden, grow.num_slots, s.batch)
+        self.model.logits(self.last_hidden, grow.num_slots, grow.logits[: s.batch])
         grow.first(depths)
         beam = grow.batch.head(rows)
         for level in range(2, depth + 1):
             hidden = self.model.forward(beam, self.pool, self.scratch)
-            self._logits(hidden, beam.num_rows, rows)
+            self.model.logits(hidden[:rows], beam.num_rows, grow.logits[:rows])
             grow.level(level, rows, depths)
         grow.select(self.max_nodes * mine, depths, depth)
         torch.where(mine > 0, known, self.consumed, out=self.consumed)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
         return self.expansion.draft_logits(self.max_depth)
-
-    def _logits(self, hidden: Tensor, num_rows: Tensor, rows: int) -> None:
-        out = self.expansion.logits[:rows]
-        if self.own_logits is None:
-            self.model.logits(hidden[:rows], num_rows, out)
-            return
-        own = self.own_logits[:rows]
-        self.model.logits(hidden[:rows], num_rows, own)
-        over_target(own, None, out)

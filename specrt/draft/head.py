@@ -13,7 +13,6 @@ from specrt import ops
 from specrt.cache.pool import KVPool
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import HeadModel
 from specrt.round.state import RoundState, SpanRows
@@ -22,8 +21,13 @@ from specrt.round.state import RoundState, SpanRows
 class HeadDrafter(Drafter):
     """boundaries: target features that the head takes, in its order; levels, beam_width, topk, noise, keep_logits, choices: as DraftModelDrafter's.
 
-    ``root_hidden`` and ``root_feature`` [B + 1, h] are the outputs of each slot's last true row, from which the next tree grows; the last row is a bin. A request of one
-    token has no such row before its first round, which is therefore one without drafts."""
+    ``root_hidden`` and ``root_feature`` [B, h] are the outputs of each slot's last true row, from which the next tree grows. A request of one token has no such row before its first
+    round, which is therefore one without drafts."""
+
+    #: Rows of ``root_hidden`` a slot has, and how many int32 [B] it uses (None: 1): those behind the first are of mask tokens.
+    root_rows: int = 1
+    used_rows: Tensor | None = None
+    mask_token: int = 0
 
     def __init__(self, model: HeadModel, boundaries: tuple[int, ...], levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
                  choices: tuple[tuple[int, ...], ...] | None = None):
@@ -33,100 +37,63 @@ class HeadDrafter(Drafter):
 
     def bytes_per_page(self, page_size: int) -> int:
         m = self.model
-        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.dtype)
+        return KVPool.bytes_per_page(m.num_layers, m.kv_heads, page_size, m.head_dim, m.kv_dtype)
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
         m, device, batch = self.model, state.device, state.batch
         m.size(state.history.shape[1])
-        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.dtype, device)
+        self.pool = KVPool(m.num_layers, pages, m.kv_heads, page_size, m.head_dim, m.kv_dtype, device)
         span_rows = batch * self._rows_a_slot(min(self.levels, state.nodes - 1))
         rows = max(span_rows, batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices)
+        self.expansion = Expansion(state, page_size, m.vocab, m.target_ids, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices)
         sp = self.span = SpanRows(batch, span_rows, device)
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
                                    block_table=state.block_table, workspace=workspace)
-        self.root_hidden = torch.zeros(batch + 1, m.hidden_size, dtype=m.dtype, device=device)
-        self.root_feature = torch.zeros_like(self.root_hidden)
-        self.own_logits = None if m.target_ids is None and m.vocab == state.vocab else torch.empty(batch * self.beam_width, m.vocab, dtype=torch.float32, device=device)
+        self.source, self.place = torch.zeros_like(sp.token), torch.zeros_like(sp.token)
+        self.root_hidden = torch.zeros(batch * self.root_rows, m.hidden_size, dtype=m.dtype, device=device)
+        self.root_feature: Tensor | None = torch.zeros_like(self.root_hidden)
 
     # ---------------------------------------------------------------------------------------- true features
 
     def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
-        self._consume(batch, [features[j] for j in self.features], end)
+        """Each slot with the token after it; the last of a request, at position ``end`` - 1, is its next root."""
+        token = self.state.history[batch.request.long(), (batch.position + 1).long()]
+        combined = self.model.combine([features[j] for j in self.features], batch.num_rows)
+        self._keep(batch.with_tokens(token), combined, end)
 
     def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
-        s, sp = self.state, self.span
-        torch.sub(s.seq_lens, s.path_len, out=sp.start)
-        torch.mul(s.seq_lens, self.max_nodes > 0, out=sp.end)
-        batch = self._place(row_bucket(slots * self._rows_a_slot(depth), sp.rows))
-        self._consume(batch, self._rows_of(features, batch), sp.end)
+        s, sp, m = self.state, self.span, self.model
+        ops.path_rows(s.history, s.seq_lens, s.path_len, self.max_nodes, self.used_rows, self.root_rows, self.mask_token, s.path, s.row_offset, s.block_table, self.page_size,
+                      sp.request, sp.token, sp.position, sp.prefix, sp.slot, self.source, self.place, sp.num_rows)
+        batch = self.span_batch.head(row_bucket(slots * self._rows_a_slot(depth), sp.rows))
+        combined = m.combine([features[j] for j in self.features], batch.num_rows, self.source[: batch.rows])
+        m.keep(batch, combined, self.pool, self.place[: batch.rows], self.root_hidden, self.root_feature)
 
     def _rows_a_slot(self, depth: int) -> int:
         """Most rows of ``extend`` for a slot whose drafts are ``depth`` deep."""
         return 1 + depth
 
-    def _place(self, rows: int) -> RowBatch:
-        """The rows of the span from ``span.start`` to ``span.end``, at most ``rows`` of them."""
-        s, sp = self.state, self.span
-        ops.span_rows(s.history, sp.start, sp.end, s.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
-        return self.span_batch.head(rows)
-
-    def _rows_of(self, features: dict[int, Tensor], batch: RowBatch) -> list[Tensor]:
-        """The features of the round's accepted path at the batch's positions; of any row at all where a position is not on the path, or a row not in use."""
-        s, request = self.state, batch.request.long()
-        nth = (batch.position - self.span.start[request]).clamp(0, s.nodes - 1).long()
-        row = (s.row_offset[request] + s.path[request, nth]).clamp(0, s.rows - 1)
-        return [features[j].index_select(0, row) for j in self.features]
-
-    def _consume(self, batch: RowBatch, features: list[Tensor], end: Tensor) -> None:
-        """Committed rows with their true features, each with the token after it; the last of a slot, at position ``end`` - 1, is its next root."""
-        token = self.state.history[batch.request.long(), (batch.position + 1).long()]
-        hidden, feature = self.model.forward(batch.with_tokens(token), self.model.combine(features, batch.num_rows), self.pool)
-        self._keep(batch, hidden, feature, end)
-
-    def _keep(self, batch: RowBatch, hidden: Tensor, feature: Tensor, end: Tensor) -> None:
-        request = batch.request.long()
-        last = self._in_use(batch) & (batch.position + 1 == end[request])
-        place = torch.where(last, request, self.state.batch)
-        self.root_hidden.index_copy_(0, place, hidden)
-        self.root_feature.index_copy_(0, place, feature)
-
-    def _in_use(self, batch: RowBatch) -> Tensor:
-        return torch.arange(batch.rows, dtype=torch.int32, device=self.state.device) < batch.num_rows
+    def _keep(self, batch: RowBatch, feature: Tensor, end: Tensor) -> None:
+        """Runs prompt rows; kept are a slot's last, at position ``end`` - 1, and those behind it."""
+        row = batch.position + 1 - end[batch.request.long()]
+        place = torch.where(row >= 0, batch.request * self.root_rows + row, -1)
+        self.model.keep(batch, feature, self.pool, place, self.root_hidden, self.root_feature)
 
     # ---------------------------------------------------------------------------------------- drafts
 
     def propose(self, slots: int, depth: int) -> None:
         s, grow, m = self.state, self.expansion, self.model
-        mine = self._mine()
-        depths = self.max_depth * mine
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
-        self._logits(self.root_hidden[: s.batch], grow.num_slots)
+        m.logits(self.root_hidden, grow.num_slots, grow.logits[: s.batch])
         grow.first(depths)
         feature = self.root_feature
         for level in range(2, depth + 1):
-            parent = beam.request.long() if level == 2 else grow.parents(level, beam.rows, depths)
-            hidden, feature = m.forward(beam, feature.index_select(0, parent), self.pool)
-            self._logits(hidden, beam.num_rows)
+            feature = m.draft(beam, feature, self.pool, grow.parent[: beam.rows], grow.logits[: beam.rows])
             grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
-
-    def _mine(self) -> Tensor:
-        """int32 [B]: 1 for the slots whose trees are to be grown."""
-        return (self.max_nodes > 0).int() * self.state.active * (self.state.seq_lens > 0).int()
-
-    def _logits(self, hidden: Tensor, num_rows: Tensor) -> None:
-        """Of the target's vocabulary, into the expansion's rows."""
-        rows = hidden.shape[0]
-        out = self.expansion.logits[:rows]
-        if self.own_logits is None:
-            self.model.logits(hidden, num_rows, out)
-            return
-        own = self.own_logits[:rows]
-        self.model.logits(hidden, num_rows, own)
-        over_target(own, self.model.target_ids, out)
+        grow.select(nodes, depths, depth)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
         return self.expansion.draft_logits(self.max_depth)

@@ -8,7 +8,6 @@ from torch import Tensor
 from specrt import ops
 from specrt.draft.base import Drafter
 from specrt.draft.expansion import Expansion
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.medusa import MedusaModel
 from specrt.round.state import RoundState
@@ -26,11 +25,10 @@ class MedusaDrafter(Drafter):
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
         m, device = self.model, state.device
-        self.expansion = Expansion(state, page_size, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, ops.attention_workspace(0, 1, 1, 1, device),
-                                   choices=self.choices)
+        self.expansion = Expansion(state, page_size, m.vocab, m.target_ids, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits,
+                                   ops.attention_workspace(0, 1, 1, 1, device), choices=self.choices)
         self.root_state = torch.zeros(state.batch + 1, m.hidden_size, dtype=m.dtype, device=device)
-        self.own_logits = torch.empty(state.batch, m.vocab, dtype=torch.float32, device=device)
-        self.slot_logits = torch.empty(state.batch, state.vocab, dtype=torch.float32, device=device)
+        self.slot_logits = torch.empty(state.batch, m.vocab, dtype=torch.float32, device=device)
 
     def prefill(self, batch: RowBatch, end: Tensor, features: dict[int, Tensor]) -> None:
         request = batch.request.long()
@@ -49,20 +47,17 @@ class MedusaDrafter(Drafter):
 
     def propose(self, slots: int, depth: int) -> None:
         s, grow = self.state, self.expansion
-        mine = (self.max_nodes > 0).int() * s.active * (s.seq_lens > 0).int()
-        depths = self.max_depth * mine
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
         self._logits(0, grow.logits[: s.batch])
         grow.first(depths)
         for level in range(2, depth + 1):
             self._logits(level - 1, self.slot_logits)
-            torch.index_select(self.slot_logits, 0, beam.request, out=grow.logits[: beam.rows])
-            grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
+            grow.level(level, beam.rows, depths, (self.slot_logits, 1, 0))
+        grow.select(nodes, depths, depth)
 
     def _logits(self, j: int, out: Tensor) -> None:
-        self.model.logits(j, self.root_state[: self.state.batch], self.expansion.num_slots, self.own_logits)
-        over_target(self.own_logits, self.model.target_ids, out)
+        self.model.logits(j, self.root_state[: self.state.batch], self.expansion.num_slots, out)
 
     def draft_logits(self) -> tuple[Tensor, Tensor] | None:
         return self.expansion.draft_logits(self.max_depth)

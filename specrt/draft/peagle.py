@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specrt import ops
 from specrt.draft.head import HeadDrafter
-from specrt.draft.vocabulary import over_target
 from specrt.layers.batch import RowBatch, row_bucket
 from specrt.models.head import PEagleModel
 from specrt.round.state import RoundState
 
 
 class PEagleDrafter(HeadDrafter):
-    """``hidden`` [B * levels + 1, h]: the outputs of each slot's last true row and of the mask rows behind it, level by level; the last row is a bin. As with MEDUSA, a level's
-    candidates are the same whatever stands above. A mask row's keys lie where the next ``extend`` writes."""
+    """``root_hidden`` [B * levels, h]: the outputs of each slot's last true row and of the mask rows behind it, level by level. As with MEDUSA, a level's candidates are the same
+    whatever stands above. A mask row's keys lie where the next ``extend`` writes."""
 
     model: PEagleModel
 
     def __init__(self, model: PEagleModel, boundaries: tuple[int, ...], mask_token: int, **growth: Any):
         super().__init__(model, boundaries, **growth)
-        self.mask_token = mask_token
+        self.mask_token, self.root_rows = mask_token, self.levels
         self.scratch_slots = self._rows_a_slot(self.levels)  # from the committed length before the round on
 
     def _rows_a_slot(self, depth: int) -> int:
@@ -32,9 +32,9 @@ class PEagleDrafter(HeadDrafter):
 
     def bind(self, state: RoundState, pages: int, page_size: int, prefill_rows: int) -> None:
         super().bind(state, pages, page_size, prefill_rows)
-        rows, m = state.batch * self.levels, self.model
-        self.hidden = torch.zeros(rows + 1, m.hidden_size, dtype=m.dtype, device=state.device)
-        self.own_logits = torch.empty(rows, m.vocab, dtype=torch.float32, device=state.device)
+        rows = state.batch * self.levels
+        self.used_rows, self.root_feature = self.max_depth, None  # no level takes the feature of another
+        self.root_logits = torch.empty(rows, self.model.vocab, dtype=torch.float32, device=state.device)
         self.all_rows = torch.full((1,), rows, dtype=torch.int32, device=state.device)
         self.mask_tokens = torch.full_like(self.span.token, self.mask_token)
 
@@ -43,36 +43,16 @@ class PEagleDrafter(HeadDrafter):
         sp = self.span
         sp.start.copy_(end)
         torch.add(end, (self.max_depth - 1).clamp_min(0) * (end > 0), out=sp.end)
-        masks = self._place(sp.rows).with_tokens(self.mask_tokens)
-        self._keep(masks, *self.model.forward(masks, self.model.mask_feature.repeat(masks.rows, 1), self.pool), end)
-
-    def extend(self, features: dict[int, Tensor], slots: int, depth: int) -> None:
-        s, sp, m = self.state, self.span, self.model
-        torch.sub(s.seq_lens, s.path_len, out=sp.start)
-        torch.mul(s.seq_lens + self.max_depth - 1, (self.max_nodes > 0) & (s.path_len > 0), out=sp.end)
-        batch = self._place(row_bucket(slots * self._rows_a_slot(depth), sp.rows))
-        request = batch.request.long()
-        masked = batch.position >= s.seq_lens[request]
-        feature = torch.where(masked[:, None], m.mask_feature, m.combine(self._rows_of(features, batch), batch.num_rows))
-        token = torch.where(masked, self.mask_tokens[: batch.rows], s.history[request, (batch.position + 1).long()])
-        self._keep(batch, *m.forward(batch.with_tokens(token), feature, self.pool), s.seq_lens)
-
-    def _keep(self, batch: RowBatch, hidden: Tensor, feature: Tensor, end: Tensor) -> None:
-        request = batch.request.long()
-        level = batch.position + 1 - end[request]
-        place = torch.where(self._in_use(batch) & (level >= 0), request * self.levels + level, self.hidden.shape[0] - 1)
-        self.hidden.index_copy_(0, place, hidden)
+        ops.span_rows(self.state.history, sp.start, sp.end, self.state.block_table, self.page_size, sp.row_offset, sp.request, sp.token, sp.position, sp.prefix, sp.slot, sp.num_rows)
+        masks = self.span_batch.with_tokens(self.mask_tokens)
+        self._keep(masks, self.model.mask_feature.repeat(masks.rows, 1), end)
 
     def propose(self, slots: int, depth: int) -> None:
-        grow, ids = self.expansion, self.model.target_ids
-        mine = self._mine()
-        depths = self.max_depth * mine
+        grow = self.expansion
+        nodes, depths = grow.limits(self.max_nodes, self.max_depth)
         beam = grow.batch.head(row_bucket(slots * self.beam_width, grow.batch.rows))
-        self.model.logits(self.hidden[:-1], self.all_rows, self.own_logits)
-        over_target(self.own_logits[:: self.levels], ids, grow.logits[: self.state.batch])
-        grow.first(depths)
+        self.model.logits(self.root_hidden, self.all_rows, self.root_logits)
+        grow.first(depths, (self.root_logits, self.levels, 0))
         for level in range(2, depth + 1):
-            row = beam.request.long() * self.levels + level - 1
-            over_target(self.own_logits.index_select(0, row), ids, grow.logits[: beam.rows])
-            grow.level(level, beam.rows, depths)
-        grow.select(self.max_nodes * mine, depths, depth)
+            grow.level(level, beam.rows, depths, (self.root_logits, self.levels, level - 1))
+        grow.select(nodes, depths, depth)

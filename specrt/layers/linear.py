@@ -44,6 +44,11 @@ class Linear:
     def __call__(self, x: Tensor, num_rows: Tensor, out: Tensor) -> None:
         ops.linear(x, self.weight, self.bias, num_rows, out)
 
+    def sample(self, x: Tensor, num_rows: Tensor, request: Tensor, position: Tensor, seeds: Tensor, sampling_f: Tensor, token: Tensor, status: Tensor,
+               logprob: Tensor | None) -> None:
+        """As lm_head: the tokens of rows that need no logits (ops.linear_sample)."""
+        ops.linear_sample(x, self.weight, self.out_features, num_rows, request, position, seeds, sampling_f, token, status, logprob)
+
     def normed(self, x: Normed, num_rows: Tensor, out: Tensor) -> None:
         """Of RMSNorm(h)."""
         ops.linear(x.scaled, self.weight, self.bias, num_rows, out, x.squares, x.eps)

@@ -68,22 +68,27 @@ class Scratch:
 class DenseModel:
     """A loaded model. Every row's result is a function of that row's token, position and visible keys alone (csrc/README.md)."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear | Fp8Linear):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear | Fp8Linear,
+                 kv_dtype: torch.dtype, kv_scales: list[tuple[float, float]] | None = None):
         self.config, self.dtype, self.device = config, dtype, device
+        #: Of its KV pools: dtype or ops.FP8; (k_scale, v_scale) by layer, None: 1.
+        self.kv_dtype, self.kv_scales = kv_dtype, kv_scales
         self.num_layers, self.kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
         self.cos, self.sin = rope_tables(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings + POSITION_SLACK, device)
         self._scale = config.head_dim**-0.5
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, quantization: str | None = None) -> DenseModel:
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, quantization: str | None = None,
+             kv_dtype: torch.dtype | None = None) -> DenseModel:
         """Reads the weights tensor by tensor; each is rounded to ``dtype`` once, as the last step. dtype: bfloat16 or float32. FP8 matrices stay as they are stored;
-        quantization "fp8": those of a checkpoint that has none are quantised with a scale for each output channel, all but lm_head. ValueError if there are no kernels for the model's shape, before anything is read."""
+        quantization "fp8": those of a checkpoint that has none are quantised with a scale for each output channel, all but lm_head. kv_dtype: None = ``dtype``, or ops.FP8: then with the checkpoint's scales for keys and values. ValueError if there are no kernels for the model's shape, before anything is read."""
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
         c, source, device = checkpoint.config, checkpoint.tensors, torch.device(device)
         stored_fp8 = isinstance(source, Fp8Source)
         check_kernels(c, device, stored_fp8 or quantization == "fp8")
+        kv_scales = checkpoint.kv_scales.read() if kv_dtype == ops.FP8 and checkpoint.kv_scales is not None else None
 
         def vector(name: str) -> Tensor:
             return source.get(name).to(device=device, dtype=dtype).contiguous()
@@ -114,13 +119,14 @@ class DenseModel:
         # lm_head is quantised only if it is stored so: on SmolLM2 it alone costs 2.7 % of perplexity, all other matrices together 0.4 %.
         head = "model.embed_tokens" if c.tie_word_embeddings else "lm_head"
         lm_head = linear([head]) if stored_fp8 else Linear([matrix(f"{head}.weight")], [], dtype, device)
-        return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head)
+        return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head, kv_dtype or dtype, kv_scales)
 
     def first_layers(self, count: int) -> DenseModel:
         """The model that leaves off after ``count`` layers, under the same embedding, final norm and lm_head; the tensors are shared."""
         view = copy.copy(self)
         view.config = replace(self.config, num_layers=count, windows=self.config.windows[:count])
         view.num_layers, view.layers = count, self.layers[:count]
+        view.kv_scales = None if self.kv_scales is None else self.kv_scales[:count]
         return view
 
     def make_scratch(self, rows: int) -> Scratch:
@@ -141,14 +147,14 @@ class DenseModel:
         ops.rms_scale(stream, self.layers[0].input_norm, n, scaled, squares)
         if not batch.prefill:
             ops.attention_plan(request, prefix, batch.ancestors, batch.paths, n, table.shape[0], self.config.num_heads, self.kv_heads, batch.workspace.plan)
-        for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
+        for j, (layer, (k_pool, v_pool, *kv_scales)) in enumerate(zip(self.layers, pool.layers())):
             layer.qkv.normed(normed, n, qkv)
-            ops.rope_append(qkv, position, slot, cos, sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
+            ops.rope_append(qkv, position, slot, cos, sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool, *kv_scales)
             if batch.prefill:
-                ops.prefill_attention(q, k_pool, v_pool, table, request, prefix, scale, layer.window, n, attended)
+                ops.prefill_attention(q, k_pool, v_pool, table, request, prefix, scale, layer.window, n, attended, *kv_scales)
             else:
                 ops.tree_attention(q, k_pool, v_pool, table, request, prefix, batch.ancestors, batch.paths, scale, layer.window, n,
-                                   batch.workspace.plan, batch.workspace.partials, attended)
+                                   batch.workspace.plan, batch.workspace.partials, attended, *kv_scales)
             layer.o.add(flat, n, stream, residual, layer.post_norm, normed)
             layer.gate_up.silu(normed, n, activated)
             stream = features.get(j + 1, residual)
@@ -159,6 +165,15 @@ class DenseModel:
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, H] into float32 [R, V], unrounded."""
         self.lm_head(hidden, num_rows, out)
+
+    @property
+    def samples(self) -> bool:
+        """Whether lm_head can choose tokens itself (``sample``): not with FP8 weights."""
+        return isinstance(self.lm_head, Linear)
+
+    def sample(self, hidden: Tensor, batch: RowBatch, seeds: Tensor, sampling_f: Tensor, token: Tensor, status: Tensor, logprob: Tensor | None) -> None:
+        """The tokens of hidden rows [R, H], and how likely each was, without a row of logits (ops.linear_sample)."""
+        self.lm_head.sample(hidden, batch.num_rows, batch.request, batch.position, seeds, sampling_f, token, status, logprob)
 
 
 def check_kernels(config: ModelConfig, device: torch.device, fp8: bool) -> None:

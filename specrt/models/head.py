@@ -70,6 +70,7 @@ class HeadModel(ABC):
     def __init__(self, weights: HeadWeights):
         self.config, target, c = weights.config, weights.target, weights.config.layers
         self.dtype, self.device = target.dtype, target.device
+        self.kv_dtype = target.kv_dtype  # a head's own pool is as its target's; published heads have no scales
         self.num_layers, self.kv_heads, self.head_dim, self.hidden_size, self.eps = c.num_layers, c.num_kv_heads, c.head_dim, c.hidden_size, c.rms_norm_eps
         self.embedding = weights.embedding()
         self.layers = [weights.layer(i) for i in range(c.num_layers)]
@@ -77,9 +78,11 @@ class HeadModel(ABC):
         self.norm = weights.optional("norm")
         self.lm_head = weights.lm_head()
         ids = weights.head.target_ids()
-        #: int64 [D]: the target's id of each token of the head's vocabulary; None = the same ids.
+        #: int64 [D], ascending: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
         self.vocab = self.config.draft_vocab_size
+        #: Of a slot whose feature is not known: what ``combine`` takes instead of the boundaries, side by side.
+        self.missing: Tensor | None = None
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
 
     def size(self, positions: int) -> None:
@@ -95,45 +98,77 @@ class HeadModel(ABC):
         ops.rms_norm(x, weight, eps or self.eps, n, out)
         return out
 
-    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
-        """A slot's feature [R, h] from the target's captured boundaries, [R, Ht] each and contiguous; of most families the target's last, after its final norm."""
-        return self.normed(features[0], self._target_norm, num_rows, self._target_eps)
+    def combine(self, features: list[Tensor], num_rows: Tensor, source: Tensor | None = None) -> Tensor:
+        """A slot's feature [R, h] from the target's captured boundaries, [F, Ht] each, of which it takes row ``source`` (int32 [R]; None: its own, F = R; -1: ``missing``); of most
+        families the last boundary, after the target's final norm."""
+        return self._gathered(features[:1], [self._target_norm], self._target_eps, num_rows, source)
+
+    def _gathered(self, features: list[Tensor], norms: list[Tensor], eps: float, num_rows: Tensor, source: Tensor | None) -> Tensor:
+        out = self.new((features[0] if source is None else source).shape[0], len(features) * features[0].shape[1])
+        ops.join_rows(features, norms, source, self.missing, eps, num_rows, out)
+        return out
 
     @abstractmethod
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        """(residual stream [R, h], input of the first layer's q, k and v). May keep ``feature`` as the stream."""
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(residual stream [R, h], input of the first layer's q, k and v)."""
 
-    def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool) -> tuple[Tensor, Tensor]:
-        """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. Uses ``feature`` up."""
+    def _joined(self, batch: RowBatch, feature: Tensor, parent: Tensor | None, token_norm: Tensor | None, feature_norm: Tensor | None, feature_first: bool = False,
+                stream: Tensor | None = None, stream_normed: bool = False) -> Tensor:
+        """Embedding and feature side by side, see ``ops.head_input``."""
+        out = self.new(batch.rows, 2 * self.hidden_size)
+        ops.head_input(self.embedding, batch.token, feature, parent, token_norm, feature_norm, self.eps, feature_first, batch.num_rows, out, stream, stream_normed)
+        return out
+
+    def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(hidden rows for ``logits``, features for the slots after these), [R, h] each; appends keys and values to the pool. parent int32 [R]: each row's in ``feature``; None: its own."""
+        residual, _ = self._stream(batch, feature, pool, parent, None)
+        if self.norm is None:
+            return residual, residual
+        hidden = self.normed(residual, self.norm, batch.num_rows)
+        return hidden, hidden if self.config.norm_output else residual
+
+    def draft(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor, out: Tensor) -> Tensor:
+        """``forward`` and ``logits`` of its hidden rows into ``out``; returns the features. A last norm that only lm_head reads is deferred (ops.linear)."""
+        if self.norm is None or self.config.norm_output:
+            hidden, following = self.forward(batch, feature, pool, parent)
+            self.logits(hidden, batch.num_rows, out)
+            return following
+        residual, normed = self._stream(batch, feature, pool, parent, self.norm)
+        self.lm_head.normed(normed, batch.num_rows, out)
+        return residual
+
+    def keep(self, batch: RowBatch, feature: Tensor, pool: KVPool, place: Tensor, hidden: Tensor, following: Tensor | None) -> None:
+        """``forward``, of which row r's outputs go to row place[r] (int32 [R], -1: to none) of hidden and following [B, h]."""
+        residual, _ = self._stream(batch, feature, pool, None, None)
+        ops.keep_rows(residual, self.norm, self.eps, place, batch.num_rows, hidden, following, self.config.norm_output)
+
+    def _stream(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None, norm: Tensor | None) -> tuple[Tensor, Normed]:
+        """The residual stream behind the last layer; with ``norm`` the first half of that RMSNorm of it too."""
         n, rows, c, eps = batch.num_rows, batch.rows, self.config.layers, self.eps
         if not batch.prefill:
             ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads, batch.workspace.plan)
-        embedded = self.new(rows, self.hidden_size)
-        ops.embedding(self.embedding, batch.token, n, embedded)
-        residual, x = self._enter(embedded, feature, n)
-        squares = torch.zeros(ops.squares_shape(rows, self.hidden_size), dtype=torch.float32, device=self.device)
+        residual, x = self._enter(batch, feature, parent)
+        allocate = torch.zeros if self.hidden_size % 256 else torch.empty  # what pads a row's sums is read
+        squares = allocate(ops.squares_shape(rows, self.hidden_size), dtype=torch.float32, device=self.device)
         normed = Normed(self.new(rows, self.hidden_size), squares, eps)
         qkv = self.new(rows, (c.num_heads + 2 * self.kv_heads) * self.head_dim)
         q, attended = (self.new(rows, c.num_heads, self.head_dim) for _ in range(2))
         activated = self.new(rows, c.intermediate_size)
-        for j, (layer, k_pool, v_pool) in enumerate(zip(self.layers, pool.k.unbind(0), pool.v.unbind(0))):
+        for j, (layer, (k_pool, v_pool, *kv_scales)) in enumerate(zip(self.layers, pool.layers())):
             if j:
                 layer.qkv.normed(normed, n, qkv)
             else:
                 layer.qkv(x, n, qkv)
-            ops.rope_append(qkv, batch.position, batch.slot, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool)
+            ops.rope_append(qkv, batch.position, batch.slot, self.cos, self.sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool, *kv_scales)
             if batch.prefill:
-                ops.prefill_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, self._scale, layer.window, n, attended)
+                ops.prefill_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, self._scale, layer.window, n, attended, *kv_scales)
             else:
                 ops.tree_attention(q, k_pool, v_pool, batch.block_table, batch.request, batch.prefix, batch.ancestors, batch.paths, self._scale, layer.window, n,
-                                   batch.workspace.plan, batch.workspace.partials, attended)
+                                   batch.workspace.plan, batch.workspace.partials, attended, *kv_scales)
             layer.o.add(attended.flatten(1), n, residual, residual, layer.post_norm, normed)
             layer.gate_up.silu(normed, n, activated)
-            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else None, normed)
-        if self.norm is None:
-            return residual, residual
-        hidden = self.normed(residual, self.norm, n)
-        return hidden, hidden if self.config.norm_output else residual
+            layer.down.add(activated, n, residual, residual, self.layers[j + 1].input_norm if j + 1 < self.num_layers else norm, normed)
+        return residual, normed
 
     def logits(self, hidden: Tensor, num_rows: Tensor, out: Tensor) -> None:
         """Raw logits of hidden rows [R, h] into float32 [R, D], ids of the head's vocabulary."""
@@ -145,13 +180,11 @@ class EagleModel(HeadModel):
 
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
-        self._norms = [weights.vector(name) for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else None
+        self._norms = [weights.vector(name) for name in ("embedding_layernorm", "hidden_states_layernorm")] if self.config.input_norms else [None, None]
 
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        if self._norms is not None:
-            embedded, feature = self.normed(embedded, self._norms[0], n), self.normed(feature, self._norms[1], n)
-        residual = torch.empty_like(embedded)
-        self.fc(torch.cat([embedded, feature], dim=1), n, residual)
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.new(batch.rows, self.hidden_size)
+        self.fc(self._joined(batch, feature, parent, *self._norms), batch.num_rows, residual)
         return residual, residual
 
 
@@ -162,25 +195,23 @@ class Eagle3Model(HeadModel):
         super().__init__(weights)
         c = self.config
         self._hidden_norm = weights.vector("layers.0.hidden_norm")
-        self._chunk_norms = [weights.vector(f"fc_norm.{j}") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else None
+        self._chunk_norms = [weights.vector(f"fc_norm.{j}") for j in range(c.num_aux)] if c.fc_norm and c.use_aux else []
         self._input_norm = weights.vector("input_norm") if c.norm_before_fc and c.use_aux else None
 
-    def combine(self, features: list[Tensor], num_rows: Tensor) -> Tensor:
+    def combine(self, features: list[Tensor], num_rows: Tensor, source: Tensor | None = None) -> Tensor:
         if self.fc is None:
-            return super().combine(features, num_rows)
-        if self._chunk_norms is not None:
-            features = [self.normed(f, w, num_rows) for f, w in zip(features, self._chunk_norms)]
-        joined = torch.cat(features, dim=1)
+            return super().combine(features, num_rows, source)
+        joined = self._gathered(features, self._chunk_norms, self.eps, num_rows, source)
         if self._input_norm is not None:
             joined = self.normed(joined, self._input_norm, num_rows)
         out = self.new(joined.shape[0], self.hidden_size)
         self.fc(joined, num_rows, out)
         return out
 
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.normed(feature, self._hidden_norm, n)
-        joined = torch.cat([self.normed(embedded, self.layers[0].input_norm, n), hidden], dim=1)
-        return hidden if self.config.norm_before_residual else feature, joined
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.new(batch.rows, self.hidden_size)
+        joined = self._joined(batch, feature, parent, self.layers[0].input_norm, self._hidden_norm, stream=residual, stream_normed=self.config.norm_before_residual)
+        return residual, joined
 
 
 class PEagleModel(Eagle3Model):
@@ -188,9 +219,9 @@ class PEagleModel(Eagle3Model):
 
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
-        mask = weights.raw("mask_hidden").reshape(self.config.num_aux, 1, -1)
-        #: [1, h]: the feature of such a slot, through norms and fc like any other (``forward`` wants a copy).
-        self.mask_feature = self.combine(list(mask), torch.ones(1, dtype=torch.int32, device=self.device))
+        self.missing = weights.raw("mask_hidden").flatten()
+        #: [1, h]: the feature of such a slot, through norms and fc like any other.
+        self.mask_feature = self.combine(list(self.missing.view(self.config.num_aux, 1, -1)), torch.ones(1, dtype=torch.int32, device=self.device))
 
 
 class MtpModel(HeadModel):
@@ -201,10 +232,10 @@ class MtpModel(HeadModel):
         super().__init__(weights)
         self._token_norm, self._hidden_norm = weights.vector("token_layernorm"), weights.vector("hidden_layernorm")
 
-    def _enter(self, embedded: Tensor, feature: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        residual = torch.empty_like(embedded)
-        self.fc(torch.cat([self.normed(feature, self._hidden_norm, n), self.normed(embedded, self._token_norm, n)], dim=1), n, residual)
-        return residual, self.normed(residual, self.layers[0].input_norm, n)
+    def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = self.new(batch.rows, self.hidden_size)
+        self.fc(self._joined(batch, feature, parent, self._token_norm, self._hidden_norm, feature_first=True), batch.num_rows, residual)
+        return residual, self.normed(residual, self.layers[0].input_norm, batch.num_rows)
 
 
 def load_head(head: Head, target: DenseModel, quantization: str | None = None) -> HeadModel:

@@ -19,15 +19,19 @@ class MedusaModel:
         self.num_heads, self.hidden_size, self.vocab, self.dtype, self.device = head.num_heads, head.hidden_size, head.draft_vocab_size, target.dtype, target.device
         source, names = head.tensors, set(head.tensors.names())
 
-        def linear(name: str) -> Linear | Fp8Linear:
+        ids = head.target_ids()
+        order = None if ids is None else ids.argsort()
+
+        def linear(name: str, rows: Tensor | None = None) -> Linear | Fp8Linear:
             weight, biases = source.get(f"{name}.weight"), [source.get(f"{name}.bias")] if f"{name}.bias" in names else []
+            if rows is not None:
+                weight, biases = weight[rows], [b[rows] for b in biases]
             return Fp8Linear([quantized(weight.to(self.device))], biases, self.device) if quantization == "fp8" else Linear([weight], biases, self.dtype, self.device)
 
         self.blocks = [[linear(f"blocks.{j}.{b}") for b in range(head.num_layers)] for j in range(head.num_heads)]
-        self.lm_heads = [linear("lm_head")] * head.num_heads if head.shared_lm_head else [linear(f"lm_heads.{j}") for j in range(head.num_heads)]
-        ids = head.target_ids()
-        #: int64 [D]: the target's id of each token of the heads' vocabulary; None = the same ids.
-        self.target_ids = None if ids is None else ids.to(target.device)
+        self.lm_heads = [linear("lm_head", order)] * head.num_heads if head.shared_lm_head else [linear(f"lm_heads.{j}", order) for j in range(head.num_heads)]
+        #: int64 [D], ascending: the target's id of each output of ``logits``; None = the same ids.
+        self.target_ids = None if ids is None else ids[order].to(target.device)
         self._norm, self._eps = target.norm, target.config.rms_norm_eps
 
     def state(self, residual: Tensor, num_rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class RoundShape:
     drafts: tuple[tuple[str, int, int], ...]  # (drafter, its slots, a bucket; the deepest draft among them) of the drafters that have a slot
     logprobs: int | None  # most top log-probabilities wanted, a bucket; None = nobody wants any
     masked: bool  # some rows have token masks
+    logits: bool  # some row needs its logits; False = lm_head chooses the tokens, to the same bits (ops.linear_sample)
 
 
 class RoundGraphs:

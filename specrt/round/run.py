@@ -26,6 +26,10 @@ from specrt.round.setup import SlotSetup
 from specrt.round.state import LogprobRows, RoundState
 
 
+#: Rows of which lm_head draws the tokens itself at temperature > 0 (measured on an H100, 128256 x 4096: 64 rows 371 us, through logits 405; 256 rows 685, 624).
+MOST_DRAWN_ROWS = 64
+
+
 class Round:
     """config: EngineConfig (max_batch_size, max_model_len, page_size, num_pages, prefill_chunk, width, rejection_sample_method,
     synthetic_acceptance_length, enforce_eager)."""
@@ -38,7 +42,7 @@ class Round:
         reach = config.max_model_len + 2 * self.slack
         max_pages = -(-reach // config.page_size)
         self.state = RoundState(batch, self.width, target.config.vocab_size, reach, max_pages, device)
-        self.pool = KVPool(target.num_layers, config.num_pages, target.kv_heads, config.page_size, target.head_dim, target.dtype, device)
+        self.pool = KVPool(target.num_layers, config.num_pages, target.kv_heads, config.page_size, target.head_dim, target.kv_dtype, device, target.kv_scales)
         s = self.state
         workspace = ops.attention_workspace(s.rows, target.config.num_heads, target.head_dim, max_pages * config.page_size, device)
         self.batch = RowBatch(token=s.row_token, position=s.row_position, request=s.row_request, prefix=s.row_prefix, slot=s.row_slot, num_rows=s.num_rows,
@@ -101,6 +105,7 @@ class Round:
         s, tokens = self.state, self.setups[slot].tokens
         s.seq_lens[slot].fill_(len(tokens) - 1)
         s.tree_token[slot, 0].fill_(tokens[-1])
+        s.tree_size[slot].fill_(1)
         s.active[slot].fill_(1)
         self.running.add(slot)
         self._shape = None
@@ -141,8 +146,17 @@ class Round:
             if mine:
                 drafts.append((name, row_bucket(len(mine), self.state.batch), max(setup.max_depth for setup in mine)))
         top = max((setup.params.logprobs for setup in setups if setup.params.logprobs is not None), default=None)
-        return RoundShape(rows=row_bucket(sum(1 + setup.num_speculative_tokens for setup in setups), self.state.rows), drafts=tuple(drafts),
-                          logprobs=top if not top else row_bucket(top, self.state.vocab), masked=any(setup.params.token_mask is not None for setup in setups))
+        rows = row_bucket(sum(1 + setup.num_speculative_tokens for setup in setups), self.state.rows)
+        return RoundShape(rows=rows, drafts=tuple(drafts), logprobs=top if not top else row_bucket(top, self.state.vocab),
+                          masked=any(setup.params.token_mask is not None for setup in setups), logits=self._needs_logits(setups, rows, top is not None))
+
+    def _needs_logits(self, setups: list[SlotSetup], rows: int, logprobs: bool) -> bool:
+        method = self.config.rejection_sample_method
+        # Synthetic acceptance emits tokens that their rows did not choose; the ratio test looks at whole distributions.
+        if not self.target.samples or method == "standard" or (method == "synthetic" and logprobs) or any(setup.needs_logits for setup in setups):
+            return True
+        # lm_head makes every token's noise, the sampler only what may win: of many rows that takes longer than their logits.
+        return rows > MOST_DRAWN_ROWS and not logprobs and any(setup.params.temperature > 0 for setup in setups)
 
     def _run(self, shape: RoundShape) -> None:
         self.propose(shape)
@@ -156,28 +170,30 @@ class Round:
     # The phases: device only, in a graph from the second round of a shape on.
 
     def propose(self, shape: RoundShape) -> None:
-        s = self.state
-        s.tree_size.copy_(s.active)
         for name, slots, depth in shape.drafts:
             self.drafters[name].propose(slots, depth)
-        if shape.drafts:
-            s.tree_size.mul_(s.active)  # a slot still in prefill has a budget, but no round
 
     def verify(self, shape: RoundShape) -> None:
         s = self.state
-        ops.tree_build(s.tree_token, s.tree_parent, s.tree_size, s.seq_lens, s.block_table, self.config.page_size, s.tree_depth, s.tree_ancestors, s.row_offset,
+        ops.tree_build(s.tree_token, s.tree_parent, s.active, s.tree_size, s.seq_lens, s.block_table, self.config.page_size, s.tree_depth, s.tree_ancestors, s.row_offset,
                        s.row_request, s.row_node, s.row_token, s.row_position, s.row_prefix, s.row_slot, s.row_ancestors, s.num_rows)
-        hidden = self.target.forward(self.batch.head(shape.rows), self.pool, self.scratch, {j: f[: shape.rows] for j, f in self.features.items()})
-        self.target.logits(hidden, s.num_rows, s.logits[: shape.rows])
+        rows, batch = shape.rows, self.batch.head(shape.rows)
+        hidden = self.target.forward(batch, self.pool, self.scratch, {j: f[:rows] for j, f in self.features.items()})
+        if shape.logits:
+            self.target.logits(hidden, s.num_rows, s.logits[:rows])
+        else:
+            logprobs = self._logprobs_of(shape)
+            self.target.sample(hidden, batch, s.seeds, s.sampling_f, s.row_target[:rows], s.row_status[:rows], None if logprobs is None else logprobs.chosen)
 
     def accept(self, shape: RoundShape) -> None:
         s, c, rows = self.state, self.config, shape.rows
         z, request, position, status, target = s.logits[:rows], s.row_request[:rows], s.row_position[:rows], s.row_status[:rows], s.row_target[:rows]
         mask_bits, row_mask = (s.mask_bits, self._row_mask(rows)) if shape.masked else (None, None)
         standard = c.rejection_sample_method == "standard"
-        choice = {} if standard else dict(seeds=s.seeds, token=target, keep=shape.logprobs is not None)  # the choice is made while the row is at hand
-        ops.sample_transform(z, request, position, s.row_node[:rows], s.tree_token, s.tree_ancestors, s.sampling_f, s.sampling_i, s.stop_ids, s.bias,
-                             s.output_count, s.prompt_mask, mask_bits, row_mask, s.num_rows, status, **choice)
+        if shape.logits:
+            choice = {} if standard else dict(seeds=s.seeds, token=target, keep=shape.logprobs is not None)  # the choice is made while the row is at hand
+            ops.sample_transform(z, request, position, s.row_node[:rows], s.tree_token, s.tree_ancestors, s.sampling_f, s.sampling_i, s.stop_ids, s.bias,
+                                 s.output_count, s.prompt_mask, mask_bits, row_mask, s.num_rows, status, **choice)
         if standard:
             q, q_levels = self._draft_logits()
             ops.accept_rejection(z, status, s.row_offset, s.tree_token, s.tree_parent, s.tree_size, s.seq_lens, q, q_levels, s.seeds, s.sampling_f, self.residual,
@@ -187,7 +203,7 @@ class Round:
                                  s.path_len, s.emitted, s.error)
         else:
             ops.accept_walk(s.tree_token, s.tree_parent, s.tree_size, s.row_offset, target, status, s.path, s.path_len, s.emitted, s.error)
-        if shape.logprobs is not None:
+        if shape.logits and shape.logprobs is not None:
             self._row_logprobs(z, self._logprobs_of(shape))
 
     def commit(self, shape: RoundShape) -> None:

@@ -66,7 +66,7 @@ class RoundState:
     # Annotations of the views made above.
     path_len: Tensor  # int32 [B]: accepted drafts + 1; 0 = not in the round
     error: Tensor  # int32 [B]: ops.STATUS_* of the row where the walk stopped
-    tree_size: Tensor  # int32 [B]
+    tree_size: Tensor  # int32 [B]: 1 from the slot's activation on, then what its drafter writes; tree_build makes it 0 where the slot is not active
     row_offset: Tensor  # int32 [B+1]
     tree_token: Tensor  # int32 [B, N]
     tree_parent: Tensor  # int32 [B, N]

@@ -29,7 +29,7 @@ class TargetRows:
         b, t = ids.shape
         m, device, rows, pages = self.target, ids.device, b * t, t // PAGE
         if self._pool is None or self._pool.k.shape[1] < b * (pages + 1):  # one more for the trees of ``follow``
-            self._pool = KVPool(m.num_layers, b * (pages + 1), m.kv_heads, PAGE, m.head_dim, m.dtype, device)
+            self._pool = KVPool(m.num_layers, b * (pages + 1), m.kv_heads, PAGE, m.head_dim, m.kv_dtype, device, m.kv_scales)
         if self._scratch.rows < rows:
             self._scratch = m.make_scratch(rows)
         i32 = dict(dtype=torch.int32, device=device)

@@ -15,6 +15,7 @@ from specrt.text.tokenizer import Tokenizer
 from specrt.weights.fp8 import Fp8Source, stored_strategy
 from specrt.weights.gguf_file import GgufFile
 from specrt.weights.hf import RenamedSource, SafetensorsSource, open_folder_tensors, read_json, text_model_name
+from specrt.weights.kv_scales import KvScales, is_kv_scale, kv_cache_scheme
 from specrt.weights.names import check_tensors
 from specrt.weights.source import TensorSource
 
@@ -28,7 +29,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Checkpoint:
     """A checkpoint whose every tensor's name, shape and dtype has been checked against its config; nothing is loaded yet.
 
-    origin: what the user named; path: where it lies; form: "safetensors", "torch" or "gguf"; folder: of the tokenizer's files (not GGUF)."""
+    origin: what the user named; path: where it lies; form: "safetensors", "torch" or "gguf"; folder: of the tokenizer's files (not GGUF); kv_scales: for keys and values in
+    FP8, which are not among the tensors (not GGUF)."""
 
     origin: str
     path: Path
@@ -36,6 +38,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: TensorSource
     folder: Path | None = None
+    kv_scales: KvScales | None = None
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, read anew. ValueError if it has none or it is broken."""
@@ -107,8 +110,9 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
     form = "safetensors" if isinstance(tensors, SafetensorsSource) else "torch"
     if "text_config" in raw:
         tensors = RenamedSource(tensors, text_model_name)
+    kv_scales = KvScales(tensors, config.num_layers, str(path), kv_cache_scheme((raw, raw.get("text_config"))))
     # Draft heads in the model's own files are opened by themselves (head.py, medusa.py).
-    tensors = RenamedSource(tensors, lambda name: None if name.startswith(("medusa_head.", "model.mtp_layers.")) else name)
+    tensors = RenamedSource(tensors, lambda name: None if name.startswith(("medusa_head.", "model.mtp_layers.")) or is_kv_scale(name) else name)
     if strategy is not None:
         try:
             tensors = Fp8Source(tensors, strategy)
@@ -118,7 +122,7 @@ def _checked(origin: str, path: Path, folder: Path, tensors: TensorSource | None
     if "lm_head.weight" not in tensors.names() and not says_own_head:
         config = replace(config, tie_word_embeddings=True)
     check_tensors(config, tensors, str(path))
-    return Checkpoint(origin, path, form, config, tensors, folder)
+    return Checkpoint(origin, path, form, config, tensors, folder, kv_scales)
 
 
 def _open_gguf(origin: str, path: Path) -> Checkpoint:

@@ -66,8 +66,10 @@ def _fp8_strategy(given: dict[str, Any]) -> str:
     return "tensor" if block is None else "block"
 
 
-def _compressed_strategy(given: dict[str, Any]) -> str:
+def _compressed_strategy(given: dict[str, Any]) -> str | None:
     groups = given.get("config_groups")
+    if groups == {} and given.get("kv_cache_scheme") is not None:
+        return None  # only keys and values are meant to be quantised (kv_scales.py)
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
         raise ValueError(f"quantization_config: config_groups must hold one group, got {groups!r:.200}")
     weights = next(iter(groups.values())).get("weights")

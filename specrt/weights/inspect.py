@@ -97,8 +97,10 @@ def _weights(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         count[source.storage(name)] += prod(source.shape(name))
     total = sum(count.values())
     quantized = source.strategy if isinstance(source, Fp8Source) else None
+    scales = checkpoint.kv_scales.layers if checkpoint.kv_scales is not None else 0
     return [("weights", f"{len(source.names())} tensors: " + ", ".join(f"{kind} {n / total:.1%}" for kind, n in count.most_common()) + " of the numbers"),
             *([("quantization", f"fp8 (e4m3), a scale for each {_SCALE_OVER[quantized]}; {sum(map(source.is_fp8, source.names()))} matrices")] if quantized else []),
+            *([("KV scales", f"of {scales} of {checkpoint.config.num_layers} layers, for kv_cache_dtype fp8")] if scales else []),
             ("check", "every tensor is there, of the shape the config says")]
 
 

@@ -10,6 +10,7 @@ from bench.heads import random_head
 from bench.shapes import SHAPES
 from specrt.models.config import ModelConfig
 from specrt.models.dense import DenseModel
+from specrt.ops import FP8
 from specrt.weights.head_fit import fit
 from tests.kit.tiny import CONFIGS, random_checkpoint
 
@@ -35,6 +36,16 @@ def test_a_round(target, case):
         assert case.nodes == 1 or bench.head is None or result.tree_size.max() == case.nodes
     assert abs(sum(accepted) / len(accepted) - case.acceptance) < 0.7
     assert bench.head is None or round_bytes(target, case, bench.head) > round_bytes(target, case)
+
+
+def test_a_round_with_fp8_keys_and_values(target):
+    narrow = DenseModel.load(random_checkpoint(TINY), torch.bfloat16, "cpu", kv_dtype=FP8)
+    case = Case("tiny", 2, 30, 5, acceptance=3.2, head="eagle3", kv_cache_dtype="fp8")
+    bench = Bench(case, narrow)
+    bench.enter()
+    assert bench.round.pool.k.dtype == bench.round.drafters["eagle3"].pool.k.dtype == FP8 and not bench.round.launch().read().error.any()
+    c = TINY
+    assert round_bytes(target, case) - round_bytes(narrow, case) == 2 * 30 * 2 * c.num_layers * c.num_kv_heads * c.head_dim
 
 
 def test_a_longer_chain_reads_more_of_its_head_but_peagle(target):

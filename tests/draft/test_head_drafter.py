@@ -60,7 +60,7 @@ def slot_state(llm: LLM, drafter: HeadDrafter, slot: int) -> list[torch.Tensor]:
     place = state.block_table[slot, position // 16].long(), position % 16
     pools = [pool[:, place[0], :, place[1]] for pool in (drafter.pool.k, drafter.pool.v)]
     if isinstance(drafter, PEagleDrafter):  # the outputs of mask slots too
-        return [*pools, drafter.hidden[slot * drafter.levels : (slot + 1) * drafter.levels]]
+        return [*pools, drafter.root_hidden[slot * drafter.levels : (slot + 1) * drafter.levels]]
     return [*pools, drafter.root_hidden[slot], drafter.root_feature[slot]]
 
 

@@ -32,7 +32,7 @@ class HeadRun:
     def __init__(self, model: HeadModel):
         self.model, device, pages = model, model.device, 8
         model.size(pages * PAGE)
-        self.pool = KVPool(model.num_layers, pages + 1, model.kv_heads, PAGE, model.head_dim, model.dtype, device)
+        self.pool = KVPool(model.num_layers, pages + 1, model.kv_heads, PAGE, model.head_dim, model.kv_dtype, device)
         self.pool.k.fill_(float("nan"))
         self.pool.v.fill_(float("nan"))
         self.table = (torch.randperm(pages, dtype=torch.int32) + 1)[None].to(device)

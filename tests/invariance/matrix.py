@@ -103,16 +103,15 @@ def poison(llm: LLM) -> None:
     engine = llm._engine
     rounds, allocator = engine.round, engine.scheduler.allocator
     pools = [rounds.pool] + [d.pool for d in rounds.drafters.values() if hasattr(d, "pool")]
-    for pool in pools:
-        pool.k.fill_(float("nan"))
-        pool.v.fill_(float("nan"))
+    stored = [x.view(torch.uint8) for pool in pools for x in (pool.k, pool.v)]  # 0xff is NaN in every dtype of a pool
+    for bytes_ in stored:
+        bytes_.fill_(0xFF)
     free = allocator.free
 
     def free_and_poison(pages):
         index = torch.tensor(list(pages), dtype=torch.int64, device=rounds.pool.k.device)
-        for pool in pools:
-            pool.k[:, index] = float("nan")
-            pool.v[:, index] = float("nan")
+        for bytes_ in stored:
+            bytes_[:, index] = 0xFF
         free(pages)
 
     allocator.free = free_and_poison

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from specrt.models.config import ModelConfig
+from specrt.ops import FP8
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make, register_replay
 from tests.kit.heads import Shape, random_head
 from tests.kit.medusa import medusa_tensors, write_medusa
-from tests.kit.tiny import CONFIGS, tiny_vocab, write_folder
+from tests.kit.tiny import CONFIGS, random_tensors, tiny_vocab, write_folder, write_weights
 
 # SmolLM2's layer (9 query heads, 3 KV heads of 64), few of them; and one with a sliding window and page-crossing lengths.
 SMOL = {**CONFIGS["llama"], "hidden_size": 576, "intermediate_size": 256, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_hidden_layers": 2,
@@ -25,6 +27,15 @@ DTYPES = ["bfloat16", "float32"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("target"), SMOL)
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """The same model with scales for keys and values."""
+    folder, c = write_folder(tmp_path_factory.mktemp("scaled"), SMOL), ModelConfig.from_hf(SMOL)
+    scales = {f"model.layers.{i}.self_attn.{x}_scale": torch.tensor(0.01 * (i + 1) + 0.02 * (x == "v")) for i in range(c.num_layers) for x in "kv"}
+    write_weights(folder, random_tensors(c) | scales)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +53,10 @@ def heads(tmp_path_factory):
 
 
 @functools.lru_cache(maxsize=None)
-def reference(model, device, dtype):
+def reference(model, device, dtype, **settings):
     """Every request alone, without speculation."""
     batch = cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS)
-    with make(model, device=device, dtype=dtype, max_batch_size=1) as llm:
+    with make(model, device=device, dtype=dtype, max_batch_size=1, **settings) as llm:
         return batch, answers(llm, batch, together=False)
 
 
@@ -149,35 +160,37 @@ def test_requests_of_every_kind_in_one_batch(monkeypatch, model, device, dtype, 
 
 
 @pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
 @pytest.mark.parametrize("late", [False, True])
-def test_a_head_among_others_put_back_and_recomputed(model, heads, device, late):
+def test_a_head_among_others_put_back_and_recomputed(model, heads, device, late, kv):
     """Requests with the head's drafts, with others' and with none in one batch; pages for about two of them."""
-    batch, want = reference(model, device, "bfloat16")
+    batch, want = reference(model, device, "bfloat16", kv_cache_dtype=kv)
     kinds = [None, False, {"num_draft_tokens": 5}, {"method": "ngram"}]
     mixed = [replace(c, params=replace(c.params, speculative=kinds[i % 4])) for i, c in enumerate(batch)]
-    page = 2 * 2 * 16 * (2 * 3 * 64 + 2 * 2 * 64)  # k and v in bfloat16, 16 positions: the target's layers, heads, head dim, and the head's
+    page = 2 * (1 if kv == "fp8" else 2) * 16 * (2 * 3 * 64 + 2 * 2 * 64)  # k and v, bytes, 16 positions: the target's layers, heads, head dim, and the head's
     spec = {**EAGLE3, **TREE, "model": str(heads["eagle3"])}
-    with make(model, late=late, device=device, dtype="bfloat16", max_batch_size=4, page_size=16, kv_cache_memory=13 * page, speculative_config=spec) as llm:
+    with make(model, late=late, device=device, dtype="bfloat16", max_batch_size=4, page_size=16, kv_cache_dtype=kv, kv_cache_memory=13 * page, speculative_config=spec) as llm:
+        assert llm.config.num_pages == 13
         assert_same(answers(llm, mixed, together=True), want, "mixed")
         assert coverage(llm).put_back > 0 and coverage(llm).accepted > 0
 
 
-def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device):
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
+def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device, kv):
     config = {**CONFIGS["mistral"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 24, "max_position_embeddings": 2048}
     folder = write_folder(tmp_path / "window", config)
     batch = cases(4, config["vocab_size"], (3, 30, 75, 90), 30)
-    with make(folder, device=device, max_batch_size=1) as llm:
+    with make(folder, device=device, kv_cache_dtype=kv, max_batch_size=1) as llm:
         want = answers(llm, batch, together=False)
     for shape, spec in (("chain", dict(num_speculative_tokens=8)), ("tree", TREE)):
         register_replay(monkeypatch, list(zip(batch, want)), config["vocab_size"], shape)
-        with make(folder, device=device, chunk=5, page_size=16, speculative_config=dict(method="replay", **spec)) as llm:
+        with make(folder, device=device, kv_cache_dtype=kv, chunk=5, page_size=16, speculative_config=dict(method="replay", **spec)) as llm:
             assert_same(answers(llm, batch, together=True), want, shape)
 
 
 @pytest.mark.parametrize("variant", ["batch", "chunked-3", "eager-at-once", "ngram-chain", "replay-chain-chunked", "replay-tree-64", "draft-self-tree", "layerskip-tree"])
 def test_fp8_weights_are_exact_too(monkeypatch, model, device, variant):
-    batch = cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS)
-    want = fp8_reference(model, device)
+    batch, want = reference(model, device, "bfloat16", quantization="fp8")
     spec, settings = VARIANTS[variant]
     spec = {**spec, **({"model": str(model)} if "model" in spec else {})}
     register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree" if "num_steps" in spec else "chain")
@@ -186,10 +199,33 @@ def test_fp8_weights_are_exact_too(monkeypatch, model, device, variant):
         assert not spec or coverage(llm).drafted > 0
 
 
-@functools.lru_cache(maxsize=None)
-def fp8_reference(model, device):
-    with make(model, device=device, quantization="fp8", max_batch_size=1) as llm:
-        return answers(llm, cases(len(LENGTHS), VOCAB, LENGTHS, TOKENS), together=False)
+# Every drafter with keys and values of its own, every way a tree's rows and the prompt's come about.
+FP8_KV = ["batch", "chunked-3", "pages-32", "eager-at-once", "ngram-chain-late", "ngram-tree", "replay-chain-chunked", "replay-tree-64", "replay-tree-late", "draft-self-chain-late",
+          "draft-self-tree", "draft-other-tree", "eagle3-chain", "eagle3-chain-late", "eagle3-tree", "eagle3-tree-64-eager", "eagle-tree-late", "layerskip-tree-64-late",
+          "layerskip-static", "peagle-tree-late", "mtp-tree-late", "medusa-tree"]
+
+
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary", "ignore:head .* made for")
+@pytest.mark.parametrize("dtype, variant", [*(("bfloat16", v) for v in FP8_KV), *(("float32", v) for v in ("chunked-3", "replay-tree-64", "eagle3-tree"))])
+def test_fp8_keys_and_values_are_exact_too(monkeypatch, scaled, draft, heads, device, dtype, variant):
+    batch, want = reference(scaled, device, dtype, kv_cache_dtype="fp8")
+    spec, settings = VARIANTS[variant]
+    spec = {**spec, **({"model": str({"target": scaled, "draft": draft, **heads}[spec["model"]])} if "model" in spec else {})}
+    register_replay(monkeypatch, list(zip(batch, want)), VOCAB, "tree" if "num_steps" in spec else "chain")
+    with make(scaled, device=device, dtype=dtype, kv_cache_dtype="fp8", max_batch_size=3, speculative_config=spec or None, **settings) as llm:
+        rounds = llm._engine.round
+        assert all(pool.k.dtype == FP8 for pool in [rounds.pool, *(d.pool for d in rounds.drafters.values() if hasattr(d, "pool"))])
+        assert_same(answers(llm, batch, together=True), want, variant)
+        seen = coverage(llm)
+    assert not spec or seen.drafted > 0
+    if variant.startswith(("replay", "draft-self", "eagle", "peagle", "mtp", "medusa", "layerskip")):
+        assert seen.accepted > 0
+
+
+def test_fp8_keys_and_values_and_their_scales_matter(model, scaled, device):
+    """Else the test above shows nothing."""
+    logprobs = [reference(folder, device, "bfloat16", kv_cache_dtype=kv)[1][5].logprobs for folder, kv in ((model, "auto"), (scaled, "auto"), (model, "fp8"), (scaled, "fp8"))]
+    assert logprobs[0] == logprobs[1] and logprobs[1] != logprobs[2] != logprobs[3] != logprobs[1]
 
 
 def test_prompt_logprobs_do_not_depend_on_chunks(model, device):

@@ -18,7 +18,7 @@ class Sequence:
     def __init__(self, model: DenseModel, max_len: int = 256, page_size: int = 16):
         pages = -(-max_len // page_size)
         self.model, self.page_size, device = model, page_size, model.device
-        self.pool = KVPool(model.num_layers, pages + 1, model.kv_heads, page_size, model.head_dim, model.dtype, device)
+        self.pool = KVPool(model.num_layers, pages + 1, model.kv_heads, page_size, model.head_dim, model.kv_dtype, device, model.kv_scales)
         self.table = (torch.randperm(pages, dtype=torch.int32) + 1)[None].to(device)
         self.scratch = model.make_scratch(max_len)
         self.workspace = ops.attention_workspace(max_len, model.config.num_heads, model.head_dim, pages * page_size, device)

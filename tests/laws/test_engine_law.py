@@ -12,6 +12,8 @@ import torch
 
 from specrt import LLM, SamplingParams, ops
 from specrt.models.config import ModelConfig
+from specrt.models.dense import DenseModel
+from specrt.round import run
 from tests.kit.forward import Sequence
 from tests.kit.heads import Shape, random_head
 from tests.kit.sampling import reference_transform
@@ -196,11 +198,23 @@ def one_noise_for_all_positions(llm: LLM, monkeypatch) -> None:
         right(logits, request, torch.zeros_like(position) if choice else position, *rest, **choice)
 
     monkeypatch.setattr(ops, "sample_transform", planted)
+    monkeypatch.setattr(DenseModel, "samples", False)
+
+
+def one_noise_without_logits(llm: LLM, monkeypatch) -> None:
+    """The same in lm_head, which makes the choice where nobody needs the logits."""
+    right = ops.linear_sample
+
+    def planted(x, weight, out_features, num_rows, request, position, *rest):
+        right(x, weight, out_features, num_rows, request, torch.zeros_like(position), *rest)
+
+    monkeypatch.setattr(ops, "linear_sample", planted)
+    monkeypatch.setattr(run, "MOST_DRAWN_ROWS", 1 << 20)  # the whole batch without logits
 
 
 @pytest.mark.parametrize("rule, keys, plant", [
     ("standard", CHAIN, flat_q), ("standard", TREE, flat_q), ("standard", CHAIN, q_of_another_level), ("standard", CHAIN, argmax_drafts),
-    ("standard", TREE, residual_noise_drafts), ("exact", CHAIN, one_noise_for_all_positions)])
+    ("standard", TREE, residual_noise_drafts), ("exact", CHAIN, one_noise_for_all_positions), ("exact", CHAIN, one_noise_without_logits)])
 def test_planted_errors_are_caught(device, models, monkeypatch, rule, keys, plant):
     with models.engine(device, rule, keys) as llm:
         plant(llm, monkeypatch)

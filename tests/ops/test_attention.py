@@ -1,6 +1,6 @@
 """Paged attention against a float64 reference, and the promise that a row's bits depend on that row alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,12 +11,13 @@ from tests.kit.compare import assert_bits, assert_close, poisoned, rows
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+POOLS = {"wide": {}, "fp8": dict(kv=ops.FP8, k_scale=0.013, v_scale=0.7)}
 EDGES = [1, 15, 16, 63, 64, 65, 255, 256, 257, 2047, 2048, 2049, 2050]
 
 
 @dataclass
 class Case:
-    """Requests with their KV by slot (k, v [slots, Hkv, D]) laid out in randomly permuted pages; whatever no slot holds is NaN."""
+    """Requests with their KV by slot (k, v [slots, Hkv, D]) laid out in randomly permuted pages; whatever no slot holds is NaN. kv: dtype of the pages, None = q's."""
 
     q: Tensor  # [R, Hq, D]
     slot_k: list[Tensor]  # by request
@@ -27,6 +28,9 @@ class Case:
     page: int = 16
     window: int = 0
     seed: int = 0
+    kv: torch.dtype | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     def __post_init__(self):
         dtype, (_, heads, dim) = self.q.dtype, self.slot_k[0].shape
@@ -42,6 +46,12 @@ class Case:
                 padded = torch.full((count * self.page, heads, dim), float("nan"), dtype=dtype)
                 padded[: slots.shape[0]] = slots
                 pool[ids.long()] = padded.view(count, self.page, heads, dim).transpose(1, 2)
+        if self.kv is not None:
+            self.k, self.v = quantized(self.k, self.k_scale), quantized(self.v, self.v_scale)
+
+    def read_back(self, slots: Tensor, scale: float) -> Tensor:
+        """float64, as a page gives them."""
+        return slots.double() if self.kv is None else quantized(slots, scale).double() * scale
 
     @property
     def scale(self) -> float:
@@ -56,7 +66,7 @@ class Case:
         for r, b in enumerate(self.request):
             seen = self.slots_of(r)
             group = self.q.shape[1] // self.k.shape[1]
-            k, v = (x[b][seen].double().repeat_interleave(group, 1) for x in (self.slot_k, self.slot_v))
+            k, v = (self.read_back(x[b][seen], scale).repeat_interleave(group, 1) for x, scale in ((self.slot_k, self.k_scale), (self.slot_v, self.v_scale)))
             p = torch.softmax(torch.einsum("hd,khd->hk", self.q[r].double(), k) * self.scale, -1)
             out[r] = torch.einsum("hk,khd->hd", p, v)
         return out
@@ -72,7 +82,7 @@ class Case:
         table, k, v = self.table.to(device), self.k.to(device), self.v.to(device)
         out = poisoned(*q.shape, dtype=q.dtype, device=device)
         if form == "prefill":
-            ops.prefill_attention(q, k, v, table, request, prefix, self.scale, self.window, rows(n, device), out)
+            ops.prefill_attention(q, k, v, table, request, prefix, self.scale, self.window, rows(n, device), out, self.k_scale, self.v_scale)
         else:
             ancestors = paths = None
             if form == "ancestors":
@@ -86,9 +96,14 @@ class Case:
             workspace = ops.attention_workspace(n + pad, q.shape[1], q.shape[2], table.shape[1] * self.page, device)
             workspace.partials.fill_(float("nan"))
             ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], workspace.plan)
-            ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace.plan, workspace.partials, out)
+            ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace.plan, workspace.partials, out,
+                               self.k_scale, self.v_scale)
         assert torch.isnan(out[n:]).all(), "rows past num_rows were written"
         return out[:n].cpu()
+
+
+def quantized(x: Tensor, scale: float) -> Tensor:
+    return (x.float() / scale).clamp(-448, 448).to(ops.FP8)
 
 
 def head_dim(device: str, wanted: int = 64) -> int:
@@ -121,54 +136,60 @@ def straightened(case: Case, r: int) -> Case:
     """Row r as plain decoding would meet it: its path's KV at the logical places, another page layout, no path."""
     seen = [*range(case.prefix[r]), *(case.prefix[r] + n for n in case.paths[r])]
     b = case.request[r]
-    return Case(case.q[r : r + 1], [case.slot_k[b][seen]], [case.slot_v[b][seen]], [0], [len(seen)], [[]], page=64, window=case.window, seed=r + 1)
+    return Case(case.q[r : r + 1], [case.slot_k[b][seen]], [case.slot_v[b][seen]], [0], [len(seen)], [[]], page=64, window=case.window, seed=r + 1, kv=case.kv, k_scale=case.k_scale,
+                v_scale=case.v_scale)
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", ["none", "prefill"])
-def test_prefix_lengths_match_float64(device, dtype, form):
+def test_prefix_lengths_match_float64(device, dtype, form, pool):
     dim = head_dim(device, 32)
     slots = [random_slots(n, 2, dim, dtype) for n in EDGES], [random_slots(n, 2, dim, dtype) for n in EDGES]
-    case = Case(torch.randn(len(EDGES), 6, dim).to(dtype), *slots, list(range(len(EDGES))), EDGES, [[]] * len(EDGES))
+    case = Case(torch.randn(len(EDGES), 6, dim).to(dtype), *slots, list(range(len(EDGES))), EDGES, [[]] * len(EDGES), **POOLS[pool])
     assert_close(case.run(device, form), case.reference(), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page", [16, 32, 64])
 @pytest.mark.parametrize("kv_heads, group", [(3, 1), (3, 3), (2, 4), (1, 8)])
-def test_trees_match_float64(device, dtype, page, kv_heads, group):
-    case = tree_case(dtype, 64, [1, 60, 250, 511], 12, kv_heads, group, page=page)
+def test_trees_match_float64(device, dtype, pool, page, kv_heads, group):
+    case = tree_case(dtype, 64, [1, 60, 250, 511], 12, kv_heads, group, page=page, **POOLS[pool])
     want = case.reference()
     assert_close(case.run(device, "ancestors"), want, TOLERANCE[dtype])
     assert_bits(case.run(device, "paths"), case.run(device, "ancestors"))
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128])
-def test_head_dims(device, dtype, dim):
+def test_head_dims(device, dtype, dim, pool):
     if device == "cuda" and dim not in (64, 96, 128):
         pytest.skip("refused on CUDA (test_an_unsupported_head_dim_is_named)")
-    case = tree_case(dtype, dim, [70, 300], 7)
+    case = tree_case(dtype, dim, [70, 300], 7, **POOLS[pool])
     assert_close(case.run(device, "ancestors"), case.reference(), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [1, 7, 64, 100, 300])
-def test_sliding_window(device, dtype, window):
-    case = tree_case(dtype, head_dim(device, 32), [3, 250, 2040], 9, window=window)
+def test_sliding_window(device, dtype, window, pool):
+    case = tree_case(dtype, head_dim(device, 32), [3, 250, 2040], 9, window=window, **POOLS[pool])
     got = case.run(device, "ancestors")
     assert_close(got, case.reference(), TOLERANCE[dtype])
     for r in range(len(case.request)):
         assert_bits(got[r : r + 1], straightened(case, r).run(device, "prefill"))
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", [0, 5, 50, 200, 250, 2030])
-def test_a_tree_row_has_the_bits_of_plain_decoding_and_of_prefill(device, dtype, prefix):
+def test_a_tree_row_has_the_bits_of_plain_decoding_and_of_prefill(device, dtype, prefix, pool):
     """Every node of a random tree, and every depth of a chain of 64 (it crosses groups of 16, tiles, chunks and, from 2030, a group of chunks)."""
     dim = head_dim(device, 32)
     for nodes, chain in ((64, 1.0), (40, 0.7)):
-        case = tree_case(dtype, dim, [prefix], nodes)
+        case = tree_case(dtype, dim, [prefix], nodes, **POOLS[pool])
         case.paths = random_tree(nodes, chain)
         tree = case.run(device, "ancestors")
         for r in range(0, nodes, 1 if chain == 1.0 else 3):
@@ -177,37 +198,40 @@ def test_a_tree_row_has_the_bits_of_plain_decoding_and_of_prefill(device, dtype,
             assert_bits(plain.run(device, "prefill"), tree[r : r + 1])
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_expansion_scratch_beyond_64_slots(device, dtype):
+def test_expansion_scratch_beyond_64_slots(device, dtype, pool):
     dim, nodes = head_dim(device, 32), 180
-    case = tree_case(dtype, dim, [100, 251], nodes)
+    case = tree_case(dtype, dim, [100, 251], nodes, **POOLS[pool])
     got = case.run(device, "paths")
     assert_close(got, case.reference(), TOLERANCE[dtype])
     for r in range(3, 2 * nodes, 41):
         assert_bits(straightened(case, r).run(device, "none"), got[r : r + 1])
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_the_others(device, dtype):
-    case = tree_case(dtype, head_dim(device, 32), [40, 255, 700], 10)
+def test_a_row_does_not_depend_on_the_others(device, dtype, pool):
+    case = tree_case(dtype, head_dim(device, 32), [40, 255, 700], 10, **POOLS[pool])
     every = case.run(device, "ancestors")
     for r in range(0, 30, 4):
         assert_bits(case.run(device, "ancestors", [r]), every[r : r + 1])
     mixed = [0, 3, 9, 10, 11, 25]
     assert_bits(case.run(device, "ancestors", mixed), every[mixed])
-    moved = Case(case.q, case.slot_k, case.slot_v, case.request, case.prefix, case.paths, page=64, seed=99)
+    moved = Case(case.q, case.slot_k, case.slot_v, case.request, case.prefix, case.paths, page=64, seed=99, **POOLS[pool])
     assert_bits(moved.run(device, "ancestors"), every)
 
 
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [0, 90])
-def test_prefill_has_the_same_bits_however_the_prompt_is_cut(device, dtype, window):
+def test_prefill_has_the_same_bits_however_the_prompt_is_cut(device, dtype, window, pool):
     """Two prompts in one call (rows of a tile belong to both), each row alone by the tree op, and the second half as a chunk of its own."""
     dim, lengths = head_dim(device, 32), [75, 333]
     slots = [random_slots(n, 2, dim, dtype) for n in lengths], [random_slots(n, 2, dim, dtype) for n in lengths]
     request = [b for b, n in enumerate(lengths) for _ in range(n)]
     prefix = [i + 1 for n in lengths for i in range(n)]
-    case = Case(torch.randn(len(request), 6, dim).to(dtype), *slots, request, prefix, [[]] * len(request), window=window)
+    case = Case(torch.randn(len(request), 6, dim).to(dtype), *slots, request, prefix, [[]] * len(request), window=window, **POOLS[pool])
     whole = case.run(device, "prefill")
     assert_close(whole, case.reference(), TOLERANCE[dtype])
     assert_bits(case.run(device, "none"), whole)
@@ -215,8 +239,9 @@ def test_prefill_has_the_same_bits_however_the_prompt_is_cut(device, dtype, wind
         assert_bits(case.run(device, "prefill", pick), whole[pick])
 
 
-def test_a_nan_of_the_row_itself_reaches_only_the_rows_that_see_it(device):
-    case = tree_case(torch.bfloat16, 64, [100], 4)
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_nan_of_the_row_itself_reaches_only_the_rows_that_see_it(device, pool):
+    case = tree_case(torch.bfloat16, 64, [100], 4, **POOLS[pool])
     case.paths = [[0], [0, 1], [0, 1, 2], [0, 3]]
     clean = case.run(device, "ancestors")
     case.slot_v[0][102] = float("nan")
@@ -224,6 +249,25 @@ def test_a_nan_of_the_row_itself_reaches_only_the_rows_that_see_it(device):
     dirty = case.run(device, "ancestors")
     assert torch.isnan(dirty[2]).all()
     assert_bits(dirty[[0, 1, 3]], clean[[0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["ancestors", "paths", "prefill"])
+def test_fp8_pages_are_wide_pages_of_the_same_values(device, dtype, form):
+    """Every e4m3 value is one of q's dtype: with scales of 1 the bits are those of the widened pool, and a scale that is a power of two only moves exponents. All 256 bytes are there."""
+    case = tree_case(dtype, head_dim(device, 32), [30, 250, 700], 9)
+    if form == "prefill":
+        case.prefix, case.paths = [b + r + 1 for b in (20, 240, 690) for r in range(9)], [[]] * 27
+    every = torch.arange(256, dtype=torch.uint8).view(ops.FP8).float()
+    for slots in case.slot_v:
+        slots.copy_(every[torch.randint(256, slots.shape)].nan_to_num())
+    case.slot_k = [quantized(k, 1.0).to(dtype) for k in case.slot_k]
+    case.__post_init__()
+    narrow = replace(case, kv=ops.FP8)
+    want = case.run(device, form)
+    assert_bits(narrow.run(device, form), want)
+    narrow.q, narrow.k_scale, narrow.v_scale = narrow.q * 2, 0.5, 4.0  # the pages stay as they are
+    assert_bits(narrow.run(device, form), want * 4)
 
 
 def test_a_row_that_sees_nothing_gives_zeros(device):
@@ -241,6 +285,13 @@ def test_wrong_arguments_are_named(device):
     case = tree_case(torch.float32, 64, [20], 1, page=8)
     with pytest.raises(RuntimeError, match=r"prefill_attention.*'k_pool'.*16, 32 or 64"):
         case.run(device, "prefill")
+    for pool, scale, want in (({}, 2.0, "only a float8_e4m3fn pool"), (POOLS["fp8"], 0.0, "a finite number > 0"), (POOLS["fp8"], float("nan"), "a finite number > 0")):
+        with pytest.raises(RuntimeError, match=f"tree_attention.*'k_scale'.*{want}"):
+            tree_case(torch.float32, 64, [20], 1, **{**pool, "k_scale": scale}).run(device, "none")
+    case = tree_case(torch.float32, 64, [20], 1)
+    case.v = case.v.to(ops.FP8)
+    with pytest.raises(RuntimeError, match="tree_attention.*'v_pool'.*float8_e4m3fn.*float32"):
+        case.run(device, "none")
     case = tree_case(torch.float32, 64, [20], 1)
     case.q = torch.randn(1, 5, 64)
     with pytest.raises(RuntimeError, match=r"attention.*'q.*2"):

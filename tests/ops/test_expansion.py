@@ -28,7 +28,7 @@ class Case:
         make = lambda *shape, dtype=I32: poisoned(*shape, dtype=dtype, device=device)  # noqa: E731
         self.out = dict(cand_token=make(b, self.capacity), cand_parent=make(b, self.capacity), cand_score=make(b, self.capacity, dtype=torch.float32),
                         beam=make(b, width), row_request=make(rows), row_token=make(rows), row_position=make(rows), row_prefix=make(rows),
-                        row_slot=make(rows, dtype=torch.int64), row_path=make(rows, levels + extra_depth), num_rows=make(1))
+                        row_slot=make(rows, dtype=torch.int64), row_path=make(rows, levels + extra_depth), row_parent=make(rows), num_rows=make(1))
         self.want = {name: t.cpu().clone() for name, t in self.out.items()}
 
     def step(self, level):
@@ -45,10 +45,11 @@ class Case:
         first = 0 if level == 1 else self.topk + (level - 2) * self.width * self.topk
         row = 0
         for i, b in enumerate(active):
-            cands = self.cands[b]
+            cands, came_from = self.cands[b], {}
             sources = [(b, -1)] if level == 1 else [(i * self.width + w, self.beams[b][w]) for w in range(self.width)]
             for r, parent in sources:
                 for t, s in zip(token[r], score[r]):
+                    came_from[len(cands)] = r
                     total = s if parent < 0 else F32(cands[parent][3] + s)
                     cands.append((level, t, parent, F32(-INF) if np.isnan(total) else total))
             new = range(first, len(cands))
@@ -65,7 +66,7 @@ class Case:
                         path.insert(0, (cands[c][0] - 1) * self.width + self.where(b, c))
                         c = cands[c][2]
                     prefix = self.seq_lens[b] + 1
-                    values = dict(row_request=b, row_token=cands[self.beams[b][w]][1], row_position=self.seq_lens[b] + level, row_prefix=prefix,
+                    values = dict(row_request=b, row_token=cands[self.beams[b][w]][1], row_position=self.seq_lens[b] + level, row_prefix=prefix, row_parent=came_from[self.beams[b][w]],
                                   row_slot=slot_of(self.table[b], self.page_size, prefix + (level - 1) * self.width + w))
                     for name, value in values.items():
                         self.want[name][row] = value
@@ -178,10 +179,20 @@ def test_a_wrong_argument_is_named(device):
         make = lambda *shape, dtype=I32: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
         ops.tree_expand(level, width, make(rows, topk), make(rows, topk, dtype=torch.float32), make(batch), make(batch), make(batch, 1), 16, make(batch, capacity),
                         make(batch, capacity), make(batch, capacity, dtype=torch.float32), make(batch, width), *(make(4) for _ in range(4)),
-                        make(4, dtype=torch.int64), make(4, path), make(1))
+                        make(4, dtype=torch.int64), make(4, path), make(4), make(1))
 
     call()
     for wrong, name in [(dict(width=4), "beam_width"), (dict(level=3), "cand_token"), (dict(level=0), "level"), (dict(rows=1), "topk_token"),
                         (dict(batch=3, rows=3), "row_request"), (dict(level=2, path=1), "row_path")]:
         with pytest.raises(RuntimeError, match=f"tree_expand.*'{name}'"):
             call(**wrong)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 300])
+def test_limits_are_those_of_slots_that_have_a_tree_to_grow(device, batch):
+    rng = random.Random(batch)
+    nodes, depth, lens, active = ([rng.choice(values) for _ in range(batch)] for values in ([0, 5, 63], [1, 8], [0, 1, 900], [0, 1]))
+    out = [poisoned(batch, dtype=I32, device=device) for _ in range(3)]
+    ops.draft_limits(*(ints(x, device) for x in (nodes, depth, lens, active)), 1, *out)
+    grows = [n > 0 and length > 0 and a == 1 for n, length, a in zip(nodes, lens, active)]
+    assert [t.tolist() for t in out] == [[n * g for n, g in zip(nodes, grows)], [d * g for d, g in zip(depth, grows)], [length - 1 for length in lens]]

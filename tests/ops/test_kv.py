@@ -53,6 +53,30 @@ def test_rope_append_matches_float64(device, dtype, dim, page, norm):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_fp8_pages_hold_the_quotient_of_what_wide_pages_hold(device, dtype, norm):
+    n, dim, page, scales = 40, 64, 16, (0.0037, 0.011)
+    cos, sin = angles(100, dim, device)
+    qkv = (torch.randn(n, 6, dim) * 10.0 ** torch.randint(-4, 4, (n, 6, 1))).to(dtype)  # subnormals, and beyond 448
+    qkv[3, 2, 5], qkv[3, 5, 7], qkv[4, 5, 1], qkv[4, 5, 2] = float("nan"), float("nan"), float("inf"), -float("inf")
+    qkv = qkv.flatten(1).to(device)
+    position, slot = torch.arange(n, dtype=torch.int32, device=device), torch.randperm(4 * page)[:n].to(device)
+    position[7], slot[8] = -1, -1
+    weight = torch.randn(dim).to(dtype).to(device) if norm else None
+    found = []
+    for kind, k_scale, v_scale in ((dtype, 1.0, 1.0), (ops.FP8, *scales)):
+        q, k, v = poisoned(n, 2, dim, dtype=dtype, device=device), *(poisoned(4, 2, page, dim, dtype=kind, device=device) for _ in range(2))
+        ops.rope_append(qkv, position, slot, cos, sin, weight, weight, 1e-6, rows(n, device), q, k, v, k_scale, v_scale)
+        found.append((q, k.cpu(), v.cpu()))
+    (q, *wide), (fp8_q, *narrow) = found
+    assert_bits(fp8_q, q)
+    for got, stored, scale in zip(narrow, wide, scales):
+        want = (stored.float() / scale).clamp(-448, 448).to(ops.FP8)
+        assert torch.equal(want.float().isnan(), got.float().isnan()) and want.float().isnan().any() and (want.float().abs() == 448).any()
+        assert_bits(got.float().nan_to_num(0.0), want.float().nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rope_append_matches_transformers(device, dtype):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -99,7 +123,7 @@ def test_an_unknown_position_gives_nan(device):
     assert torch.isnan(k[0, 0, :2]).all() and torch.isfinite(k[0, 0, 2:]).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, ops.FP8])
 @pytest.mark.parametrize("page", [16, 64])
 def test_kv_commit_moves_the_path_and_nothing_else(device, dtype, page):
     layers, heads, dim, nodes, pages = 3, 2, 64, 64, 16
@@ -116,7 +140,7 @@ def test_kv_commit_moves_the_path_and_nothing_else(device, dtype, page):
         for i, node in enumerate(p):
             to, source = int(lens[b]) + i, int(lens[b]) + node
             for want, old in ((want_k, k), (want_v, v)):
-                want[:, table[b, to // page], :, to % page] = old[:, table[b, source // page], :, source % page]
+                want.view(torch.uint8)[:, table[b, to // page], :, to % page] = old.view(torch.uint8)[:, table[b, source // page], :, source % page]
     got_k, got_v = k.to(device), v.to(device)
     ops.kv_commit(got_k, got_v, table.to(device), lens.to(device), path.to(device), path_len.to(device))
     assert_bits(got_k, want_k)
@@ -132,8 +156,8 @@ def test_kv_commit_ignores_absent_requests(device):
     assert_bits(v, before[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_after_the_commit_has_the_bits_of_the_tree_row(device, dtype):
+@pytest.mark.parametrize("dtype, kv_dtype", [*zip(DTYPES, DTYPES), (torch.bfloat16, ops.FP8)])
+def test_attention_after_the_commit_has_the_bits_of_the_tree_row(device, dtype, kv_dtype):
     prefix, dim, page = 250, 64, 16
     path = [0, 2, 3, 9, 17, 18]
     table = torch.randperm(20).int()[None].to(device)
@@ -142,6 +166,7 @@ def test_attention_after_the_commit_has_the_bits_of_the_tree_row(device, dtype):
     ids = table[0].long()[slots // page]
     k[0, ids, :, slots % page] = torch.randn(prefix + 20, 2, dim).to(dtype).to(device)
     v[0, ids, :, slots % page] = torch.randn(prefix + 20, 2, dim).to(dtype).to(device)
+    k, v = k.to(kv_dtype), v.to(kv_dtype)
     q = torch.randn(1, 4, dim).to(dtype).to(device)
     tree, plain = (poisoned(1, 4, dim, dtype=dtype, device=device) for _ in range(2))
     zero, workspace = torch.zeros(1, dtype=torch.int32, device=device), ops.attention_workspace(1, 4, dim, 20 * page, device)
@@ -160,5 +185,7 @@ def test_wrong_arguments_are_named(device):
     q, one = torch.zeros(3, 1, 64, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     with pytest.raises(RuntimeError, match=r"rope_append.*'qkv'.*\[3, 190\]"):
         ops.rope_append(torch.zeros(3, 190, device=device), one, one.long(), cos, sin, None, None, 0.0, rows(3, device), q, k, v)
+    with pytest.raises(RuntimeError, match=r"rope_append.*'v_scale'.*only a float8_e4m3fn pool has a scale"):
+        ops.rope_append(torch.zeros(3, 192, device=device), one, one.long(), cos, sin, None, None, 0.0, rows(3, device), q, k, v, 1.0, 0.5)
     with pytest.raises(RuntimeError, match=r"kv_commit.*'path_len'.*int64"):
         ops.kv_commit(k[None], v[None], one[None], one[:1].contiguous(), one[None], torch.zeros(1, dtype=torch.int64, device=device))

@@ -28,7 +28,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, out_dtype: to
 
 
 @pytest.mark.parametrize("dtype, out_dtype", FORMS)
-@pytest.mark.parametrize("m", [1, 3, 17, 64, 65, 160, 300])
+@pytest.mark.parametrize("m", [1, 3, 17, 64, 65, 160, 230, 300])
 @pytest.mark.parametrize("n, k", [(8, 8), (100, 64), (576, 576), (960, 1000), (1000, 1536), TURNS[0], WIDE])
 def test_linear_matches_float64(device, dtype, out_dtype, m, n, k):
     x, w, b = inputs(m, n, k, dtype, device)
@@ -58,7 +58,7 @@ def test_a_row_does_not_depend_on_the_others(device, dtype, out_dtype, n, k):
     x, w, b = inputs(300, n, k, dtype, device)
     w = ops.pack_linear(w)
     every = linear(x, w, b, n, out_dtype)
-    for m in (1, 2, 5, 6, 7, 8, 9, 16, 17, 33, 64, 65, 97, 129, 257):
+    for m in (1, 2, 5, 6, 7, 8, 9, 16, 17, 33, 64, 65, 97, 129, 201, 257):
         at = 300 - m
         assert_bits(linear(x[at:].clone(), w, b, n, out_dtype), every[at:])
     for r in range(0, 300, 23):  # alone, and at every place of a small and a large call

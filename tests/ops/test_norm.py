@@ -99,3 +99,98 @@ def test_a_wrong_argument_is_named(device):
     x, w = torch.randn(4, 64, device=device), torch.ones(63, device=device)
     with pytest.raises(RuntimeError, match=r"rms_norm.*'weight'.*\[63\].*H = 64"):
         ops.rms_norm(x, w, 1e-5, rows(4, device), torch.empty_like(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 33, 576, 1001, 4096, 9000])
+@pytest.mark.parametrize("normed", [(False, False), (True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("feature_first,stream_normed", [(False, False), (True, True), (False, None)])
+def test_a_heads_input_is_embedding_and_norms_side_by_side(device, dtype, hidden, normed, feature_first, stream_normed):
+    """With parents, repeated and out of order, and without; ids and parents that are outside give NaN, in their half alone."""
+    table, features, w = torch.randn(11, hidden), torch.randn(9, hidden), torch.randn(2, hidden)
+    table, features, w = (t.to(dtype).to(device) for t in (table, features, w))
+    ids = torch.tensor([3, 10, 11, 0, -1, 3, 7, 2, 2], dtype=torch.int32, device=device)
+    n = rows(8, device)
+
+    def norm(x, weight, wanted):
+        out = torch.empty_like(x)
+        ops.rms_norm(x, weight, 1e-5, rows(len(x), device), out)
+        return out if wanted else x
+
+    for parent in (None, torch.tensor([8, 8, 0, 9, 1, 7, 3, -1, 0], dtype=torch.int32, device=device)):
+        embedded = poisoned(9, hidden, dtype=dtype, device=device)
+        ops.embedding(table, ids, n, embedded)
+        gone = torch.zeros(9, 1, dtype=torch.bool, device=device) if parent is None else ((parent < 0) | (parent > 8))[:, None]
+        feature = (features if parent is None else features[parent.long().clamp(0, 8)].contiguous()).masked_fill(gone, float("nan"))
+        halves = [norm(embedded, w[0], normed[0]), norm(feature, w[1], normed[1])]
+        joined = poisoned(9, 2 * hidden, dtype=dtype, device=device)
+        stream = None if stream_normed is None else poisoned(9, hidden, dtype=dtype, device=device)
+        ops.head_input(table, ids, features, parent, w[0] if normed[0] else None, w[1] if normed[1] else None, 1e-5, feature_first, n, joined, stream, bool(stream_normed))
+        want = torch.cat(halves[::-1] if feature_first else halves, dim=1)
+        assert torch.equal(joined[:8].nan_to_num(nan=77.0), want[:8].nan_to_num(nan=77.0)) and torch.isnan(joined[8]).all()
+        if stream is not None:
+            assert torch.equal(stream[:8].nan_to_num(nan=77.0), (halves[1] if stream_normed else feature)[:8].nan_to_num(nan=77.0)) and torch.isnan(stream[8]).all()
+
+
+def test_a_heads_input_names_a_wrong_argument(device):
+    make = lambda *shape: torch.zeros(*shape, device=device)  # noqa: E731
+    ids = torch.zeros(3, dtype=torch.int32, device=device)
+    for feature, joined, name in [(make(4, 8), make(3, 16), "feature"), (make(3, 8), make(3, 8), "joined")]:
+        with pytest.raises(RuntimeError, match=f"head_input.*'{name}'"):
+            ops.head_input(make(5, 8), ids, feature, None, None, None, 1e-5, False, rows(3, device), joined, None, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden,count", [(1, 1), (33, 3), (576, 2), (4096, 3), (9000, 1)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_joined_rows_are_gathered_and_normed(device, dtype, hidden, count, normed):
+    """Sources repeated and out of order, one that is missing, one that is outside; and none: each row's own."""
+    parts = [torch.randn(9, hidden).to(dtype).to(device) for _ in range(count)]
+    weights = [torch.randn(hidden).to(dtype).to(device) for _ in range(count)]
+    missing = torch.randn(count * hidden).to(dtype).to(device)
+
+    def norm(x, weight):
+        out = torch.empty_like(x)
+        ops.rms_norm(x.contiguous(), weight, 1e-5, rows(len(x), device), out)
+        return out if normed else x
+
+    for source in (None, [8, 0, 3, 3, -1, 9, 1, 2, 0]):
+        index = torch.arange(9) if source is None else torch.tensor(source)
+        want = []
+        for part, (x, w) in enumerate(zip(parts, weights)):
+            x = x[index.clamp(0, 8)].clone()
+            x[index == -1] = missing[part * hidden : (part + 1) * hidden]
+            x[index == 9] = float("nan")
+            want.append(norm(x, w))
+        out = poisoned(9, count * hidden, dtype=dtype, device=device)
+        ops.join_rows(parts, weights if normed else [], None if source is None else index.int().to(device), missing, 1e-5, rows(8, device), out)
+        assert torch.equal(out[:8].nan_to_num(nan=77.0), torch.cat(want, 1)[:8].nan_to_num(nan=77.0)) and torch.isnan(out[8]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 33, 4096, 9000])
+@pytest.mark.parametrize("normed,stream_normed", [(False, False), (True, False), (True, True), (True, None)])
+def test_rows_are_kept_where_they_are_wanted(device, dtype, hidden, normed, stream_normed):
+    x, weight = torch.randn(7, hidden).to(dtype).to(device), torch.randn(hidden).to(dtype).to(device)
+    norm = x.clone()
+    if normed:
+        ops.rms_norm(x, weight, 1e-5, rows(7, device), norm)
+    place = torch.tensor([2, -1, 0, 4, 5, 3, 1], dtype=torch.int32, device=device)
+    kept, stream = (poisoned(5, hidden, dtype=dtype, device=device) for _ in range(2))
+    ops.keep_rows(x, weight if normed else None, 1e-5, place, rows(6, device), kept, None if stream_normed is None else stream, bool(stream_normed))
+    for out, want in [(kept, norm), (stream, norm if stream_normed else x)]:
+        if stream_normed is not None or out is kept:
+            assert torch.equal(out[[2, 0, 4, 3]], want[[0, 2, 3, 5]])
+            assert torch.isnan(out[1]).all()
+
+
+def test_joined_and_kept_rows_name_a_wrong_argument(device):
+    x, n = torch.zeros(3, 8, device=device), rows(3, device)
+    with pytest.raises(RuntimeError, match="join_rows.*'parts'"):
+        ops.join_rows([], [], None, None, 1e-5, n, x)
+    with pytest.raises(RuntimeError, match="join_rows.*'weights'"):
+        ops.join_rows([x, x], [torch.ones(8, device=device)], None, None, 1e-5, n, torch.zeros(3, 16, device=device))
+    with pytest.raises(RuntimeError, match="join_rows.*'out'"):
+        ops.join_rows([x, x], [], None, None, 1e-5, n, torch.zeros(3, 8, device=device))
+    with pytest.raises(RuntimeError, match="keep_rows.*'place'"):
+        ops.keep_rows(x, None, 1e-5, torch.zeros(3, dtype=torch.int64, device=device), n, torch.zeros(2, 8, device=device), None, False)

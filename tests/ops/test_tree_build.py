@@ -10,14 +10,16 @@ from tests.ops.tree_cases import POISON, ints, random_table, random_trees, slot_
 I32, I64 = torch.int32, torch.int64
 
 
-def build(device, token, parent, size, seq_lens, table, page_size, capacity):
-    """Every output of tree_build, as nested lists."""
+def build(device, token, parent, size, seq_lens, table, page_size, capacity, idle=()):
+    """Every output of tree_build, as nested lists. idle: slots that are not active, whatever their trees' sizes."""
     batch, nodes = len(token), len(token[0])
     shapes = dict(tree_depth=((batch, nodes), I32), tree_ancestors=((batch, nodes), I64), row_offset=((batch + 1,), I32), row_request=((capacity,), I32),
                   row_node=((capacity,), I32), row_token=((capacity,), I32), row_position=((capacity,), I32), row_prefix=((capacity,), I32),
                   row_slot=((capacity,), I64), row_ancestors=((capacity,), I64), num_rows=((1,), I32))
     out = {name: poisoned(*shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
-    ops.tree_build(*(ints(x, device) for x in (token, parent, size, seq_lens, table)), page_size, *out.values())
+    active, sizes = ints([b not in idle for b in range(batch)], device), ints(size, device)
+    ops.tree_build(ints(token, device), ints(parent, device), active, sizes, ints(seq_lens, device), ints(table, device), page_size, *out.values())
+    assert sizes.tolist() == [0 if b in idle else n for b, n in enumerate(size)]
     return {name: t.tolist() for name, t in out.items()}
 
 
@@ -57,6 +59,9 @@ def test_tree_build_equals_brute_force(device, batch, nodes, page_size):
         for capacity in (batch * nodes, max(1, sum(size) // 2)):  # and some past the rows
             case = (token, parent, size, seq_lens, table, page_size, capacity)
             assert build(device, *case) == expected(*case)
+        idle = {b for b in range(batch) if rng.random() < 0.4}
+        fewer = [0 if b in idle else n for b, n in enumerate(size)]
+        assert build(device, *case, idle) == expected(token, parent, fewer, *case[3:])
 
 
 def test_ancestors_hold_the_parents_word_and_the_node(device):
@@ -109,3 +114,36 @@ def test_a_wrong_argument_is_named(device):
         build(device, [[0]], [[0]], [1], [0], [[0]], 0, 1)
     with pytest.raises(RuntimeError, match="span_rows.*'start'"):
         span(device, [[0]], [0, 0], [1], [[0]], 16, 1)
+
+
+@pytest.mark.parametrize("most_levels", [1, 4])
+@pytest.mark.parametrize("batch", [1, 2, 5, 9, 150])
+def test_path_rows_equals_brute_force(device, batch, most_levels):
+    """Slots that are not in the round, that have no drafter, and whole paths; with mask rows behind and without."""
+    rng, page_size, nodes, length = random.Random(batch), 16, 8, 200
+    table = random_table(rng, batch, 20)
+    history = [[rng.randrange(1000) for _ in range(length)] for _ in range(batch)]
+    path_len = [rng.randrange(0, nodes + 1) for _ in range(batch)]
+    seq_lens = [rng.randrange(p, length) if rng.random() < 0.8 else p for p in path_len]
+    max_nodes = [rng.choice([0, 3, 7]) for _ in range(batch)]
+    offset = [0]
+    for _ in range(batch):
+        offset.append(offset[-1] + rng.randrange(1, nodes))
+    path = [[rng.randrange(0, nodes) for _ in range(nodes)] for _ in range(batch)]
+    levels = [rng.randrange(0, most_levels + 1) for _ in range(batch)]
+    capacity = batch * (nodes + most_levels) + 3
+    names = dict(request=I32, token=I32, position=I32, prefix=I32, slot=torch.int64, source=I32, place=I32)
+    out = {name: poisoned(capacity, dtype=dtype, device=device) for name, dtype in names.items()}
+    num_rows = poisoned(1, dtype=I32, device=device)
+    ops.path_rows(*(ints(x, device) for x in (history, seq_lens, path_len, max_nodes)), ints(levels, device) if most_levels > 1 else None, most_levels, 77,
+                  *(ints(x, device) for x in (path, offset, table)), page_size, *out.values(), num_rows)
+    want = []
+    for b in range(batch):
+        true = path_len[b] if max_nodes[b] else 0
+        for i in range(true + max(levels[b], 1) - 1 if true else 0):
+            at, behind = seq_lens[b] - path_len[b] + i, i - (true - 1)
+            known = (history[b][at + 1], offset[b] + path[b][i]) if i < true else (77, -1)
+            want.append((b, known[0], at, at + 1, slot_of(table[b], page_size, at), known[1], b * most_levels + behind if behind >= 0 else -1))
+    n = num_rows.item()
+    assert n == len(want) and list(zip(*(t[:n].tolist() for t in out.values()))) == want
+    assert all((t[n:] == -77777).all() for t in out.values())
