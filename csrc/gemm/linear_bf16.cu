@@ -113,7 +113,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
     }
     if (T::pair) ptx::mbarrier_init(received, 1);
-    ptx::mbarrier_init(scales_made, T::assistants);
+    ptx::mbarrier_init(scales_made, 32 * T::assistants);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
@@ -355,6 +355,7 @@ void launch_choice(const LinearParams& p, cudaStream_t stream) {
   else if (p.rows <= 32) launch_tile<Tile<2, 32, Ways::kOne, false, true>>(p, stream);
   else if (p.rows <= 64) launch_tile<Tile<2, 64, Ways::kOne, false, true>>(p, stream);
   else if (p.rows <= 128) launch_tile<Tile<2, 128, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 160) launch_tile<Tile<2, 160, Ways::kOne, false, true>>(p, stream);
   else launch_tile<Tile<2, 256, Ways::kOne, false, true>>(p, stream);
 }
 

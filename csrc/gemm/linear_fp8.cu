@@ -144,7 +144,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
     }
     if (pair) ptx::mbarrier_init(received, 1);
-    ptx::mbarrier_init(scales_made, 1);
+    ptx::mbarrier_init(scales_made, 32);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
