@@ -89,12 +89,13 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
   if (!p.squares) return;
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows);
-  int parity = 1;
+  int parity = 1, made = -1;  // made: for which rows
   for (int tile = first_tile; tile < tiles; tile += tile_step) {
     const int first_row = base + tile % blocks * tokens;
     if (first_row > base && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
-    make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
+    if (first_row != made) make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
+    made = first_row;
     ptx::mbarrier_arrive(ptx::shared_address(&shared.full));  // by every lane, for what it has written
     parity ^= 1;
   }

@@ -57,13 +57,13 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool c
   static constexpr int share = !pair && tokens > 32 ? 2 : 1;  // neighbouring CTAs, of different outputs, that bring their tokens together
   static constexpr int cluster = pair ? 2 : share;
   static constexpr int outputs = 64 * warpgroups, values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  // Behind the warpgroups one warp is the producer, and one makes the rows' scales. Where the others need more than an even share of the registers these are four, which give most of
-  // their own, and three make scales.
+  // Behind the warpgroups one warp is the producer, and one makes the rows' scales; of many rows three, or products wait for them (160 rows: gate/up 91 us instead of 86). Where the
+  // warpgroups need more than an even share of the registers, these four give most of their own.
   static constexpr bool takes = tokens > 192 || (tokens > 128 && ways == Ways::kTurn) || warpgroups > 3;
-  static constexpr int assistants = takes ? 3 : 1;
+  static constexpr int assistants = takes || tokens > 128 ? 3 : 1;
   static constexpr int even = warpgroups > 3 ? 96 : 168, given = warpgroups > 3 ? 64 : 56, taken = warpgroups > 3 ? 104 : 224;  // registers a thread: what so many threads can have
   static_assert(!takes || 128 * given + 128 * warpgroups * taken <= (128 + 128 * warpgroups) * even);
-  static constexpr int threads = 128 * warpgroups + (takes ? 128 : 64);
+  static constexpr int threads = 128 * warpgroups + 32 + 32 * assistants;
   static constexpr int box = splits ? tokens : tokens / share;  // the tokens a CTA brings
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int own = fragments / 2, fragment_bytes = 16 * 128 * warpgroups;  // of a pair, each finishes half of the fragments of 8 tokens
@@ -162,11 +162,10 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       for (int i = 0; i < ahead; ++i) copy_weights(weight, units, i, i);
     __syncwarp();
     if (warp > 4 * T::warpgroups) {
-      constexpr int each = (T::tokens / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
-      const int begin = T::pair ? rank * T::tokens / 2 : (warp - 4 * T::warpgroups - 1) * each;
-      const int end = T::pair ? begin + T::tokens / 2 : min(begin + each, T::tokens);
+      constexpr int all = T::pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
+      const int first = T::pair ? rank * all : 0, begin = first + (warp - 4 * T::warpgroups - 1) * each, end = min(begin + each, first + all);
       if constexpr (T::chooses) assist_choice(p, tail, first_tile, tile_step, tiles, blocks, begin, end);
-      else assist<bf16, T::takes && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
+      else assist<bf16, T::many && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
     if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
@@ -337,7 +336,7 @@ template <typename T> void launch_tile(const LinearParams& p, cudaStream_t strea
   const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
   const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
   const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
-  const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : kFewBytes;
+  const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : few_bytes(T::tokens);
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_kernel<T>, x, p, stages);
