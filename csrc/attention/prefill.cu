@@ -262,9 +262,11 @@ template <int D> struct Consumer {
         return max(first_seen(p, len), from) < min(len, from + size);
       };
       auto softmax = [&](int tile) {
-        if (tile >= all_first && tile + kTile <= all_last) return chunk.template softmax<false>({0, 0}, {kTile, kTile}, scale, lane, a);
-        const int len[2] = {job.len_of(row), job.len_of(row + 8)};
-        chunk.template softmax<true>({first_seen(p, len[0]) - tile, first_seen(p, len[1]) - tile}, {len[0] - tile, len[1] - tile}, scale, lane, a);
+        if (tile < all_first || tile + kTile > all_last) {
+          const int len[2] = {job.len_of(row), job.len_of(row + 8)};
+          chunk.mask({first_seen(p, len[0]) - tile, first_seen(p, len[1]) - tile}, {len[0] - tile, len[1] - tile}, lane);
+        }
+        chunk.softmax(scale, a);
       };
       auto fold_chunk = [&](int tile, const float (&m)[2]) {
         const int from = tile / kChunk * kChunk;
