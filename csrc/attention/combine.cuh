@@ -8,18 +8,15 @@
 
 namespace specrt {
 
-// Where the workspace has the part (m, l, O) that a run of chunks, from chunk c on, has of a vector: [C, Hkv, R, Hq / Hkv], so that a block's vectors stand side by side. O's
-// columns 16 g + 2 t, + 1, + 8 and + 9 are a piece of 16 bytes, number 4 (g ^ v) + t, v the last bits of the
-// vector's place in [R, Hq / Hkv]: the pieces that eight vectors have of the same columns lie in different banks.
-__device__ __forceinline__ int64_t part_of(const AttentionParams& p, int kv_head, int row, int of_group, int chunk) {
-  return ((static_cast<int64_t>(chunk) * p.kv_heads + kv_head) * p.rows + row) * (p.q_heads / p.kv_heads) + of_group;
+// Where the workspace has the part (m, l, O) that a run of chunks, from chunk c on, has of a vector (row, head): [R, Hq, C]. O's columns 16 g + 2 t, + 1, + 8 and + 9 are a piece
+// of 16 bytes, number 4 g + t.
+__device__ __forceinline__ int64_t part_of(const AttentionParams& p, int vector, int chunk) {
+  return static_cast<int64_t>(vector) * ((p.max_pages * p.page + kChunk - 1) / kChunk) + chunk;
 }
 __device__ __forceinline__ float4* part_pieces(const AttentionParams& p, int64_t part) { return reinterpret_cast<float4*>(p.workspace + part * p.head_dim); }
 __device__ __forceinline__ float2* part_sums(const AttentionParams& p, int64_t part) {
   return reinterpret_cast<float2*>(p.workspace + static_cast<int64_t>(p.rows) * p.q_heads * ((p.max_pages * p.page + kChunk - 1) / kChunk) * p.head_dim) + part;
 }
-template <int D> __device__ __forceinline__ int part_group(int vector, int g) { return g ^ (vector & (((D / 16) & -(D / 16)) - 1)); }
-
 constexpr int kCombineWarps = 8;
 
 template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combine_kernel(const __grid_constant__ AttentionParams p, int team) {
@@ -37,8 +34,7 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
   for (; vector < vectors; vector += step, row = row_of()) {
     const int begin = row.first / kChunk / run, end = (row.len + run * kChunk - 1) / (run * kChunk);
     if (run == kGroupChunks && end - begin == 1) continue;  // written where it was computed
-    const int head = vector % p.q_heads, group_heads = p.q_heads / p.kv_heads;
-    const int64_t part = part_of(p, head / group_heads, vector / p.q_heads, head % group_heads, 0), stride = static_cast<int64_t>(p.rows) * p.q_heads;  // from chunk to chunk
+    const int64_t part = part_of(p, vector, 0);
     const float4* o = part_pieces(p, part) + lane;
     const float2* ml = part_sums(p, part);
     WarpState<4> group, total;
@@ -54,8 +50,8 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
       for (int b = 0; b < kGroupChunks; ++b) {
         if (!seen(b)) continue;
         const int c = (base + of_team) * kGroupChunks + b * run;
-        sums[b] = ml[c * stride];
-        if (lane < D / 4) pieces[b] = o[c * stride * (D / 4)];
+        sums[b] = ml[c];
+        if (lane < D / 4) pieces[b] = o[c * (D / 4)];
       }
       group.reset();
 #pragma unroll
@@ -74,7 +70,7 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
     if (of_team > 0 || lane >= D / 4) continue;
     const float factor = row.len > 0 ? 1.0f / total.l * p.v_scale : 0.0f;
     auto rounded = [&](int i) { return static_cast<uint32_t>(to_bf16(row.len > 0 ? total.o[i] * factor : 0.0f).bits); };
-    const int column = part_group<D>(vector / p.q_heads * group_heads + head % group_heads, lane / 4) * 16 + lane % 4 * 2;
+    const int column = lane / 4 * 16 + lane % 4 * 2;
     uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(vector) * D + column);
     out[0] = rounded(0) | rounded(1) << 16;
     out[4] = rounded(2) | rounded(3) << 16;

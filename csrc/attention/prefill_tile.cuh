@@ -82,9 +82,9 @@ template <int D> struct PromptChunk {
     }
   }
 
-  // Scores -> probabilities and the new maxima; a: the factors of l and O. As scale > 0 the greatest product is the greatest score's. A vector that has seen nothing yet has
-  // p = 0, and l = O = 0 whatever a is.
-  __device__ __forceinline__ void softmax(float scale, float (&a)[2]) {
+  // Scores -> probabilities and the new maxima; a: the factors of l and O. As scale > 0 the greatest product is the greatest score's. Masked: a vector may have seen nothing
+  // yet; it has p = 0, and l = O = 0 whatever a is.
+  template <bool Masked> __device__ __forceinline__ void softmax(float scale, float (&a)[2]) {
     float top[2][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -103,7 +103,7 @@ template <int D> struct PromptChunk {
     for (int i = 0; i < 2; ++i) {
       const float before = m[i];
       m[i] = fmaxf(before, top[i][0] * scale);
-      const float base = m[i] == SPECRT_MINUS_INF ? 0.0f : m[i];
+      const float base = Masked && m[i] == SPECRT_MINUS_INF ? 0.0f : m[i];
       a[i] = ptx::ex2(before - base);
 #pragma unroll
       for (int n = 0; n < 8; ++n)

@@ -36,8 +36,8 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   if (threadIdx.x == S::consumers) rest.producer = Job(p);
   if (threadIdx.x == 32) {
     for (int s = 0; s < S::stages; ++s) {
-      ptx::mbarrier_init(full + 8 * s, S::Tile::fp8 ? kWideners : 1);
-      ptx::mbarrier_init(empty + 8 * s, S::warps);
+      ptx::mbarrier_init(full + 8 * s, S::Tile::fp8 ? 32 * kWideners : 1);
+      ptx::mbarrier_init(empty + 8 * s, S::consumers);
       ptx::mbarrier_init(narrow + 8 * s, 1);
       rest.end[s] = false;
     }
@@ -79,7 +79,6 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     consumer.run();
     if (rest.consumers.jobs == 1) break;
   }
-  ptx::bulk_store_wait();
 }
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
@@ -94,7 +93,7 @@ template <typename S> void launch_shape(const AttentionParams& p, const TreeShap
 }
 
 template <int D, typename KV> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth);
   shape.warpgroups == 2 ? launch_shape<Shape<D, 2, KV>>(p, shape, stream) : launch_shape<Shape<D, 1, KV>>(p, shape, stream);
 }
 

@@ -26,8 +26,7 @@ template <typename S> struct Consumer {
   __device__ __forceinline__ uint32_t stage_at(At place) const { return stages + place.stage * S::tile_bytes; }
   __device__ __forceinline__ void wait(At place) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + place.stage), place.parity); }
   __device__ __forceinline__ void give(At place) const {
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage));
+    ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage));
   }
 
   // The next job, but for the first; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
@@ -103,7 +102,7 @@ template <typename S> struct Consumer {
       }
       x.mask(low, high, lane);
     }
-    x.softmax(scale, a);
+    x.template softmax<true>(scale, a);
   }
 
   // Waits for a tile's V; its rows outside [low, high) become zeros: nobody sees them, and they may hold NaN.
@@ -131,9 +130,8 @@ template <typename S> struct Consumer {
   // The tiles [tile, end), whose keys all rows share. Their last chunk is not folded.
   __device__ __forceinline__ void common(const Job& job, int tile, int end) {
     float a[2];
-    bool fresh = true, folded = false;  // the tile is the first of its chunk; there are chunks before it, in `run`
-    PromptSums<D> run;
-    run.reset();
+    const int begin = tile;
+    bool fresh = true;  // the tile is the first of its chunk
     scores(x.s, at);
     x.m[0] = x.m[1] = SPECRT_MINUS_INF;
     softmax(job, tile, a);
@@ -163,13 +161,8 @@ template <typename S> struct Consumer {
       give(values);
       at = ahead;
       x.round();
-      if (fresh) {
-        const int chunk = tile / kChunk * kChunk;
-        folded = true;
-        run.fold(m, {x.l[0][0], x.l[0][2]}, x.o, {row_at(job, local(0)).sees(chunk, kChunk), row_at(job, local(1)).sees(chunk, kChunk)});
-      } else {
-        x.rescale(a);
-      }
+      if (fresh) keep(job, tile / kChunk, tile / kChunk == begin / kChunk, m);
+      else x.rescale(a);
     }
     const At values = at.after(1);
     wait_values(values, job.first_seen - tile, job.block.prefix - tile);
@@ -179,16 +172,6 @@ template <typename S> struct Consumer {
     ptx::wgmma_results(x.o);
     give(values);
     at = at.after(2);
-    if (!folded) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      run_m[i] = run.m[i];
-      run_l[i] = run.l[i];
-      if (!S::keeps_shared && local(i) >= job.block.rows) continue;
-      float4* const to = kept(job, i);
-#pragma unroll
-      for (int n = 0; n < D / 8; n += 2) to[kKeptPitch * n] = make_float4(run.o[n][2 * i], run.o[n][2 * i + 1], run.o[n + 1][2 * i], run.o[n + 1][2 * i + 1]);
-    }
   }
 
   // Which rows of a tile's stages a row sees. The first stage holds slots from `tile` on, the second what loads_more() says.
@@ -326,10 +309,7 @@ template <typename S> struct Consumer {
     if (more) give(values_more);
   }
 
-  __device__ __forceinline__ int64_t part(const Job& job, int i) const {
-    const int row = local(i);
-    return part_of(p, job.kv_head, job.block.begin + row, vector(i) - row * rest.group_heads, job.run_begin / kChunk);
-  }
+  __device__ __forceinline__ int64_t part(const Job& job, int i) const { return part_of(p, rest.vector_of[vector(i)], job.run_begin / kChunk); }
 
   // The chunk's (m, l) join those of its run: how O does. `first`: there is nothing before it.
   struct Join {
@@ -373,11 +353,6 @@ template <typename S> struct Consumer {
   // The last chunk: O * (1 / l), or a partial (m, l, O), of the run is written.
   __device__ __forceinline__ void write(const Job& job, int chunk, bool first) {
     const Join by = join(job, chunk, first, x.m);
-    const bool stages_parts = S::keeps_shared && job.log_run == 0;  // through shared memory, where nothing is kept then
-    if (stages_parts) {
-      if (lane == 0) ptx::bulk_store_wait_read();
-      __syncwarp();
-    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Row row = row_at(job, local(i));
@@ -396,22 +371,12 @@ template <typename S> struct Consumer {
         }
       } else {
         const int64_t at = part(job, i);
-        float4* const to = stages_parts ? kept_shared - threadIdx.x + vector(i) * (D / 4) : part_pieces(p, at);
+        float4* const to = part_pieces(p, at) + lane % 4;
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n) to[4 * part_group<D>(job.block.begin * rest.group_heads + vector(i), n) + lane % 4] = o[n];
+        for (int n = 0; n < D / 16; ++n) to[4 * n] = o[n];
         if (lane % 4 == 0) *part_sums(p, at) = make_float2(run_m[i], run_l[i]);
       }
     }
-    if (!stages_parts) return;
-    // A warp's vectors stand side by side in the workspace too.
-    const int vectors = min(16, job.block.rows * rest.group_heads - warp * 16);
-    ptx::async_proxy_fence();
-    __syncwarp();
-    if (lane > 0 || vectors <= 0) return;
-    const int row = first_row();
-    ptx::bulk_store(part_pieces(p, part_of(p, job.kv_head, job.block.begin + row, warp * 16 - row * rest.group_heads, job.run_begin / kChunk)),
-                    ptx::shared_address(kept_shared - threadIdx.x + warp * 16 * (D / 4)), vectors * D * 4);
-    ptx::bulk_store_commit();
   }
 
   __device__ __forceinline__ void run() {

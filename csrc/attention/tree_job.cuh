@@ -13,7 +13,7 @@ template <int dim_, int warpgroups_, typename KV> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 6;  // at least 3: a tile's values and the next one's keys
-  static constexpr int producer_registers = warpgroups == 1 ? 40 : 56, consumer_registers = warpgroups == 1 ? 216 : 224;
+  static constexpr int producer_registers = warpgroups == 1 ? 48 : 56, consumer_registers = warpgroups == 1 ? 208 : 224;
   using Tile = Arrival<KV, columns>;
   static constexpr bool keeps_shared = warpgroups == 2;  // O of a run so far; else in the workspace: there are few vectors, or few chunks
   static constexpr int tile_bytes = columns / 64 * kBlockBytes, queries = stages * tile_bytes, kept = queries + warpgroups * tile_bytes;  // shared memory
@@ -126,7 +126,7 @@ template <typename S> struct Producer {
     const int shift = page_shift(), page = lane & ((kTile >> shift) - 1), block = lane << shift >> 6, at = tile + (page << shift);
     const bool copies = block < S::Tile::boxes && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s);
+    if (copies) ptx::tma_load(stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s, ptx::evict_first_policy());
   }
 
   // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
@@ -135,9 +135,10 @@ template <typename S> struct Producer {
     const int most = min(kTile, p.path_depth), r = entry / most, d = max(tile, job.block.prefix) + entry % most - job.block.prefix;
     if (r >= job.block.rows || d >= p.path_depth || d + job.block.prefix >= tile + kTile) return -1;
     const int32_t* path = p.paths + static_cast<int64_t>(job.block.begin + r) * p.path_depth;
-    for (int i = 0; i <= d; ++i)
-      if (path[i] < 0) return -1;
-    return job.block.prefix + path[d];
+    int node = 0;
+#pragma unroll 8
+    for (int i = 0; i <= d; ++i) node = __ldcg(path + i) | node >> 31;  // loads that do not wait for each other; -1 once the path has ended
+    return node < 0 ? -1 : job.block.prefix + node;
   }
 
   __device__ void own(const Job& job, const CUtensorMap* map, const int (&rows)[2]) {
@@ -194,7 +195,7 @@ template <typename S> __device__ void widen_tiles(Rest<S>& rest, uint32_t stages
     ptx::mbarrier_wait(narrow + 8 * at.stage, at.parity);
     if (rest.end[at.stage]) return;
     widen_tile<S::columns>(stages + at.stage * S::tile_bytes, warp, lane);
-    if (lane == 0) ptx::mbarrier_arrive(full + 8 * at.stage);
+    ptx::mbarrier_arrive(full + 8 * at.stage);
   }
 }
 

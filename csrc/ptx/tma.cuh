@@ -66,13 +66,4 @@ __device__ __forceinline__ void bulk_load_to_all(uint32_t to, const void* from, 
                : "memory");
 }
 
-// The other way: `bytes` contiguous bytes of shared memory, after async_proxy_fence by who wrote them, to memory.
-__device__ __forceinline__ void bulk_store(void* to, uint32_t from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until this thread's stores have read shared memory; or have been made.
-__device__ __forceinline__ void bulk_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 }  // namespace specrt::ptx
