@@ -101,8 +101,7 @@ __device__ __forceinline__ void assist_choice(const LinearParams& p, Shared& sha
       shared.row[t] = row_choice(p, first_row + t);
       if (first_row != rows_before) shared.bound[t] = -infinity();
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
     parity ^= 1;
     rows_before = first_row;
   }

@@ -16,7 +16,7 @@ namespace specrt {
 template <int warpgroups, int tokens> struct EpilogueShared {
   float scale[tokens];                    // 1 / rms of the tile's tokens
   float squares[warpgroups][4][tokens];   // a warp's part (16 outputs) of each token's sum of squares
-  alignas(16) uint64_t full, empty;       // of `scale`: made, read
+  alignas(16) uint64_t full, empty;       // of `scale`: made (by every lane of the warps that make it), read
 };
 
 // f(j, fragment j) for all of a thread's fragments, one after the other, kTogether of them written out: between the rounds of a loop the values move down, as registers have no index.
@@ -95,8 +95,7 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
     if (first_row > base && first_row >= rows) continue;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
     make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.full));
+    ptx::mbarrier_arrive(ptx::shared_address(&shared.full));  // by every lane, for what it has written
     parity ^= 1;
   }
 }

@@ -10,9 +10,9 @@
 // Few rows: the time is the weights' way from memory, and what is lost is lost between kernels. So the next kernel of the stream starts (programmatic dependent launch)
 // when the last loads of this one are on their way, and fills its pipeline with weights while this one still works. Not sooner: kernels that wait hold registers and shared
 // memory that the one before them needs (a decode step of the 8B shape took 6.34 ms with a start at once, 6.02 so). That needs room, evenly: a kernel that finds room for two of its
-// CTAs on an SM leaves other SMs empty. Hence two sizes of pipeline, such that one of each fits an SM but not two of the larger: layers that widen (qkv, gate/up, lm_head)
-// take the larger and layers that narrow (o, down) the smaller, which makes neighbours differ. For the same reason the code is short: what lies straight on for
-// every fragment of a tile does not stay in an SM's instruction cache, and every kernel would fetch it from memory again.
+// CTAs on an SM leaves other SMs empty. So only one fits (tile.cuh): it comes where one of the kernel before has ended, or where there was none. Weights that come to L2 beyond that,
+// ahead of the wait, gain nothing: attention, which reads meanwhile, loses as much. The code is short: what lies straight on for every fragment of a tile does not stay in an SM's
+// instruction cache, and every kernel would fetch it from memory again.
 //
 // Many rows: the way from L2 and shared memory counts as much, so two CTAs share what both need. With outputs of their own, each brings half of the tokens and multicasts them to both.
 // Or each has half of the tokens, of all outputs, and brings half of the weights: a cluster then takes any number of units of 64 outputs, all clusters the same (161 to 256 rows of
@@ -72,7 +72,7 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool c
   static constexpr bool own_inbox = pair && tokens <= 32;
   // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long, and less where many warpgroups take turns.
   static constexpr int lag = (tokens > 64 && warpgroups < 4) || ways == Ways::kTurn;
-  // So few registers (64, or at most 96) that CTAs of neighbouring kernels find room beside each other: as CTAs an SM for the compiler.
+  // So few registers (64, or at most 96) that CTAs of attention find room beside them: as CTAs an SM for the compiler.
   static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
   static constexpr bool staged = tokens > 32 && !chooses;  // the way out, by shared memory
   static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
@@ -113,7 +113,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
     }
     if (T::pair) ptx::mbarrier_init(received, 1);
-    ptx::mbarrier_init(scales_made, T::assistants);
+    ptx::mbarrier_init(scales_made, 32 * T::assistants);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
@@ -181,6 +181,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
         const char* weight = weights_of(output_of(tile));
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : -1;
+        if (start == steps) ptx::launch_dependents();  // all are on their way
 #pragma unroll 1
         for (; step < steps; ++step) {
           if (step == start) ptx::launch_dependents();
@@ -336,7 +337,7 @@ template <typename T> void launch_tile(const LinearParams& p, cudaStream_t strea
   const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
   const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
   const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
-  const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
+  const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : kFewBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_kernel<T>, x, p, stages);
@@ -355,6 +356,7 @@ void launch_choice(const LinearParams& p, cudaStream_t stream) {
   else if (p.rows <= 32) launch_tile<Tile<2, 32, Ways::kOne, false, true>>(p, stream);
   else if (p.rows <= 64) launch_tile<Tile<2, 64, Ways::kOne, false, true>>(p, stream);
   else if (p.rows <= 128) launch_tile<Tile<2, 128, Ways::kOne, false, true>>(p, stream);
+  else if (p.rows <= 160) launch_tile<Tile<2, 160, Ways::kOne, false, true>>(p, stream);
   else launch_tile<Tile<2, 256, Ways::kOne, false, true>>(p, stream);
 }
 

@@ -1,4 +1,4 @@
-// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (three ways through K, pipelines of two sizes, early start) and its epilogues, in steps of
+// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (three ways through K, pipelines, early start) and its epilogues, in steps of
 // 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
 //
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
@@ -39,7 +39,7 @@ template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, type
   // Behind the warpgroups: the producer, the warp that makes the rows' scales, the quantisers.
   static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64 + (quantizes ? 32 * kQuantizers : 0);
   static constexpr int cluster = pair ? 2 : 1;
-  // So few that CTAs of neighbouring kernels find room beside each other.
+  // So few that CTAs of attention find room beside them.
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
@@ -144,7 +144,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
     }
     if (pair) ptx::mbarrier_init(received, 1);
-    ptx::mbarrier_init(scales_made, 1);
+    ptx::mbarrier_init(scales_made, 32);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
@@ -201,13 +201,15 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         if (first_row > 0 && first_row >= *p.num_rows) continue;
         // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
+        auto start_next = [&] {
+          if (T::quantizes) ptx::grid_dependency_wait();  // of few steps, no stage may ever have been full: nobody here may have waited yet (ptx/dependency.cuh)
+          ptx::launch_dependents();
+        };
+        if (start == steps) start_next();  // all are on their way
 #pragma unroll 1
         for (; step < steps; ++step) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (step == start) {
-            if (T::quantizes) ptx::grid_dependency_wait();  // of few steps, this stage may never have been full: nobody here may have waited yet (ptx/dependency.cuh)
-            ptx::launch_dependents();
-          }
+          if (step == start) start_next();
           copy_weights(step, s);
           if (!T::quantizes) copy_tokens(step, s);
           if (++s == num_stages) {
@@ -353,11 +355,11 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
   const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
-  const int budget = T::tokens > 64 ? kWholeBytes : p.out_features > p.in_features ? kWideBytes : kNarrowBytes;
+  const int budget = T::tokens > 64 ? kWholeBytes : kFewBytes;
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
   // Of one row, each quantiser fills a stage of its own, and a barrier's parity tells one round from the next alone.
-  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= std::min(kNarrowBytes, kWideBytes));
+  static_assert(!T::quantizes || T::shared_bytes(kQuantizers) <= kFewBytes);
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
