@@ -26,9 +26,10 @@ def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim, page, norm", [(64, 16, False), (64, 64, True), (96, 32, True), (128, 64, False), (16, 16, True)])
-def test_rope_append_matches_float64(device, dtype, dim, page, norm):
-    q_heads, kv_heads, n, pages = 6, 2, 9, 5
+@pytest.mark.parametrize("dim, page, norm", [(64, 16, False), (64, 64, True), (96, 32, True), (128, 64, False), (128, 16, True), (16, 16, True), (256, 32, True)])
+@pytest.mark.parametrize("n", [9, 30])  # on CUDA fewer and more than a warp takes several heads of
+def test_rope_append_matches_float64(device, dtype, dim, page, norm, n):
+    q_heads, kv_heads, pages = 6, 2, 5
     cos, sin = angles(1000, dim, device)
     qkv = torch.randn(n + 2, (q_heads + 2 * kv_heads) * dim).to(dtype).to(device)
     position = torch.randint(1000, (n + 2,), dtype=torch.int32).to(device)
