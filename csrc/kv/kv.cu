@@ -8,7 +8,9 @@ namespace specrt {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kFewRows = 16;  // of these a warp takes one head; of more rows four, which share the angles: as many CTAs as there would be else do not find room beside qkv's
+// Of so many rows a warp takes one head. Of more, four, which share the angles: qkv's CTAs then fill their SMs (gemm), and a quarter as many of these find room beside them. Of few rows that would
+// let attention in sooner, which floods the memory with keys while qkv still reads weights.
+constexpr int kFewRows = 64;
 
 template <typename T> struct alignas(2 * sizeof(T)) Two {
   T x, y;
