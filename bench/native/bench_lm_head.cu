@@ -25,11 +25,12 @@ struct Case {
   float temperature;
   bool logprob;
 };
-const Case kCases[] = {{"lm_head_greedy_m1", 1, 0.0f, false},   {"lm_head_greedy_m8", 8, 0.0f, false},   {"lm_head_greedy_m32", 32, 0.0f, false},
-                       {"lm_head_greedy_m64", 64, 0.0f, false}, {"lm_head_greedy_m128", 128, 0.0f, false}, {"lm_head_greedy_m256", 256, 0.0f, false},
-                       {"lm_head_sample_m1", 1, 0.8f, false},   {"lm_head_sample_m8", 8, 0.8f, false},   {"lm_head_sample_m32", 32, 0.8f, false},
-                       {"lm_head_sample_m64", 64, 0.8f, false}, {"lm_head_sample_m128", 128, 0.8f, false}, {"lm_head_sample_m256", 256, 0.8f, false},
-                       {"lm_head_logprob_m1", 1, 0.8f, true},   {"lm_head_logprob_m64", 64, 0.8f, true}};
+const Case kCases[] = {{"lm_head_greedy_m1", 1, 0.0f, false}, {"lm_head_greedy_m8", 8, 0.0f, false}, {"lm_head_greedy_m32", 32, 0.0f, false},
+                       {"lm_head_greedy_m64", 64, 0.0f, false}, {"lm_head_greedy_m128", 128, 0.0f, false}, {"lm_head_greedy_m160", 160, 0.0f, false},
+                       {"lm_head_greedy_m256", 256, 0.0f, false}, {"lm_head_sample_m1", 1, 0.8f, false}, {"lm_head_sample_m8", 8, 0.8f, false},
+                       {"lm_head_sample_m32", 32, 0.8f, false}, {"lm_head_sample_m64", 64, 0.8f, false}, {"lm_head_sample_m128", 128, 0.8f, false},
+                       {"lm_head_sample_m160", 160, 0.8f, false}, {"lm_head_sample_m256", 256, 0.8f, false}, {"lm_head_logprob_m1", 1, 0.8f, true},
+                       {"lm_head_logprob_m64", 64, 0.8f, true}};
 
 // What a way says of its rows.
 struct Said {

@@ -10,9 +10,9 @@ namespace specrt {
 constexpr int kUnitBytes = 64 * 128;  // of packed weights: 64 outputs x 128 bytes of k, swizzled as the tensor cores read them
 
 // Shared memory of a CTA. An SM has 228 KiB; every CTA takes 1 KiB more than it asks for. Of few rows: so much that no SM holds two, and every SM that is free one. (Two sizes, of which one of
-// each fits an SM, so that neighbours overlap there: a decode step of the 8B shape 5.55 ms instead of 5.38, since two of the smaller fit too.) Deeper pipelines, up to the whole, gain no more
-// and leave attention, which comes up meanwhile, no room.
-constexpr int kWholeBytes = 227 << 10, kFewBytes = 140000;
+// each fits an SM, so that neighbours overlap there: a decode step of the 8B shape 5.55 ms instead of 5.36, since two of the smaller fit too.) More gains nothing further there, and leaves
+// attention, which comes up meanwhile, no room: the 1B shape 1.12 ms, with 180000 1.19.
+constexpr int kWholeBytes = 227 << 10, kFewBytes = 160000;
 static_assert(2 * (kFewBytes + (1 << 10)) > 228 << 10, "not two an SM");
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
