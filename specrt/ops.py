@@ -70,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, num_rows: Tensor, out
     the form of lm_head). Any K, N (CUDA bf16: K % 8 == 0).
 
     A deferred RMSNorm of rows h, norm(h) W^T = r (h * norm_weight) W^T with r = 1 / sqrt(mean(h^2) + eps): x = round(h * norm_weight) and ``squares`` float32
-    ``squares_shape(R, K)`` come from ``linear_residual`` or ``rms_scale``, and the sum is multiplied by r before the bias."""
+    ``squares_shape(R, K)`` come from ``linear_residual`` or ``embedding``, and the sum is multiplied by r before the bias."""
     _C.linear(x, weight, bias, num_rows, out, squares, eps)
 
 
@@ -136,24 +136,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, num_rows: Tensor, out: Tenso
     _C.rms_norm(x, weight, eps, num_rows, out)
 
 
-def rms_scale(x: Tensor, weight: Tensor, num_rows: Tensor, scaled: Tensor, squares: Tensor) -> None:
-    """The first half of a deferred RMSNorm (``linear``) of rows that no ``linear_residual`` has written: x, scaled = round(x * weight) [R, H] act, weight [H];
-    squares float32 ``squares_shape(R, H)``."""
-    _C.rms_scale(x, weight, num_rows, scaled, squares)
+def embedding(table: Tensor, ids: Tensor, weight: Tensor, num_rows: Tensor, out: Tensor, scaled: Tensor, squares: Tensor, early: bool = False) -> None:
+    """out[r] = table[ids[r]], and the first half of a deferred RMSNorm (``linear``) of it: scaled[r] = round(out[r] * weight), and the sums of squares of out[r] by blocks.
 
-
-def embedding(table: Tensor, ids: Tensor, num_rows: Tensor, out: Tensor) -> None:
-    """out[r] = table[ids[r]]: table [V, H] act, ids int32 [R], out [R, H]. An id outside [0, V) gives a row of NaN."""
-    _C.embedding(table, ids, num_rows, out)
+    table [V, H], weight [H], out, scaled [R, H] act; ids int32 [R]: one outside [0, V) gives rows of NaN; squares float32 ``squares_shape(R, H)``. early, on CUDA: the op before is
+    ``attention_plan``, beside which this one may work (csrc/norm/params.h)."""
+    _C.embedding(table, ids, weight, num_rows, out, scaled, squares, early)
 
 
 def head_input(table: Tensor, ids: Tensor, feature: Tensor, parent: Tensor | None, token_weight: Tensor | None, feature_weight: Tensor | None, eps: float, feature_first: bool,
-               num_rows: Tensor, joined: Tensor, stream: Tensor | None, stream_normed: bool) -> None:
-    """``embedding`` and ``rms_norm`` of both halves of a draft head's input, to the bit: joined act [R, 2 H] = (token, feature), or (feature, token) with feature_first.
+               num_rows: Tensor, joined: Tensor, stream: Tensor | None, stream_normed: bool, early: bool = False) -> None:
+    """Rows of an embedding, and ``rms_norm`` of both halves of a draft head's input, to the bit: joined act [R, 2 H] = (token, feature), or (feature, token) with feature_first.
 
     table act [V, H], ids int32 [R]; feature act [F, H], parent int32 [R]: its row for each, None = its own (F = R). token_weight, feature_weight act [H]: of the norm, None = none. NaN
-    for an id or a parent that is outside. stream act [R, H]: the feature once more, after its norm if ``stream_normed``; not one of the inputs."""
-    _C.head_input(table, ids, feature, parent, token_weight, feature_weight, eps, feature_first, num_rows, joined, stream, stream_normed)
+    for an id or a parent that is outside. stream act [R, H]: the feature once more, after its norm if ``stream_normed``; not one of the inputs. early: as in ``embedding``."""
+    _C.head_input(table, ids, feature, parent, token_weight, feature_weight, eps, feature_first, num_rows, joined, stream, stream_normed, early)
 
 
 def join_rows(parts: list[Tensor], weights: list[Tensor], source: Tensor | None, missing: Tensor | None, eps: float, num_rows: Tensor, out: Tensor) -> None:
@@ -207,7 +204,7 @@ class AttentionWorkspace:
 def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> AttentionWorkspace:
     """For up to ``rows`` rows of at most ``max_len`` positions. Allocate once."""
     chunks, cuda = (max_len + 255) // 256, torch.device(device).type == "cuda"
-    return AttentionWorkspace(torch.zeros(4 + 12 * max(rows, 32) if cuda else 1, dtype=torch.int32, device=device),
+    return AttentionWorkspace(torch.zeros(4 + 16 * 512 + 12 * rows if cuda else 1, dtype=torch.int32, device=device),
                               torch.empty(rows * q_heads * chunks * (head_dim + 2) if cuda else 1, dtype=torch.float32, device=device))
 
 
@@ -324,13 +321,13 @@ def draft_limits(max_nodes: Tensor, max_depth: Tensor, seq_lens: Tensor, active:
     _C.draft_limits(max_nodes, max_depth, seq_lens, active, lag, nodes, depth, base)
 
 
-def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
+def tree_expand(level: int, beam_width: int, topk_token: Tensor, topk_score: Tensor | None, max_depth: Tensor, seq_lens: Tensor, block_table: Tensor, page_size: int,
                 cand_token: Tensor, cand_parent: Tensor, cand_score: Tensor, beam: Tensor, row_request: Tensor, row_token: Tensor, row_position: Tensor,
                 row_prefix: Tensor, row_slot: Tensor, row_path: Tensor, row_parent: Tensor, num_rows: Tensor) -> None:
     """One level of a drafter's tree expansion (EAGLE-2): appends the children of the current beam to the candidates and picks the next beam.
 
     level >= 1 is the depth of the children. Let W = beam_width, k = topk_token.shape[1], F(1) = 0, F(l) = k + (l-2) W k the first candidate of level l.
-    In: topk_token int32, topk_score float32 [rows, k]: the children of the beam's rows. Level 1: row b is slot b (rows = B). Later: the rows written by
+    In: topk_token int32, topk_score float32 [rows, k] (None: 0 for every token, of chains): the children of the beam's rows. Level 1: row b is slot b (rows = B). Later: the rows written by
     the previous call, i.e. the packed rows of active slots, W a slot, slot ascending. A slot is active at this level if max_depth[b] >= level.
     Candidates, [B, C]: cand_token int32, cand_parent int32 (candidate index, -1 = root), cand_score float32 (parent's score + topk_score).
     beam int32 [B, W]: candidate indices; read (level > 1), then replaced by the W best children of this level by cumulative score (ties: lower
@@ -396,13 +393,13 @@ def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tens
 
 
 def draft_children(logits: Tensor, slot_rows: int, level: int, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor,
-                   stop_ids: Tensor, bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor) -> None:
+                   stop_ids: Tensor, bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor | None) -> None:
     """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children, to the bit, and their scores but for the order
     of the log-sum-exp, which is by blocks of the D columns.
 
     logits float32 [R, D], raw and left so, or with slot_rows > 0 [B slot_rows, D], of which a row takes row_request * slot_rows + level; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
-    stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k], k <= 64: a token that
-    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: D <= 327680."""
+    stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k] or None, k <= 64: a token that
+    the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: D <= 327680; with slot_rows 0, all but the logits is read before the wait (csrc/sample/params.h)."""
     _C.draft_children(logits, slot_rows, level, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
 
 

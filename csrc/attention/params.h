@@ -39,7 +39,7 @@ struct AttentionParams {
   int window;                 // 0: none
   const int32_t* num_rows;
   const int32_t* plan;        // bf16 CUDA tree attention: made by attention_plan from the same rows
-  float* workspace;           // bf16 CUDA tree attention: O [R, Hq, C, D], then (m, l) [R, Hq, C, 2], C = ceil(max_pages * P / 256)
+  float* workspace;           // bf16 CUDA tree attention: R Hq C parts: O, D each, then (m, l) (part_of, combine.cuh), C = ceil(max_pages * P / 256)
   void* out;                  // [R, Hq, D]
   int rows, requests, q_heads, kv_heads, head_dim, page, max_pages, pages, path_depth;
 };
@@ -58,15 +58,18 @@ struct AttentionPlanParams {
   int rows, requests, q_heads, kv_heads, path_depth;
 };
 
-constexpr int kPlanHeader = 4, kPlanBlock = 12;  // ints
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanBlock * (rows < 32 ? 32 : rows); }  // the first 32 blocks are read before their number is known
+constexpr int kPlanHeader = 4, kPlanShare = 16, kPlanBlock = 12, kMostShares = 512;  // ints; shares: CTAs of tree attention
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + kPlanBlock * rows; }
 
-// CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many, since a CTA reads K and V once for all of its own. A function of the capacities.
+// CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
+// A function of the capacities.
 struct TreeShape {
   int warpgroups, blocks_per_sm, most_rows;
 };
-inline TreeShape tree_shape(int rows, int requests, int group_heads, int path_depth) {
-  const int rows_a_request = (rows + requests - 1) / (requests > 0 ? requests : 1), warpgroups = !path_depth && rows_a_request * group_heads > 64 ? 2 : 1;
+inline TreeShape tree_shape(int rows, int requests, int group_heads, int kv_heads, int path_depth) {
+  constexpr int kEnough = 32;
+  const int vectors = (rows + requests - 1) / (requests > 0 ? requests : 1) * group_heads;  // of a request
+  const int warpgroups = !path_depth && vectors > 64 && requests * kv_heads * ((vectors + 127) / 128) >= kEnough ? 2 : 1;
   int most = warpgroups * 64 / group_heads;
   if (path_depth) {  // a tile holds the keys of all paths
     const int in_a_tile = kTile / (path_depth < kTile ? path_depth : kTile);

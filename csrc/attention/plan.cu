@@ -1,12 +1,11 @@
 // Makes the plan of tree attention (plan.cuh): one block walks the packed rows. It stands before the weights of a first layer, which come while it works.
 #include "attention/plan.cuh"
-#include "base/launch.h"
 #include "ptx/dependency.cuh"
 
 namespace specrt {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kLogGroup = 3;
 constexpr int kNear = 256;  // blocks that are made in shared memory: a plan of more rows is made where it will lie
 
 // The combination of what the threads before and the thread itself have, over the block; `total`: of all. Operator: max or plus.
@@ -43,7 +42,9 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
   __shared__ Block near[kNear];
-  Block* const blocks = p.rows <= kNear ? near : reinterpret_cast<Block*>(p.plan + kPlanHeader);
+  int32_t* const plan_blocks = p.plan + kPlanHeader + kPlanShare * kMostShares;
+  Block* const blocks = p.rows <= kNear ? near : reinterpret_cast<Block*>(plan_blocks);
+  PlanShare* const shares = reinterpret_cast<PlanShare*>(p.plan + kPlanHeader);
   auto together = [&](int r) {  // row r goes on with row r - 1's run
     return r > 0 && p.row_request[r] == p.row_request[r - 1] && (!has_paths || p.row_prefix[r] == p.row_prefix[r - 1]);
   };
@@ -109,38 +110,72 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
   __syncthreads();
 
   // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
-  int chunks = 0, groups = 0, longest = 0;
+  int chunks = 0, groups = 0, longest = 0, parted = 0;
   for (int b = threadIdx.x; b < count; b += kThreads) {
-    chunks += blocks[b].pieces(1);
-    groups += blocks[b].pieces(kGroupChunks);
-    longest = max(longest, min(kGroupChunks, blocks[b].pieces(1)));
+    chunks += blocks[b].pieces(0);
+    groups += blocks[b].pieces(kLogGroup);
+    longest = max(longest, min(kGroupChunks, blocks[b].pieces(0)));
+    parted |= blocks[b].longest > kGroup || blocks[b].shortest == 0;  // nobody's chunks: zeros are the combine kernel's
   }
   int all_chunks, all_groups, most_chunks;
   scan(chunks, Plus(), 0, all_chunks, warps);
   scan(groups, Plus(), 0, all_groups, warps);
   scan(longest, Max(), 0, most_chunks, warps);
   const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
-  const int run = by_group <= by_chunk + by_chunk / 4 ? kGroupChunks : 1;
+  const bool all_whole = !__syncthreads_or(parted);
+  const int log_run = by_group <= by_chunk + by_chunk / 4 ? kLogGroup : 0;
 
-  int pieces = 0;
+  int pieces = 0, units = 0;
   for (int base = 0; base < count; base += kThreads) {
-    const int b = base + threadIdx.x, mine = b < count ? blocks[b].pieces(run) : 0;
-    int total;
-    const int upto = scan(mine, Plus(), 0, total, warps);
-    if (b < count) blocks[b].pieces_before = pieces + upto - mine;
-    pieces += total;
+    const int b = base + threadIdx.x, own_pieces = b < count ? blocks[b].pieces(log_run) : 0, own_units = b < count ? blocks[b].units(has_paths) : 0;
+    int all_pieces, all_units;
+    const int pieces_upto = scan(own_pieces, Plus(), 0, all_pieces, warps), units_upto = scan(own_units, Plus(), 0, all_units, warps);
+    if (b < count) {
+      blocks[b].pieces_before = pieces + pieces_upto - own_pieces;
+      blocks[b].units_before = units + units_upto - own_units;
+    }
+    pieces += all_pieces;
+    units += all_units;
   }
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, pieces, run, 0};
-  if (blocks != near) return;
   __syncthreads();
-  for (int i = threadIdx.x; i < count * kPlanBlock; i += kThreads) p.plan[kPlanHeader + i] = reinterpret_cast<const int32_t*>(near)[i];
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, log_run, log_run && all_whole, 0};
+
+  // Jobs are shared out one each while there are CTAs for them, else to the CTA in whose part of all units they begin.
+  const int jobs = pieces * p.kv_heads;
+  auto block_of = [&](int what, auto&& before) {  // the last one that has no more than `what` before it
+    int low = 0, high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (before(blocks[middle]) <= what ? low : high) = middle;
+    }
+    return low;
+  };
+  auto first = [&](int cta) {
+    if (jobs <= slots) return min(cta, jobs);
+    const int unit = static_cast<int>(static_cast<int64_t>(units) * p.kv_heads * cta / slots);
+    const Block& block = blocks[block_of(unit / p.kv_heads, [](const Block& b) { return b.units_before; })];
+    const int of_block = unit - block.units_before * p.kv_heads, of_head = block.units(has_paths), piece = kChunkTiles << log_run;
+    return block.pieces_before * p.kv_heads + of_block / of_head * block.pieces(log_run) + (of_block % of_head + piece - 1) / piece;
+  };
+  for (int cta = threadIdx.x; cta < slots; cta += kThreads) {
+    const int begin = first(cta), share = (cta + 1 == slots ? jobs : first(cta + 1)) - begin;
+    if (share == 0) {
+      shares[cta].jobs = 0;
+      continue;
+    }
+    const int index = block_of(begin / p.kv_heads, [](const Block& b) { return b.pieces_before; });
+    const int of_block = begin - blocks[index].pieces_before * p.kv_heads, of_head = blocks[index].pieces(log_run);
+    shares[cta] = {share, index, of_block / of_head, of_block % of_head, blocks[index]};
+  }
+  if (blocks != near) return;
+  for (int i = threadIdx.x; i < count * kPlanBlock; i += kThreads) plan_blocks[i] = reinterpret_cast<const int32_t*>(near)[i];
 }
 
 }  // namespace
 
 void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.path_depth);
-  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows, multiprocessors() * shape.blocks_per_sm);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth);
+  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows, most_ctas(shape));
 }
 
 }  // namespace specrt

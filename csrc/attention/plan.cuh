@@ -4,11 +4,12 @@
 // run of chunks of positions: single chunks while there are CTAs without work, else whole groups, which fold where they are.
 #pragma once
 #include "attention/row.cuh"
+#include "base/launch.h"
 
 namespace specrt {
 
 struct PlanHeader {
-  int blocks, pieces, run, unused;  // pieces: runs of all blocks; run: chunks of a piece, 1 or kGroupChunks
+  int blocks, log_run, whole, unused;  // run: chunks of a piece, 1 or kGroupChunks; whole: a run is all that any row sees
 };
 
 struct alignas(16) Block {
@@ -16,46 +17,42 @@ struct alignas(16) Block {
   int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
   int settled;                  // positions that no row of the request has added (params.h)
   int wanted_low, wanted_high;  // with ancestors: the nodes on any row's path, a word in two
+  int units_before;             // units of work: tiles, and one more where rows have keys of their own
 
-  __device__ int pieces(int run) const { return (longest + run * kChunk - 1) / (run * kChunk); }
+  __device__ int pieces(int log_run) const { return (longest + (kChunk << log_run) - 1) / kChunk >> log_run; }
+  __device__ int units(bool has_paths) const { return (longest + kTile - 1) / kTile + (has_paths && longest > prefix); }
 };
 
-static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(Block) == 4 * kPlanBlock, "params.h");
+// What a CTA does: so many neighbouring jobs, pieces of one block and KV head, then of the next KV head, then of the next block; from this one on.
+struct alignas(16) PlanShare {
+  int jobs, index, kv_head, piece;
+  Block block;  // number `index`
+};
 
-// A plan in memory: the header, then a block for each row at most. Read from L2: what an SM holds of it may be of another pass.
+static_assert(sizeof(PlanHeader) == 4 * kPlanHeader && sizeof(PlanShare) == 4 * kPlanShare && sizeof(Block) == 4 * kPlanBlock && kGroupChunks == 8, "params.h");
+
+// CTAs of tree attention that run at once.
+inline int most_ctas(const TreeShape& shape) {
+  const int most = multiprocessors() * shape.blocks_per_sm;
+  return most < kMostShares ? most : kMostShares;
+}
+
+// A plan in memory: the header, the shares, then the blocks. Read from L2: what an SM holds of it may be of another pass.
 __device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {
   const int4 x = __ldcg(reinterpret_cast<const int4*>(plan));
   return {x.x, x.y, x.z, x.w};
 }
-__device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
-  const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + index * kPlanBlock);
+__device__ __forceinline__ Block plan_block_at(const int4* from) {
   const int4 a = __ldcg(from), b = __ldcg(from + 1), c = __ldcg(from + 2);
-  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z};
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w, c.x, c.y, c.z, c.w};
 }
-
-// The block that has a piece; pieces ascend from call to call.
-struct BlockCursor {
-  const int32_t* plan;
-  int run, index = 0;
-  Block block;
-
-  // mine: block number `lane`, as read together with the header.
-  __device__ BlockCursor(const int32_t* plan_, const PlanHeader& header, const Block& mine, int piece, int lane) : plan(plan_), run(header.run) {
-    const unsigned before = __ballot_sync(~0u, lane < header.blocks && mine.pieces_before <= piece);
-    index = max(0, 31 - __clz(static_cast<int>(before)));
-    auto get = [&](int x) { return __shfl_sync(~0u, x, index); };
-    block = {get(mine.begin), get(mine.rows), get(mine.request), get(mine.pieces_before), get(mine.prefix), get(mine.shortest), get(mine.longest), get(mine.nodes), get(mine.settled),
-             get(mine.wanted_low), get(mine.wanted_high)};
-    for (int base = 32; base < header.blocks && index == base - 1; base += 32) {  // perhaps further on
-      const int i = base + lane;
-      const unsigned more = __ballot_sync(~0u, i < header.blocks && __ldcg(plan + kPlanHeader + i * kPlanBlock + 3) <= piece);
-      if (more) block = plan_block(plan, index = base + 31 - __clz(static_cast<int>(more)));
-    }
-  }
-
-  __device__ void advance(int piece) {
-    while (piece >= block.pieces_before + block.pieces(run)) block = plan_block(plan, ++index);
-  }
-};
+__device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
+  return plan_block_at(reinterpret_cast<const int4*>(plan + kPlanHeader + kPlanShare * kMostShares + index * kPlanBlock));
+}
+__device__ __forceinline__ PlanShare plan_share(const int32_t* plan, int cta) {
+  const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + cta * kPlanShare);
+  const int4 x = __ldcg(from);
+  return {x.x, x.y, x.z, x.w, plan_block_at(from + 1)};
+}
 
 }  // namespace specrt

@@ -165,7 +165,7 @@ template <int D> __device__ void widen_tiles(Rest<D>& rest, uint32_t shared, int
       ptx::mbarrier_wait(ptx::shared_address((which ? rest.narrow_v : rest.narrow_k) + at.stage), at.parity);
       if (rest.end[at.stage]) return;
       widen_tile<kTileColumns<D>>(shared + which * Layout<D>::values + at.stage * Layout<D>::tile_bytes, warp, lane);
-      if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address((which ? rest.full_v : rest.full_k) + at.stage));
+      ptx::mbarrier_arrive(ptx::shared_address((which ? rest.full_v : rest.full_k) + at.stage));
     }
 }
 
@@ -182,7 +182,7 @@ template <int D> struct Consumer {
 
   __device__ __forceinline__ static void wait(uint64_t* full, const Place<D>& place) { ptx::mbarrier_wait(ptx::shared_address(full + place.stage), place.parity); }
   __device__ __forceinline__ void release(uint64_t* empty, const Place<D>& place) const {
-    if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(empty + place.stage));
+    ptx::mbarrier_arrive(ptx::shared_address(empty + place.stage));
   }
   // Tiles [from, to) that only the other warpgroup's rows see.
   __device__ __forceinline__ void pass(int from, int to) {
@@ -262,9 +262,11 @@ template <int D> struct Consumer {
         return max(first_seen(p, len), from) < min(len, from + size);
       };
       auto softmax = [&](int tile) {
-        if (tile >= all_first && tile + kTile <= all_last) return chunk.template softmax<false>({0, 0}, {kTile, kTile}, scale, lane, a);
+        // Two calls, each a block of code of its own: the compiler otherwise moves the exponentials behind the wait for the products they run beside.
+        if (tile >= all_first && tile + kTile <= all_last) return chunk.template softmax<false>(scale, a);
         const int len[2] = {job.len_of(row), job.len_of(row + 8)};
-        chunk.template softmax<true>({first_seen(p, len[0]) - tile, first_seen(p, len[1]) - tile}, {len[0] - tile, len[1] - tile}, scale, lane, a);
+        chunk.mask({first_seen(p, len[0]) - tile, first_seen(p, len[1]) - tile}, {len[0] - tile, len[1] - tile}, lane);
+        chunk.template softmax<true>(scale, a);
       };
       auto fold_chunk = [&](int tile, const float (&m)[2]) {
         const int from = tile / kChunk * kChunk;
@@ -294,9 +296,9 @@ template <int D> struct Consumer {
         ahead.advance();
         wait(rest.full_k, ahead);
         wait_values(tile, run_first, run_last);
-          chunk.start_scores(queries, shared + ahead.stage * L::tile_bytes);
+        chunk.start_scores(queries, shared + ahead.stage * L::tile_bytes);
         chunk.start_values(shared + L::values + at.stage * L::tile_bytes, ones, fresh);
-          ptx::wgmma_wait<1>();
+        ptx::wgmma_wait<1>();
         ptx::wgmma_results(chunk.s);
         release(rest.empty_k, ahead);
         fresh = coming % kChunk == 0;
@@ -321,7 +323,7 @@ template <int D> struct Consumer {
           chunk.rescale(a);
         }
       }
-      if (lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&rest.empty_q));
+      ptx::mbarrier_arrive(ptx::shared_address(&rest.empty_q));
       wait_values(tile, run_first, run_last);
       chunk.start_values(shared + L::values + at.stage * L::tile_bytes, ones, fresh);
       ptx::wgmma_wait<0>();
@@ -332,7 +334,7 @@ template <int D> struct Consumer {
       fold_chunk(tile, chunk.m);
       fold_group(tile);
       pass(end, run_last);
-    } else if (lane == 0) {
+    } else {
       ptx::mbarrier_arrive(ptx::shared_address(&rest.empty_q));
     }
 #pragma unroll
@@ -370,17 +372,17 @@ prefill_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid
   if (threadIdx.x < 16) rest.ones[threadIdx.x] = make_uint4(0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Layout<D>::stages; ++i) {
-      constexpr int kFillers = Arrival<KV, kTileColumns<D>>::fp8 ? kWideners : 1;
+      constexpr int kFillers = Arrival<KV, kTileColumns<D>>::fp8 ? 32 * kWideners : 1;
       ptx::mbarrier_init(ptx::shared_address(&rest.full_k[i]), kFillers);
       ptx::mbarrier_init(ptx::shared_address(&rest.full_v[i]), kFillers);
       ptx::mbarrier_init(ptx::shared_address(&rest.narrow_k[i]), 1);
       ptx::mbarrier_init(ptx::shared_address(&rest.narrow_v[i]), 1);
       rest.end[i] = false;
-      ptx::mbarrier_init(ptx::shared_address(&rest.empty_k[i]), kConsumers / 32);
-      ptx::mbarrier_init(ptx::shared_address(&rest.empty_v[i]), kConsumers / 32);
+      ptx::mbarrier_init(ptx::shared_address(&rest.empty_k[i]), kConsumers);
+      ptx::mbarrier_init(ptx::shared_address(&rest.empty_v[i]), kConsumers);
     }
     ptx::mbarrier_init(ptx::shared_address(&rest.full_q), 1);
-    ptx::mbarrier_init(ptx::shared_address(&rest.empty_q), kConsumers / 32);
+    ptx::mbarrier_init(ptx::shared_address(&rest.empty_q), kConsumers);
     ptx::mbarrier_init_fence();
   }
   ptx::async_proxy_fence();

@@ -42,13 +42,15 @@ template <int D> struct PromptSums {
   }
 };
 
+// Those of a chunk.
 template <int D> struct PromptChunk {
   float s[8][4];     // scores of a tile, then probabilities
   uint32_t p[4][4];  // probabilities of 16 keys as the A operand
   float m[2], l[1][4], o[kTileColumns<D> / 8][4];  // l: the product with a column of ones; l[0][0] for i = 0, l[0][2] for i = 1
 
   // s = Q K^T, asynchronously; one group of wgmmas.
-  __device__ __forceinline__ void start_scores(uint32_t queries, uint32_t keys) {
+  __device__ __forceinline__ void start_scores(uint32_t queries, uint32_t keys) { start_scores(s, queries, keys); }
+  __device__ __forceinline__ static void start_scores(float (&s)[8][4], uint32_t queries, uint32_t keys) {
     const uint64_t a = ptx::wgmma_descriptor(queries), b = ptx::wgmma_descriptor(keys);
     ptx::wgmma_fence();
 #pragma unroll
@@ -67,21 +69,30 @@ template <int D> struct PromptChunk {
     ptx::wgmma_commit();
   }
 
-  // Scores -> probabilities and the new maxima; a: the factors of l and O. low, high: what the vectors see of the tile, where Masked; else all.
-  template <bool Masked> __device__ __forceinline__ void softmax(const int (&low)[2], const int (&high)[2], float scale, int lane, float (&a)[2]) {
-    auto visible = [&](int i, int n, int c) { return !Masked || (n * 8 + c >= low[i] - lane % 4 * 2 && n * 8 + c < high[i] - lane % 4 * 2); };
-    float top[2][2];
+  // Scores outside what the vectors see of the tile, [low, high), become -infinity.
+  __device__ __forceinline__ void mask(const int (&low)[2], const int (&high)[2], int lane) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      top[i][0] = m[i], top[i][1] = SPECRT_MINUS_INF;
+      const int from = low[i] - lane % 4 * 2, to = high[i] - lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[n][2 * i + c];
-          x = visible(i, n, c) ? x * scale : SPECRT_MINUS_INF;
-          top[i][c] = fmaxf(top[i][c], x);
-        }
+        for (int c = 0; c < 2; ++c)
+          if (n * 8 + c < from || n * 8 + c >= to) s[n][2 * i + c] = SPECRT_MINUS_INF;
+    }
+  }
+
+  // Scores -> probabilities and the new maxima; a: the factors of l and O. As scale > 0 the greatest product is the greatest score's. Masked: a vector may have seen nothing
+  // yet; it has p = 0, and l = O = 0 whatever a is.
+  template <bool Masked> __device__ __forceinline__ void softmax(float scale, float (&a)[2]) {
+    float top[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      top[i][0] = s[0][2 * i], top[i][1] = s[0][2 * i + 1];
+#pragma unroll
+      for (int n = 1; n < 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) top[i][c] = fmaxf(top[i][c], s[n][2 * i + c]);
       top[i][0] = fmaxf(top[i][0], top[i][1]);
     }
 #pragma unroll
@@ -90,14 +101,16 @@ template <int D> struct PromptChunk {
       for (int i = 0; i < 2; ++i) top[i][0] = fmaxf(top[i][0], __shfl_xor_sync(~0u, top[i][0], d));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      a[i] = !Masked || low[i] < high[i] ? ptx::ex2(m[i] - top[i][0]) : 1.0f;
-      m[i] = top[i][0];
+      const float before = m[i];
+      m[i] = fmaxf(before, top[i][0] * scale);
+      const float base = Masked && m[i] == SPECRT_MINUS_INF ? 0.0f : m[i];
+      a[i] = ptx::ex2(before - base);
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[n][2 * i + c];
-          x = visible(i, n, c) ? ptx::ex2(x - m[i]) : 0.0f;
+          x = ptx::ex2(x * scale - base);
         }
     }
   }

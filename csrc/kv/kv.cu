@@ -1,4 +1,4 @@
-// RoPE with the append to pages: one warp a (row, head). Commit: one block a (layer, request), 16 bytes a thread.
+// RoPE with the append to pages: a warp a row and head, of more rows four heads. Commit: one block a (layer, request), 16 bytes a thread.
 #include "base/launch.h"
 #include "base/math.h"
 #include "kv/params.h"
@@ -8,65 +8,85 @@ namespace specrt {
 namespace {
 
 constexpr int kWarps = 4;
+// Of so many rows a warp takes one head. Of more, four, which share the angles: qkv's CTAs then fill their SMs (gemm), and a quarter as many of these find room beside them. Of few rows that would
+// let attention in sooner, which floods the memory with keys while qkv still reads weights.
+constexpr int kFewRows = 64;
 
-constexpr int kPairs = kRopeHeadDim / 64;  // of a lane: elements i and i + D/2, i = lane, lane + 32, ...
+template <typename T> struct alignas(2 * sizeof(T)) Two {
+  T x, y;
+};
 
+// A lane has elements i, i + 1, and those D / 2 further on, for i = 2 lane, 2 lane + 64, ...: kTurns of them.
 // All that does not come from qkv is read before the wait: it is older than the kernel that makes qkv (params.h).
-template <typename T, typename KV> __global__ void __launch_bounds__(kWarps * 32) rope_append_kernel(const __grid_constant__ RopeAppendParams p) {
+template <typename T, typename KV, int kTurns, int kHeads> __global__ void __launch_bounds__(kWarps * 32) rope_append_kernel(const __grid_constant__ RopeAppendParams p) {
   ptx::launch_dependents();  // attention may come up meanwhile
-  const int r = blockIdx.x, lane = threadIdx.x % 32, heads = p.q_heads + 2 * p.kv_heads, head = blockIdx.y * kWarps + threadIdx.x / 32, half = p.head_dim / 2;
-  const bool is_q = head < p.q_heads, is_k = !is_q && head < p.q_heads + p.kv_heads;
+  const int r = blockIdx.x, lane = threadIdx.x % 32, heads = p.q_heads + 2 * p.kv_heads, first = (blockIdx.y * kWarps + threadIdx.x / 32) * kHeads, half = p.head_dim / 2;
   const int num_rows = __ldcg(p.num_rows), position = __ldcg(p.positions + r);  // from L2: what this SM holds of them may be of another pass until the wait
   const int64_t slot = __ldcg(reinterpret_cast<const long long*>(p.slots) + r);
   const bool known = position >= 0 && position < p.max_position;
-  const T* norm = static_cast<const T*>(is_q ? p.q_norm : p.k_norm);
-  float c[kPairs], s[kPairs];
-  T weight[kPairs][2];
+  float2 c[kTurns], s[kTurns];
+  Two<T> weight[kHeads][kTurns][2];
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-    const int i = lane + 32 * k;
-    c[k] = s[k] = bits_to_float(0x7fc00000u);
+  for (int k = 0; k < kTurns; ++k) {
+    const int i = 2 * lane + 64 * k;
+    c[k] = s[k] = make_float2(bits_to_float(0x7fc00000u), bits_to_float(0x7fc00000u));
     if (i >= half) break;
-    if (known) c[k] = p.cos[static_cast<int64_t>(position) * half + i], s[k] = p.sin[static_cast<int64_t>(position) * half + i];
-    if (norm) weight[k][0] = norm[i], weight[k][1] = norm[i + half];
+    const int64_t angle = static_cast<int64_t>(position) * half + i;
+    if (known) c[k] = *reinterpret_cast<const float2*>(p.cos + angle), s[k] = *reinterpret_cast<const float2*>(p.sin + angle);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h)
+      if (const T* norm = static_cast<const T*>(first + h < p.q_heads ? p.q_norm : p.k_norm))
+        weight[h][k][0] = *reinterpret_cast<const Two<T>*>(norm + i), weight[h][k][1] = *reinterpret_cast<const Two<T>*>(norm + i + half);
   }
   ptx::grid_dependency_wait();
-  if (r >= num_rows || head >= heads || (!is_q && slot < 0)) return;
-  const T* x = static_cast<const T*>(p.qkv) + (static_cast<int64_t>(r) * heads + head) * p.head_dim;
-  T* q = static_cast<T*>(p.q) + (static_cast<int64_t>(r) * p.q_heads + head) * p.head_dim;
-  KV* kv = static_cast<KV*>(is_k ? p.k_pool : p.v_pool) + ((slot / p.page * p.kv_heads + (head - p.q_heads) % p.kv_heads) * p.page + slot % p.page) * p.head_dim;
-  const float kv_scale = is_k ? p.k_scale : p.v_scale;
-  auto store = [&](int i, T value) {
-    if (is_q) q[i] = value;
-    else kv[i] = stored<KV>(value, kv_scale);
-  };
-  float x1[kPairs], x2[kPairs];
+  if (r >= num_rows || first >= heads) return;
+  const T* const x = static_cast<const T*>(p.qkv) + (static_cast<int64_t>(r) * heads + first) * p.head_dim;
+  Two<T> raw[kHeads][kTurns][2];
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-    const int i = lane + 32 * k;
-    if (i >= half) break;
-    x1[k] = to_float(x[i]);
-    x2[k] = to_float(x[i + half]);
-  }
-  if (norm && (is_q || is_k)) {
-    float sum = 0.0f;
-    for (int i = lane; i < p.head_dim; i += 32) sum = fma_rn(to_float(x[i]), to_float(x[i]), sum);
-    for (int d = 16; d; d >>= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
-    const float scale = 1.0f / sqrtf(sum / static_cast<float>(p.head_dim) + p.eps);
+  for (int h = 0; h < kHeads; ++h)
 #pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      if (lane + 32 * k >= half) break;
-      x1[k] = to_float(round_to<T>(to_float(round_to<T>(x1[k] * scale)) * to_float(weight[k][0])));
-      x2[k] = to_float(round_to<T>(to_float(round_to<T>(x2[k] * scale)) * to_float(weight[k][1])));
+    for (int k = 0; k < kTurns; ++k) {
+      const int i = 2 * lane + 64 * k;
+      if (i >= half || first + h >= heads) break;
+      raw[h][k][0] = *reinterpret_cast<const Two<T>*>(x + h * p.head_dim + i);
+      raw[h][k][1] = *reinterpret_cast<const Two<T>*>(x + h * p.head_dim + i + half);
     }
-  }
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-    const int i = lane + 32 * k;
-    if (i >= half) break;
-    const bool turned = is_q || is_k;
-    store(i, turned ? round_to<T>(fma_rn(x1[k], c[k], -(x2[k] * s[k]))) : x[i]);
-    store(i + half, turned ? round_to<T>(fma_rn(x2[k], c[k], x1[k] * s[k])) : x[i + half]);
+  for (int h = 0; h < kHeads; ++h) {
+    const int head = first + h;
+    const bool is_q = head < p.q_heads, is_k = !is_q && head < p.q_heads + p.kv_heads, turned = is_q || is_k, normed = is_q ? p.q_norm != nullptr : is_k && p.k_norm;
+    if (head >= heads || (!is_q && slot < 0)) continue;
+    float scale = 1.0f;
+    if (normed) {
+      float sum = 0.0f;
+      for (int i = lane; i < p.head_dim; i += 32) sum = fma_rn(to_float(x[h * p.head_dim + i]), to_float(x[h * p.head_dim + i]), sum);
+      for (int d = 16; d; d >>= 1) sum = sum + __shfl_xor_sync(0xffffffffu, sum, d);
+      scale = 1.0f / sqrtf(sum / static_cast<float>(p.head_dim) + p.eps);
+    }
+    T* const q = static_cast<T*>(p.q) + (static_cast<int64_t>(r) * p.q_heads + head) * p.head_dim;
+    KV* const kv = static_cast<KV*>(is_k ? p.k_pool : p.v_pool) + ((slot / p.page * p.kv_heads + (head - p.q_heads) % p.kv_heads) * p.page + slot % p.page) * p.head_dim;
+    const float kv_scale = is_k ? p.k_scale : p.v_scale;
+    auto store = [&](int i, Two<T> value) {
+      if (is_q) *reinterpret_cast<Two<T>*>(q + i) = value;
+      else *reinterpret_cast<Two<KV>*>(kv + i) = {stored<KV>(value.x, kv_scale), stored<KV>(value.y, kv_scale)};
+    };
+    auto element = [&](T value, T norm) {
+      const float y = to_float(value);
+      return normed ? to_float(round_to<T>(to_float(round_to<T>(y * scale)) * to_float(norm))) : y;
+    };
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int i = 2 * lane + 64 * k;
+      if (i >= half) break;
+      Two<T> low = raw[h][k][0], high = raw[h][k][1];
+      if (turned) {
+        const float x1[2] = {element(low.x, weight[h][k][0].x), element(low.y, weight[h][k][0].y)}, x2[2] = {element(high.x, weight[h][k][1].x), element(high.y, weight[h][k][1].y)};
+        low = {round_to<T>(fma_rn(x1[0], c[k].x, -(x2[0] * s[k].x))), round_to<T>(fma_rn(x1[1], c[k].y, -(x2[1] * s[k].y)))};
+        high = {round_to<T>(fma_rn(x2[0], c[k].x, x1[0] * s[k].x)), round_to<T>(fma_rn(x2[1], c[k].y, x1[1] * s[k].y))};
+      }
+      store(i, low);
+      store(i + half, high);
+    }
   }
 }
 
@@ -111,7 +131,10 @@ __global__ void __launch_bounds__(kCommitThreads) kv_commit_kernel(KvCommitParam
 
 template <typename T, typename KV> void rope_append(const RopeAppendParams& p, cudaStream_t s) {
   const int heads = p.q_heads + 2 * p.kv_heads;
-  launch({dim3(p.rows, (heads + kWarps - 1) / kWarps), dim3(kWarps * 32), 0, s, 1, true}, rope_append_kernel<T, KV>, p);
+  auto run = [&](auto kernel, int of_warp) { launch({dim3(p.rows, (heads + kWarps * of_warp - 1) / (kWarps * of_warp)), dim3(kWarps * 32), 0, s, 1, true}, kernel, p); };
+  if (p.head_dim > 128) run(rope_append_kernel<T, KV, kRopeHeadDim / 128, 1>, 1);
+  else if (p.rows <= kFewRows) run(rope_append_kernel<T, KV, 1, 1>, 1);
+  else run(rope_append_kernel<T, KV, 1, 4>, 4);
 }
 
 }  // namespace

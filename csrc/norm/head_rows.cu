@@ -19,7 +19,7 @@ __device__ __forceinline__ void write_row(const T* x, bool known, const RowWeigh
   }
   for (int i = kVec * threadIdx.x; i < h; i += kNormLanes) {
     T y[kVec];
-    if (known) load8<T, kVector>(x + i, h - i, y);
+    if (known) load8<T, kVector, true>(x + i, h - i, y);
     else
       for (T& v : y) v = round_to<T>(bits_to_float(0x7fc00000u));
     if (first) store8<T, kVector>(first + i, h - i, y);
@@ -32,15 +32,17 @@ template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThrea
   const int row = blockIdx.x, h = p.hidden;
   const bool of_token = blockIdx.y == 0;
   const RowWeight<T, kVector> weight(static_cast<const T*>(of_token ? p.token_weight : p.feature_weight), h);
-  ptx::grid_dependency_wait();
-  const int rows = *p.num_rows;  // and what comes next: loads at once
-  const int64_t from = of_token ? p.ids[row] : p.parent ? p.parent[row] : row;
-  if (row >= rows) return;
-  const bool known = from >= 0 && from < (of_token ? p.vocab : p.features);
-  const T* x = static_cast<const T*>(of_token ? p.table : p.feature) + from * h;
-  T* joined = static_cast<T*>(p.joined) + (2 * static_cast<int64_t>(row) + (of_token == p.feature_first)) * h;
-  T* stream = of_token || !p.stream ? nullptr : static_cast<T*>(p.stream) + static_cast<int64_t>(row) * h;
-  write_row(x, known, weight, h, p.eps, joined, stream, p.stream_normed);
+  if (!p.early) ptx::grid_dependency_wait();
+  const int rows = __ldcg(p.num_rows);  // and what comes next: loads at once
+  const int64_t from = of_token ? __ldcg(p.ids + row) : p.parent ? __ldcg(p.parent + row) : row;
+  if (row < rows) {
+    const bool known = from >= 0 && from < (of_token ? p.vocab : p.features);
+    const T* x = static_cast<const T*>(of_token ? p.table : p.feature) + from * h;
+    T* joined = static_cast<T*>(p.joined) + (2 * static_cast<int64_t>(row) + (of_token == p.feature_first)) * h;
+    T* stream = of_token || !p.stream ? nullptr : static_cast<T*>(p.stream) + static_cast<int64_t>(row) * h;
+    write_row(x, known, weight, h, p.eps, joined, stream, p.stream_normed);
+  }
+  if (p.early) ptx::grid_dependency_wait();  // who waits for this kernel relies on the one before it too
 }
 
 template <typename T, bool kVector> __global__ void __launch_bounds__(kNormThreads) join_rows_kernel(const __grid_constant__ JoinRowsParams p) {

@@ -34,26 +34,18 @@ template <typename T> void rms_norm(const RmsNormParams& p) {
   });
 }
 
-template <typename T> void rms_scale(const RmsScaleParams& p) {
+template <typename T> void embedding(const EmbeddingParams& p) {
   const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
   const T* weight = static_cast<const T*>(p.weight);
   parallel_for(n, n * h * 4, [&](int64_t r) {
-    const T* x = static_cast<const T*>(p.x) + r * h;
-    T* scaled = static_cast<T*>(p.scaled) + r * h;
-    for (int64_t i = 0; i < h; ++i) scaled[i] = round_to<T>(to_float(x[i]) * to_float(weight[i]));
-    for (int b = 0; b < square_blocks(p.hidden); ++b)
-      p.squares[r * square_pitch(p.hidden) + b] = block_squares(x + b * kSquareBlock, std::min(kSquareBlock, p.hidden - b * kSquareBlock));
-  });
-}
-
-template <typename T> void embedding(const EmbeddingParams& p) {
-  const int64_t n = std::min(*p.num_rows, p.rows), h = p.hidden;
-  for (int64_t r = 0; r < n; ++r) {
-    T* out = static_cast<T*>(p.out) + r * h;
-    int32_t id = p.ids[r];
+    T *out = static_cast<T*>(p.out) + r * h, *scaled = static_cast<T*>(p.scaled) + r * h;
+    const int32_t id = p.ids[r];
     if (id >= 0 && id < p.vocab) std::memcpy(out, static_cast<const T*>(p.table) + id * h, h * sizeof(T));
     else std::fill(out, out + h, round_to<T>(bits_to_float(0x7fc00000u)));
-  }
+    for (int64_t i = 0; i < h; ++i) scaled[i] = round_to<T>(to_float(out[i]) * to_float(weight[i]));
+    for (int b = 0; b < square_blocks(p.hidden); ++b)
+      p.squares[r * square_pitch(p.hidden) + b] = block_squares(out + b * kSquareBlock, std::min(kSquareBlock, p.hidden - b * kSquareBlock));
+  });
 }
 
 // Row `from` of [count, hidden], NaN if there is none; after its norm where there is a weight.
@@ -103,7 +95,6 @@ void launch_join_rows_cpu(const JoinRowsParams& p) { p.dtype == DType::kBF16 ? j
 void launch_keep_rows_cpu(const KeepRowsParams& p) { p.dtype == DType::kBF16 ? keep_rows<bf16>(p) : keep_rows<float>(p); }
 void launch_head_input_cpu(const HeadInputParams& p) { p.dtype == DType::kBF16 ? head_input<bf16>(p) : head_input<float>(p); }
 void launch_rms_norm_cpu(const RmsNormParams& p) { p.dtype == DType::kBF16 ? rms_norm<bf16>(p) : rms_norm<float>(p); }
-void launch_rms_scale_cpu(const RmsScaleParams& p) { p.dtype == DType::kBF16 ? rms_scale<bf16>(p) : rms_scale<float>(p); }
 void launch_embedding_cpu(const EmbeddingParams& p) { p.dtype == DType::kBF16 ? embedding<bf16>(p) : embedding<float>(p); }
 
 }  // namespace specrt

@@ -1,6 +1,6 @@
-// Row-wise ops: RMSNorm, the first half of a deferred one, embedding lookup, both at once for a draft head.
+// Row-wise ops: RMSNorm, embedding lookup with the first half of a deferred one, embedding and norms at once for a draft head.
 //
-// Reduction order (csrc/README.md, 5): rms_scale as base/squares.h says; rms_norm: 2048 lanes stride the row, lane i takes elements i, i + 2048, ... ascending in one fma chain; neighbours fold
+// Reduction order (csrc/README.md, 5): sums of squares as base/squares.h says; rms_norm: 2048 lanes stride the row, lane i takes elements i, i + 2048, ... ascending in one fma chain; neighbours fold
 // pairwise, lane i = lane 2i + lane 2i + 1, until one is left.
 #pragma once
 #include "base/types.h"
@@ -8,6 +8,9 @@
 namespace specrt {
 
 constexpr int kNormLanes = 2048;
+
+// `early`, of two ops: on CUDA they may work beside the kernel before, which writes nothing that they read, reads nothing that they write, and lets them start after its own wait alone
+// (attention_plan). It costs what they take, where both are short.
 
 struct RmsNormParams {
   DType dtype;
@@ -19,23 +22,17 @@ struct RmsNormParams {
   int rows, hidden;      // R (capacity), H
 };
 
-// What linear wants of a row that no linear has written (gemm/params.h): scaled = round(x * weight), and the sums of squares of x.
-struct RmsScaleParams {
-  DType dtype;
-  const void* x;         // [R, H]
-  const void* weight;    // [H]
-  void* scaled;          // [R, H]
-  float* squares;        // [R, square_pitch(H)]
-  const int32_t* num_rows;
-  int rows, hidden;      // R (capacity), H
-};
-
+// Rows of a table, and what linear wants of a row that no linear has written (gemm/params.h): scaled = round(out * weight), and the sums of squares of out.
 struct EmbeddingParams {
   DType dtype;
   const void* table;     // [V, H]
   const int32_t* ids;    // [R]
+  const void* weight;    // [H]
   void* out;             // [R, H]; NaN where the id is outside [0, V)
+  void* scaled;          // [R, H]
+  float* squares;        // [R, square_pitch(H)]
   const int32_t* num_rows;
+  bool early;            // as below
   int rows, vocab, hidden;
 };
 
@@ -54,6 +51,7 @@ struct HeadInputParams {
   float eps;
   bool feature_first;          // in joined
   bool stream_normed;          // whether `stream` is the feature after its norm
+  bool early;
   int rows, vocab, features, hidden;  // R (capacity), V, F, H
 };
 
@@ -93,8 +91,6 @@ void launch_head_input_cpu(const HeadInputParams& p);
 void launch_head_input_cuda(const HeadInputParams& p, void* stream);
 void launch_rms_norm_cpu(const RmsNormParams& p);
 void launch_rms_norm_cuda(const RmsNormParams& p, void* stream);
-void launch_rms_scale_cpu(const RmsScaleParams& p);
-void launch_rms_scale_cuda(const RmsScaleParams& p, void* stream);
 void launch_embedding_cpu(const EmbeddingParams& p);
 void launch_embedding_cuda(const EmbeddingParams& p, void* stream);
 

@@ -7,16 +7,21 @@ namespace specrt {
 
 constexpr int kVec = 8;  // elements a thread takes at once
 
-// Eight elements from `from`, of which `count` exist (all of them where kVector); the others are zero.
-template <typename T, bool kVector> __device__ __forceinline__ void load8(const T* from, int count, T (&to)[kVec]) {
+template <bool kPast> __device__ __forceinline__ float load_element(const float* from) { return kPast ? __ldcg(from) : *from; }
+template <bool kPast> __device__ __forceinline__ bf16 load_element(const bf16* from) {
+  return kPast ? bf16{__ldcg(reinterpret_cast<const unsigned short*>(from))} : *from;
+}
+
+// Eight elements from `from`, of which `count` exist (all of them where kVector); the others are zero. kPast: past the L1, which may hold what was (ptx/dependency.cuh).
+template <typename T, bool kVector, bool kPast = false> __device__ __forceinline__ void load8(const T* from, int count, T (&to)[kVec]) {
   if constexpr (kVector) {
     uint4 raw[sizeof(T) / 2];
 #pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(T) / 2); ++k) raw[k] = reinterpret_cast<const uint4*>(from)[k];
+    for (int k = 0; k < static_cast<int>(sizeof(T) / 2); ++k) raw[k] = kPast ? __ldcg(reinterpret_cast<const uint4*>(from) + k) : reinterpret_cast<const uint4*>(from)[k];
     memcpy(to, raw, sizeof(raw));
   } else {
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) to[e] = e < count ? from[e] : T{};
+    for (int e = 0; e < kVec; ++e) to[e] = e < count ? load_element<kPast>(from + e) : T{};
   }
 }
 
@@ -75,7 +80,7 @@ template <typename T, bool kVector, typename Write> __device__ __forceinline__ v
   for (int g = 0; g < kHeld; ++g) {
     const int i = first + g * kNormLanes;
     if (i >= hidden) break;
-    load8<T, kVector>(x + i, hidden - i, held[g]);
+    load8<T, kVector, true>(x + i, hidden - i, held[g]);
   }
 #pragma unroll
   for (int g = 0; g < kHeld; ++g) {
@@ -84,7 +89,7 @@ template <typename T, bool kVector, typename Write> __device__ __forceinline__ v
   }
   for (int i = first + kHeld * kNormLanes; i < hidden; i += kNormLanes) {
     T h[kVec];
-    load8<T, kVector>(x + i, hidden - i, h);
+    load8<T, kVector, true>(x + i, hidden - i, h);
     add(h);
   }
   float sum = fold8(lane);
@@ -100,7 +105,7 @@ template <typename T, bool kVector, typename Write> __device__ __forceinline__ v
   }
   for (int i = first + kHeld * kNormLanes; i < hidden; i += kNormLanes) {
     T h[kVec], w[kVec];
-    load8<T, kVector>(x + i, hidden - i, h);
+    load8<T, kVector, true>(x + i, hidden - i, h);
     load8<T, kVector>(weight.all + i, hidden - i, w);
     finish(i, h, w, r);
   }

@@ -25,11 +25,10 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor(a!) residual_out, Tensor? next_weight, Tensor(b!)? scaled, Tensor(c!)? next_squares) -> ()");
   // norm
   m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor num_rows, Tensor(a!) out) -> ()");
-  m.def("rms_scale(Tensor x, Tensor weight, Tensor num_rows, Tensor(a!) scaled, Tensor(b!) squares) -> ()");
-  m.def("embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor(a!) out) -> ()");
+  m.def("embedding(Tensor table, Tensor ids, Tensor weight, Tensor num_rows, Tensor(a!) out, Tensor(b!) scaled, Tensor(c!) squares, bool early) -> ()");
   m.def(
       "head_input(Tensor table, Tensor ids, Tensor feature, Tensor? parent, Tensor? token_weight, Tensor? feature_weight, float eps"
-      ", bool feature_first, Tensor num_rows, Tensor(a!) joined, Tensor(b!)? stream, bool stream_normed) -> ()");
+      ", bool feature_first, Tensor num_rows, Tensor(a!) joined, Tensor(b!)? stream, bool stream_normed, bool early) -> ()");
   m.def(
       "join_rows(Tensor[] parts, Tensor[] weights, Tensor? source, Tensor? missing, float eps, Tensor num_rows, Tensor(a!) out) -> ()");
   m.def(
@@ -86,7 +85,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       "draft_limits(Tensor max_nodes, Tensor max_depth, Tensor seq_lens, Tensor active, int lag, Tensor(a!) nodes, Tensor(b!) depth"
       ", Tensor(c!)? base) -> ()");
   m.def(
-      "tree_expand(int level, int beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens"
+      "tree_expand(int level, int beam_width, Tensor topk_token, Tensor? topk_score, Tensor max_depth, Tensor seq_lens"
       ", Tensor block_table, int page_size, Tensor(a!) cand_token, Tensor(b!) cand_parent, Tensor(c!) cand_score"
       ", Tensor(d!) beam, Tensor(e!) row_request, Tensor(f!) row_token, Tensor(g!) row_position"
       ", Tensor(h!) row_prefix, Tensor(i!) row_slot, Tensor(j!) row_path, Tensor(k!) row_parent, Tensor(l!) num_rows) -> ()");
@@ -111,7 +110,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor num_rows, Tensor(a!) perturbed, Tensor(b!) token, Tensor(c!) score) -> ()");
   m.def(
       "draft_children(Tensor logits, int slot_rows, int level, Tensor? ids, Tensor row_request, Tensor row_position, int ahead, Tensor sampling_f, Tensor sampling_i"
-      ", Tensor stop_ids, Tensor bias, Tensor seeds, int noise, Tensor num_rows, Tensor(a!) token, Tensor(b!) score) -> ()");
+      ", Tensor stop_ids, Tensor bias, Tensor seeds, int noise, Tensor num_rows, Tensor(a!) token, Tensor(b!)? score) -> ()");
   m.def(
       "accept_rejection(Tensor z, Tensor row_status, Tensor row_offset, Tensor tree_token, Tensor tree_parent"
       ", Tensor tree_size, Tensor seq_lens, Tensor q, Tensor q_levels, Tensor seeds, Tensor sampling_f"

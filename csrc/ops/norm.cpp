@@ -20,34 +20,25 @@ void rms_norm(Tensor x, Tensor weight, double eps, Tensor num_rows, Tensor out) 
   SPECRT_LAUNCH(rms_norm, check, p);
 }
 
-void rms_scale(Tensor x, Tensor weight, Tensor num_rows, Tensor scaled, Tensor squares) {
-  Checker check("rms_scale", x);
-  Sym R("R"), H("H");
-  check("x", x, {R, H}, {kF32, kBF16});
-  check("weight", weight, {H}, {x.scalar_type()});
-  check("num_rows", num_rows, {1}, {kI32});
-  check("scaled", scaled, {R, H}, {x.scalar_type()});
-  check("squares", squares, {R, square_pitch(static_cast<int>(H))}, {kF32});
-  if (R == 0) return;
-  RmsScaleParams p{dtype_of(x), in<void>(x), in<void>(weight), inout<void>(scaled), inout<float>(squares), in<int32_t>(num_rows), static_cast<int>(R), static_cast<int>(H)};
-  SPECRT_LAUNCH(rms_scale, check, p);
-}
-
-void embedding(Tensor table, Tensor ids, Tensor num_rows, Tensor out) {
+void embedding(Tensor table, Tensor ids, Tensor weight, Tensor num_rows, Tensor out, Tensor scaled, Tensor squares, bool early) {
   Checker check("embedding", table);
   Sym V("V"), H("H"), R("R");
+  const auto act = table.scalar_type();
   check("table", table, {V, H}, {kF32, kBF16});
   check("ids", ids, {R}, {kI32});
+  check("weight", weight, {H}, {act});
   check("num_rows", num_rows, {1}, {kI32});
-  check("out", out, {R, H}, {table.scalar_type()});
+  check("out", out, {R, H}, {act});
+  check("scaled", scaled, {R, H}, {act});
+  check("squares", squares, {R, square_pitch(static_cast<int>(H))}, {kF32});
   if (R == 0) return;
-  EmbeddingParams p{dtype_of(table), in<void>(table), in<int32_t>(ids), inout<void>(out), in<int32_t>(num_rows),
+  EmbeddingParams p{dtype_of(table), in<void>(table), in<int32_t>(ids), in<void>(weight), inout<void>(out), inout<void>(scaled), inout<float>(squares), in<int32_t>(num_rows), early,
                     static_cast<int>(R), static_cast<int>(V), static_cast<int>(H)};
   SPECRT_LAUNCH(embedding, check, p);
 }
 
 void head_input(Tensor table, Tensor ids, Tensor feature, std::optional<Tensor> parent, std::optional<Tensor> token_weight, std::optional<Tensor> feature_weight, double eps,
-                bool feature_first, Tensor num_rows, Tensor joined, std::optional<Tensor> stream, bool stream_normed) {
+                bool feature_first, Tensor num_rows, Tensor joined, std::optional<Tensor> stream, bool stream_normed, bool early) {
   Checker check("head_input", table);
   Sym V("V"), H("H"), R("R"), F("F");
   const auto act = table.scalar_type();
@@ -63,7 +54,7 @@ void head_input(Tensor table, Tensor ids, Tensor feature, std::optional<Tensor> 
   check.require(parent.has_value() || F == R, "feature", "a row a token, or parents");
   if (R == 0) return;
   HeadInputParams p{dtype_of(table), in<void>(table), in<int32_t>(ids), in<void>(feature), in<int32_t>(parent), in<void>(token_weight), in<void>(feature_weight),
-                    inout<void>(joined), inout<void>(stream), in<int32_t>(num_rows), static_cast<float>(eps), feature_first, stream_normed,
+                    inout<void>(joined), inout<void>(stream), in<int32_t>(num_rows), static_cast<float>(eps), feature_first, stream_normed, early,
                     static_cast<int>(R), static_cast<int>(V), static_cast<int>(F), static_cast<int>(H)};
   SPECRT_LAUNCH(head_input, check, p);
 }
@@ -119,7 +110,6 @@ void keep_rows(Tensor x, std::optional<Tensor> weight, double eps, Tensor place,
 
 #define SPECRT_NORM_OPS(m)                    \
   m.impl("rms_norm", TORCH_BOX(&rms_norm));   \
-  m.impl("rms_scale", TORCH_BOX(&rms_scale)); \
   m.impl("embedding", TORCH_BOX(&embedding)); \
   m.impl("head_input", TORCH_BOX(&head_input)); \
   m.impl("join_rows", TORCH_BOX(&join_rows));   \

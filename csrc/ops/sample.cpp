@@ -101,7 +101,7 @@ void draft_topk(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds,
 }
 
 void draft_children(Tensor logits, int64_t slot_rows, int64_t level, std::optional<Tensor> ids, Tensor row_request, Tensor row_position, int64_t ahead, Tensor sampling_f,
-                    Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, Tensor num_rows, Tensor token, Tensor score) {
+                    Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, Tensor num_rows, Tensor token, std::optional<Tensor> score) {
   Checker check("draft_children", logits);
   Sym L("L"), R("R"), D("D"), V("V"), B("B"), S("S"), k("k");
   check("logits", logits, {L, D}, {kF32});

@@ -210,7 +210,7 @@ void draft_limits(Tensor max_nodes, Tensor max_depth, Tensor seq_lens, Tensor ac
   SPECRT_LAUNCH(draft_limits, check, p);
 }
 
-void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, Tensor topk_score, Tensor max_depth, Tensor seq_lens, Tensor block_table,
+void tree_expand(int64_t level, int64_t beam_width, Tensor topk_token, std::optional<Tensor> topk_score, Tensor max_depth, Tensor seq_lens, Tensor block_table,
                  int64_t page_size, Tensor cand_token, Tensor cand_parent, Tensor cand_score, Tensor beam, Tensor row_request, Tensor row_token,
                  Tensor row_position, Tensor row_prefix, Tensor row_slot, Tensor row_path, Tensor row_parent, Tensor num_rows) {
   Checker check("tree_expand", topk_token);

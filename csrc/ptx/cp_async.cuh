@@ -8,6 +8,10 @@ namespace specrt::ptx {
 __device__ __forceinline__ void cp_async_8(uint32_t to, const void* from, bool present) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(present ? 8 : 0) : "memory");
 }
+// 16 bytes, past L1.
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool present) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(present ? 16 : 0) : "memory");
+}
 // Closes the group of the copies asked for since the last commit.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of the latest groups are unfinished; this thread then sees what it copied.

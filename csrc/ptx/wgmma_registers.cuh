@@ -21,6 +21,9 @@ __device__ __forceinline__ uint64_t wgmma_plain_descriptor(uint32_t tile) {
 // Makes this thread's writes to shared memory visible to the tensor cores and the copy engine; a barrier must follow before their use.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Writes 16 bytes to a shared address.
+__device__ __forceinline__ void store(uint32_t to, uint4 x) { asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory"); }
+
 // After wgmma_wait: keeps the compiler from using the results earlier.
 template <int N> __device__ __forceinline__ void wgmma_results(float (&d)[N][4]) {
 #pragma unroll

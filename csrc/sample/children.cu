@@ -21,7 +21,7 @@ struct ChildrenShared {
   uint64_t* best;   // [k]
 };
 
-// What a row needs of the tables, read at once.
+// What a row needs of the tables, read at once; from L2, where it is read before the wait (ptx/dependency.cuh).
 struct Row {
   float temperature, top_p, min_p;
   int32_t top_k, position;  // of the child
@@ -32,10 +32,11 @@ struct Row {
   __device__ Row(const DraftChildrenParams& p, int row_index, int b) {
     const float* f = p.sampling_f + b * kSamplingF;
     const int32_t* i = p.sampling_i + b * kSamplingI;
-    temperature = f[kTemperature], top_p = f[kTopP], min_p = f[kMinP], top_k = i[kTopK], seed = p.seeds[b];
-    position = p.row_position[row_index] + p.ahead;
-    bias = i[kHasBias] ? p.bias + static_cast<int64_t>(b) * p.vocab : nullptr;
-    stops = position - i[kPromptLen] < i[kMinTokens];
+    temperature = __ldcg(f + kTemperature), top_p = __ldcg(f + kTopP), min_p = __ldcg(f + kMinP), top_k = __ldcg(i + kTopK);
+    seed = __ldcg(reinterpret_cast<const long long*>(p.seeds) + b);
+    position = __ldcg(p.row_position + row_index) + p.ahead;
+    bias = __ldcg(i + kHasBias) ? p.bias + static_cast<int64_t>(b) * p.vocab : nullptr;
+    stops = position - __ldcg(i + kPromptLen) < __ldcg(i + kMinTokens);
   }
 };
 
@@ -125,7 +126,7 @@ __device__ __forceinline__ uint64_t best_below(uint64_t than, const float4& z, i
   return best;
 }
 
-// Filters and perturbs this thread's quads, sends the statistics of its warp's blocks to the first CTA, and returns the thread's best.
+// Filters and perturbs this thread's quads, sends the statistics of its warp's blocks to the first CTA where there are scores, and returns the thread's best.
 __device__ uint64_t perturb(const DraftChildrenParams& p, const Row& of, const Filters& kept, const ChildrenShared& out, RowSlice& row) {
   const bool noisy = p.noise >= 0 && of.temperature > 0.0f;
   uint64_t best = 0;
@@ -147,6 +148,7 @@ __device__ uint64_t perturb(const DraftChildrenParams& p, const Row& of, const F
     }
     row.z[q] = raw = make_float4(z[0], z[1], z[2], z[3]);
     best = max(best, best_below(~uint64_t{0}, raw, column));
+    if (!p.score) continue;
     float m = highest_of(z), s = 0.0f;
     for (int d = 16; d; d >>= 1) m = fmaxf(m, __shfl_xor_sync(kWarp, m, d));
     if (m > -infinity()) {  // the same for the whole warp
@@ -205,38 +207,47 @@ __device__ void send_best(const RowSlice& row, uint64_t mine, int k, const Child
   });
 }
 
-// By the first CTA, when all statistics and ranks are there.
-__device__ void write_children(const DraftChildrenParams& p, int row_index, int blocks, const ChildrenShared& from, RowSlice& row) {
-  __shared__ float lse;
-  RowShared& s = row.shared;
+// The log-sum-exp of the row, by the first CTA; the result is the last thread's.
+__device__ float row_lse(int blocks, const ChildrenShared& from, RowShared& s) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint32_t key = order_key(-infinity());
   for (int j = threadIdx.x; j < blocks; j += blockDim.x) key = max(key, order_key(bits_to_float(from.stats[j].x)));
   key = __reduce_max_sync(kWarp, key);
   if (lane == 0) s.warp_rank[warp] = key;
-  if (threadIdx.x < p.k) from.best[threadIdx.x] = 0;
   __syncthreads();
   const float m = key_value(__reduce_max_sync(kWarp, lane < static_cast<int>(blockDim.x) / 32 ? static_cast<uint32_t>(s.warp_rank[lane]) : 0u));
   for (int j = threadIdx.x; j < blocks; j += blockDim.x)
     from.stats[j].y = float_to_bits(bits_to_float(from.stats[j].y) * exp_rn(bits_to_float(from.stats[j].x) - m));
   __syncthreads();
-  if (threadIdx.x == blockDim.x - 1) {  // the others have the ranks
-    float sum = 0.0f;
+  if (threadIdx.x < blockDim.x - 1) return 0.0f;  // the others have the ranks
+  float sum = 0.0f;
 #pragma unroll 8
-    for (int j = 0; j < blocks; ++j) sum = sum + bits_to_float(from.stats[j].y);
-    lse = m > -infinity() ? canonical(m + log_rn(sum)) : m;
+  for (int j = 0; j < blocks; ++j) sum = sum + bits_to_float(from.stats[j].y);
+  return m > -infinity() ? canonical(m + log_rn(sum)) : m;
+}
+
+// By the first CTA, when all statistics and ranks are there.
+__device__ void write_children(const DraftChildrenParams& p, int row_index, int blocks, const ChildrenShared& from, RowSlice& row) {
+  __shared__ float lse;
+  if (threadIdx.x < p.k) from.best[threadIdx.x] = 0;
+  if (p.score) {
+    const float all = row_lse(blocks, from, row.shared);
+    if (threadIdx.x == blockDim.x - 1) lse = all;
+  } else {
+    __syncthreads();
   }
   place_ranks(from.found, row.ctas * p.k, [&](uint64_t rank, int above) {
     if (above < p.k) from.best[above] = rank;
   });
   __syncthreads();
   if (threadIdx.x >= p.k) return;
-  bool usable = m < infinity();
+  bool usable = true;
   for (int c = 0; c < row.ctas; ++c) usable = usable && from.broken[c] == 0;
+  if (from.best[0]) usable = usable && key_value(static_cast<uint32_t>(from.best[0] >> 32)) < infinity();
   const uint64_t rank = usable ? from.best[threadIdx.x] : 0;
   const int64_t at = static_cast<int64_t>(row_index) * p.k + threadIdx.x;
   p.token[at] = rank ? static_cast<int32_t>(token_of(p, rank_token(rank))) : -1;
-  p.score[at] = rank ? canonical(key_value(static_cast<uint32_t>(rank >> 32)) - lse) : -infinity();
+  if (p.score) p.score[at] = rank ? canonical(key_value(static_cast<uint32_t>(rank >> 32)) - lse) : -infinity();
 }
 
 // Quads of the row in each CTA: whole blocks.
@@ -262,11 +273,14 @@ __global__ void __launch_bounds__(kMostThreads) draft_children_kernel(const __gr
     used = !p.ids ? min(p.columns, p.vocab) : p.ids[p.columns - 1] < p.vocab ? p.columns : first_at_least(p.ids, p.columns, p.vocab);
   }
   __syncthreads();
-  ptx::grid_dependency_wait();
-  const int rows = *p.num_rows, b = p.row_request[row_index];
-  if (row_index >= rows) return;  // the whole cluster
-  ptx::cluster_arrive_relaxed();  // waited for before the first access to another CTA
+  if (p.slot_rows) ptx::grid_dependency_wait();
+  const int rows = __ldcg(p.num_rows), request = __ldcg(p.row_request + row_index);  // from L2: see Row
+  const bool in_use = row_index < rows;
+  const int b = in_use ? request : 0;
   const Row of(p, row_index, b);
+  if (!p.slot_rows) ptx::grid_dependency_wait();
+  if (!in_use) return;            // the whole cluster
+  ptx::cluster_arrive_relaxed();  // waited for before the first access to another CTA
   const bool finite = load_part(p, p.own(row_index), b, used, of, row);
   __syncwarp();
   ptx::cluster_wait();

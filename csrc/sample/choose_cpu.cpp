@@ -73,14 +73,14 @@ void perturb_rows(float* z, int64_t n, int vocab, const int32_t* request, const 
 
 void best_columns(const float* x, int64_t n, int columns, int k, int32_t* column, float* score) {
   std::vector<float> lse(n);
-  rows_lse(x, n, columns, lse.data());
+  if (score) rows_lse(x, n, columns, lse.data());
   parallel_for(n, n * columns * 4, [&](int64_t row) {
     const float* own = x + row * columns;
     const std::vector<uint64_t> top = top_ranks(own, columns, k);
     for (int i = 0; i < k; ++i) {
       const int32_t c = i < static_cast<int>(top.size()) ? rank_token(top[i]) : -1;
       column[row * k + i] = c;
-      score[row * k + i] = c >= 0 ? canonical(own[c] - lse[row]) : -infinity();
+      if (score) score[row * k + i] = c >= 0 ? canonical(own[c] - lse[row]) : -infinity();
     }
   });
 }

@@ -71,6 +71,7 @@ struct DraftTopkParams {
 };
 
 // A child's score is z + G less the log-sum-exp of z + G over the drafter's own columns, in the order above.
+// On CUDA, of rows of logits that are their own (slot_rows 0), all but the logits is read before the kernel that makes these has ended: what writes it must be older.
 struct DraftChildrenParams {
   const float* logits;          // [L, D]; of row r: row r, or with slot_rows row request * slot_rows + level
   const int64_t* ids;           // [D], ascending, or null: 0, 1, ...
@@ -83,7 +84,7 @@ struct DraftChildrenParams {
   const int64_t* seeds;         // [B]
   const int32_t* num_rows;
   int32_t* token;               // [R, k]
-  float* score;                 // [R, k]
+  float* score;                 // [R, k] or null: nobody ranks them
   int ahead;                    // the child's position - row_position
   int noise;                    // purpose, or -1
   int rows, columns, vocab, stops, k;  // R, D, V, S

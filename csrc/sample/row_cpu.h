@@ -44,7 +44,7 @@ std::vector<uint64_t> top_candidates(const float* x, int n, int k);
 // z + G of rows [0, n) of z [n, V], in place; as they are where there is no noise. positions: of the tokens to be chosen.
 void perturb_rows(float* z, int64_t n, int vocab, const int32_t* request, const int32_t* positions, const int64_t* seeds, const float* sampling_f, int noise);
 
-// The k best columns of each row of x [n, columns] and their log-softmax; -1 and -inf where fewer are possible.
+// The k best columns of each row of x [n, columns] and, where `score` is not null, their log-softmax; -1 and -inf where fewer are possible.
 void best_columns(const float* x, int64_t n, int columns, int k, int32_t* column, float* score);
 
 // Tokens of the k highest values of x[0..n), ties by lower id, best first: their ranks, at most k.

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kExpandThreads) tree_expand_kernel(TreeExpandP
     const int parent = p.level == 1 ? -1 : beam[i / k];
     const int64_t child = static_cast<int64_t>(row0) * k + i;
     const bool known = row0 + i / k < p.rows;
-    float score = known ? p.topk_score[child] : kNoScore;
+    float score = known ? child_score(p, child) : kNoScore;
     if (parent >= 0) score = p.cand_score[base + parent] + score;
     keys[i] = score_key(score);
     p.cand_token[base + first + i] = known ? p.topk_token[child] : -1;

@@ -106,7 +106,7 @@ void launch_tree_expand_cpu(const TreeExpandParams& p) {
       const bool known = row0 + w < p.rows;
       for (int j = 0; j < p.topk; ++j, ++candidate) {
         const int64_t child = static_cast<int64_t>(row0 + w) * p.topk + j;
-        float score = known ? p.topk_score[child] : kNoScore;
+        float score = known ? child_score(p, child) : kNoScore;
         if (parent >= 0) score = p.cand_score[base + parent] + score;
         const uint32_t key = score_key(score);
         p.cand_token[base + candidate] = known ? p.topk_token[child] : -1;

@@ -108,7 +108,7 @@ struct DraftLimitsParams {
 
 struct TreeExpandParams {
   const int32_t* topk_token;                // [rows, k]
-  const float* topk_score;                  // [rows, k]
+  const float* topk_score;                  // [rows, k], or null: 0 for every child that there is
   const int32_t *max_depth, *seq_lens;      // [B]
   Paging paging;
   int32_t *cand_token, *cand_parent;        // [B, C]

@@ -56,6 +56,9 @@ SPECRT_HD void limit_slot(const DraftLimitsParams& p, int b) {
 // F(level): the index of an expansion's first candidate at depth `level`. Level 1 has k, every later level W k.
 SPECRT_HD int first_candidate(int level, int beam_width, int topk) { return level <= 1 ? 0 : topk + (level - 2) * beam_width * topk; }
 
+// The score of a child, less its parent's.
+SPECRT_HD float child_score(const TreeExpandParams& p, int64_t child) { return p.topk_score ? p.topk_score[child] : p.topk_token[child] >= 0 ? 0.0f : kNoScore; }
+
 // An integer that orders as the float does; -0 counts as 0. A score that is -inf or NaN is no choice at all: 0, below every other.
 SPECRT_HD uint32_t score_key(float score) {
   if (!(score > kNoScore)) return 0;

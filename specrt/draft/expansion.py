@@ -39,7 +39,9 @@ class Expansion:
         self.cand_score = torch.zeros(batch, candidates, dtype=torch.float32, device=device)
         self.beam = torch.zeros(batch, beam_width, **i32)
         self.topk_token = torch.zeros(rows, topk, **i32)
-        self.topk_score = torch.zeros(rows, topk, dtype=torch.float32, device=device)
+        # A chain's nodes are all taken: nobody ranks them.
+        ranked = topk > 1 or keep_logits or choices is not None
+        self.topk_score = torch.zeros(rows, topk, dtype=torch.float32, device=device) if ranked else None
         self.logits = torch.empty(rows, vocab, dtype=torch.float32, device=device)
         self.slots = torch.arange(batch, **i32)
         self.row_index = torch.arange(rows, **i32)
@@ -68,13 +70,13 @@ class Expansion:
         """Children of the roots, from self.logits[:B] (row b = slot b); of_slots: as in ``level``."""
         s, n = self.state, self.state.batch
         self._children(1, n, self.slots, s.seq_lens, 1, self.num_slots, of_slots)
-        self._grow(1, self.topk_token[:n], self.topk_score[:n], max_depth)
+        self._grow(1, n, max_depth)
 
     def level(self, level: int, rows: int, max_depth: Tensor, of_slots: tuple[Tensor, int, int] | None = None) -> None:
         """Children of the beam, from self.logits[:rows] (rows of ``batch``); ``level``: their depth, from 2 on. of_slots (logits [B m, D], m, i): from the i-th of the slot's m rows."""
         b = self.batch.head(rows)
         self._children(level, rows, b.request, b.position, 1 + self.lag, b.num_rows, of_slots)
-        self._grow(level, self.topk_token[:rows], self.topk_score[:rows], max_depth)
+        self._grow(level, rows, max_depth)
 
     def select(self, max_nodes: Tensor, max_depth: Tensor, levels: int) -> None:
         s = self.state
@@ -87,7 +89,7 @@ class Expansion:
 
     def _children(self, level: int, rows: int, request: Tensor, position: Tensor, ahead: int, num_rows: Tensor, of_slots: tuple[Tensor, int, int] | None) -> None:
         """The best children of each row, which stand at position + ahead. Without penalties: they change acceptance little and would need per-node counts of the beam."""
-        s, token, score = self.state, self.topk_token[:rows], self.topk_score[:rows]
+        s, (token, score) = self.state, self._best(rows)
         own, slot_rows, which = of_slots or (self.logits[:rows], 0, 0)
         if self.kept is None:
             ops.draft_children(own, slot_rows, which, self.ids, request, position, ahead, s.sampling_f, s.sampling_i, s.stop_ids, s.bias, s.seeds, self.noise, num_rows, token, score)
@@ -102,8 +104,12 @@ class Expansion:
         bins = torch.where(self.row_index[:rows] < num_rows, request, s.batch).long()
         self.kept[:, level - 1].index_copy_(0, bins, z)
 
-    def _grow(self, level: int, token: Tensor, score: Tensor, max_depth: Tensor) -> None:
-        s, b = self.state, self.batch
+    def _best(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """(tokens, scores) of the children of so many rows."""
+        return self.topk_token[:rows], None if self.topk_score is None else self.topk_score[:rows]
+
+    def _grow(self, level: int, rows: int, max_depth: Tensor) -> None:
+        s, b, (token, score) = self.state, self.batch, self._best(rows)
         if self.static is not None:
             score = torch.where(torch.isneginf(score), score, self.static[level - 1][: score.shape[0]])  # a token that is missing stays so
         ops.tree_expand(level, self.beam_width, token, score, max_depth, self.base, s.block_table, self.page_size, self.cand_token, self.cand_parent, self.cand_score,

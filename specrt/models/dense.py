@@ -143,10 +143,9 @@ class DenseModel:
         position, slot, request, prefix, table = batch.position, batch.slot, batch.request, batch.prefix, batch.block_table
         cos, sin, scale, flat = self.cos, self.sin, self._scale, attended.flatten(1)
         stream = features.get(0, residual)  # what the layer at hand reads
-        ops.embedding(self.embedding, batch.token, n, stream)
-        ops.rms_scale(stream, self.layers[0].input_norm, n, scaled, squares)
         if not batch.prefill:
             ops.attention_plan(request, prefix, batch.ancestors, batch.paths, n, table.shape[0], self.config.num_heads, self.kv_heads, batch.workspace.plan)
+        ops.embedding(self.embedding, batch.token, self.layers[0].input_norm, n, stream, scaled, squares, early=not batch.prefill)
         for j, (layer, (k_pool, v_pool, *kv_scales)) in enumerate(zip(self.layers, pool.layers())):
             layer.qkv.normed(normed, n, qkv)
             ops.rope_append(qkv, position, slot, cos, sin, layer.q_norm, layer.k_norm, eps, n, q, k_pool, v_pool, *kv_scales)

@@ -116,7 +116,7 @@ class HeadModel(ABC):
                 stream: Tensor | None = None, stream_normed: bool = False) -> Tensor:
         """Embedding and feature side by side, see ``ops.head_input``."""
         out = self.new(batch.rows, 2 * self.hidden_size)
-        ops.head_input(self.embedding, batch.token, feature, parent, token_norm, feature_norm, self.eps, feature_first, batch.num_rows, out, stream, stream_normed)
+        ops.head_input(self.embedding, batch.token, feature, parent, token_norm, feature_norm, self.eps, feature_first, batch.num_rows, out, stream, stream_normed, early=not batch.prefill)
         return out
 
     def forward(self, batch: RowBatch, feature: Tensor, pool: KVPool, parent: Tensor | None = None) -> tuple[Tensor, Tensor]:

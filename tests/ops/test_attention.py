@@ -200,6 +200,20 @@ def test_a_tree_row_has_the_bits_of_plain_decoding_and_of_prefill(device, dtype,
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_large_trees_of_many_requests(device, dtype, pool):
+    """So many that CUDA takes blocks of 128 vectors (csrc/attention/params.h, tree_shape)."""
+    nodes = 40
+    case = tree_case(dtype, head_dim(device, 32), [0, 5, 100, 200, 250, 600, 1025, 2030], nodes, kv_heads=4, group=2, **POOLS[pool])
+    tree = case.run(device, "ancestors")
+    assert_close(tree, case.reference(), TOLERANCE[dtype])
+    for r in range(0, 8 * nodes, 13):
+        plain = straightened(case, r)
+        assert_bits(plain.run(device, "none"), tree[r : r + 1])
+        assert_bits(plain.run(device, "prefill"), tree[r : r + 1])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_expansion_scratch_beyond_64_slots(device, dtype, pool):
     dim, nodes = head_dim(device, 32), 180
     case = tree_case(dtype, dim, [100, 251], nodes, **POOLS[pool])

@@ -31,8 +31,10 @@ def children(logits, ids, vocab, params, k, noise, ahead, position, stops, bias,
     spread = torch.full((3 * R, logits.shape[1]), 7.0, device=device)
     spread[request.long() * 3 + 1] = logits
     ops.draft_children(spread, 3, 1, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, n, *of_slots)
+    unranked = torch.empty_like(out[0][0])
+    ops.draft_children(logits, 0, 0, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, n, unranked, None)
     used = R if used is None else used
-    assert torch.equal(of_slots[0][:used], out[0][0][:used])
+    assert torch.equal(of_slots[0][:used], out[0][0][:used]) and torch.equal(unranked[:used], out[0][0][:used])
     assert_bits(of_slots[1][:used], out[0][1][:used])
     z, before = torch.empty(R, vocab, device=device), ints(position + ahead - 1, device)
     over_target(logits, ids, z)

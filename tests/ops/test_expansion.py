@@ -31,14 +31,16 @@ class Case:
                         row_slot=make(rows, dtype=torch.int64), row_path=make(rows, levels + extra_depth), row_parent=make(rows), num_rows=make(1))
         self.want = {name: t.cpu().clone() for name, t in self.out.items()}
 
-    def step(self, level):
+    def step(self, level, ranked=True):
         active = [b for b in range(self.batch) if self.max_depth[b] >= level]
         rows = self.batch if level == 1 else self.width * len(active)
         token = [[self.rng.randrange(1000) for _ in range(self.topk)] for _ in range(max(rows, 1))]
         score = [sorted((F32(self.scores(self.rng)) for _ in range(self.topk)), reverse=True) for _ in range(max(rows, 1))]
-        table = ints(self.table, self.device)
-        ops.tree_expand(level, self.width, ints(token, self.device), torch.tensor(np.array(score), device=self.device), ints(self.max_depth, self.device),
-                        ints(self.seq_lens, self.device), table, self.page_size, *self.out.values())
+        if not ranked:  # a token that is missing has no score, all others are equal
+            token = [[t if t % 10 else -1 for t in row] for row in token]
+            score = [[F32(-INF if t < 0 else 0.0) for t in row] for row in token]
+        table, scores = ints(self.table, self.device), torch.tensor(np.array(score), device=self.device) if ranked else None
+        ops.tree_expand(level, self.width, ints(token, self.device), scores, ints(self.max_depth, self.device), ints(self.seq_lens, self.device), table, self.page_size, *self.out.values())
         self._expect(level, active, token, score)
 
     def _expect(self, level, active, token, score):
@@ -147,11 +149,15 @@ def test_scores_above_the_parents_and_impossible_ones(device):
     broken.check_select([10, 3])
 
 
-def test_width_one_is_a_chain(device):
+@pytest.mark.parametrize("ranked", [True, False])
+def test_width_one_is_a_chain(device, ranked):
     case = Case(device, 1, 1, 1, 6, [6, 3, 0], extra_depth=2)
     for level in range(1, 7):
-        case.step(level)
+        case.step(level, ranked)
         case.check()
+    case.check_select([8, 8, 8])
+    if not ranked:
+        return
     _, parent, size = case.select([8, 8, 8])
     assert size == [7, 4, 1] and parent[0][1:7] == [0, 1, 2, 3, 4, 5] and parent[1][1:4] == [0, 1, 2]
 

@@ -26,9 +26,10 @@ def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim, page, norm", [(64, 16, False), (64, 64, True), (96, 32, True), (128, 64, False), (16, 16, True)])
-def test_rope_append_matches_float64(device, dtype, dim, page, norm):
-    q_heads, kv_heads, n, pages = 6, 2, 9, 5
+@pytest.mark.parametrize("dim, page, norm", [(64, 16, False), (64, 64, True), (96, 32, True), (128, 64, False), (128, 16, True), (16, 16, True), (256, 32, True)])
+@pytest.mark.parametrize("n", [9, 70])  # on CUDA fewer and more than a warp takes one head of
+def test_rope_append_matches_float64(device, dtype, dim, page, norm, n):
+    q_heads, kv_heads, pages = 6, 2, 5
     cos, sin = angles(1000, dim, device)
     qkv = torch.randn(n + 2, (q_heads + 2 * kv_heads) * dim).to(dtype).to(device)
     position = torch.randint(1000, (n + 2,), dtype=torch.int32).to(device)
@@ -95,19 +96,19 @@ def test_rope_append_matches_transformers(device, dtype):
 
 
 def test_a_row_does_not_depend_on_the_others(device):
-    n, dim = 33, 64
+    n, dim = 70, 64
     cos, sin = angles(100, dim, device)
     qkv, weight = torch.randn(n, 5 * dim, device=device).bfloat16(), torch.randn(dim, device=device).bfloat16()
     position, slot = torch.arange(n, dtype=torch.int32, device=device), torch.arange(n, device=device)
 
     def run(picked):
         q = torch.empty(len(picked), 3, dim, dtype=torch.bfloat16, device=device)
-        k, v = (torch.zeros(3, 1, 16, dim, dtype=torch.bfloat16, device=device) for _ in range(2))
+        k, v = (torch.zeros(5, 1, 16, dim, dtype=torch.bfloat16, device=device) for _ in range(2))
         ops.rope_append(qkv[picked], position[picked], slot[picked], cos, sin, weight, weight, 1e-6, rows(len(picked), device), q, k, v)
         return q, k.reshape(-1, dim)
 
     q, k = run(list(range(n)))
-    for r in (0, 17, 32):
+    for r in (0, 17, 69):
         alone_q, alone_k = run([r])
         assert_bits(alone_q[0], q[r])
         assert_bits(alone_k[r], k[r])

@@ -66,27 +66,23 @@ def sums_of_squares(h: torch.Tensor) -> torch.Tensor:
     return fold[..., 0]
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [1, 66, 576, 4096])
-def test_rms_scale(device, dtype, hidden):
-    x = (torch.randint(-64, 64, (3, hidden)) * 2.0 ** torch.randint(-9, 9, (3, hidden))).to(dtype)
+@pytest.mark.parametrize("hidden", [1, 5, 66, 576, 1032, 4096, 9000])
+def test_embedding_takes_rows_with_the_first_half_of_their_norm(device, dtype, hidden, early):
+    """Unknown ids give NaN."""
+    table = (torch.randint(-64, 64, (100, hidden)) * 2.0 ** torch.randint(-9, 9, (100, hidden))).to(dtype)
     w, blocks = torch.randn(hidden).to(dtype), -(-hidden // 64)
-    scaled, squares = poisoned(3, hidden, dtype=dtype, device=device), poisoned(*ops.squares_shape(3, hidden), dtype=torch.float32, device=device)
-    ops.rms_scale(x.to(device), w.to(device), rows(2, device), scaled, squares)
-    assert_bits(scaled[:2], (x.float() * w.float()).to(dtype)[:2])
-    assert_bits(squares[:2, :blocks], sums_of_squares(x)[:2])
-    assert torch.isnan(scaled[2].float()).all() and torch.isnan(squares[2]).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [5, 48, 1032])
-def test_embedding_takes_rows_and_marks_unknown_ids(device, dtype, hidden):
-    table = torch.randn(100, hidden).to(dtype).to(device)
-    ids = torch.tensor([3, 99, 100, -1, 0], dtype=torch.int32, device=device)
-    out = poisoned(5, hidden, dtype=dtype, device=device)
-    ops.embedding(table, ids, rows(5, device), out)
-    assert_bits(out[[0, 1, 4]], table[[3, 99, 0]])
-    assert torch.isnan(out[[2, 3]].float()).all()
+    ids = torch.tensor([3, 99, 100, -1, 0, 5], dtype=torch.int32, device=device)
+    out, scaled = (poisoned(6, hidden, dtype=dtype, device=device) for _ in range(2))
+    squares = poisoned(*ops.squares_shape(6, hidden), dtype=torch.float32, device=device)
+    ops.embedding(table.to(device), ids, w.to(device), rows(5, device), out, scaled, squares, early)
+    x = table[[3, 99, 0]]
+    assert_bits(out[[0, 1, 4]], x)
+    assert_bits(scaled[[0, 1, 4]], (x.float() * w.float()).to(dtype))
+    assert_bits(squares[[0, 1, 4], :blocks], sums_of_squares(x))
+    for t in (out, scaled, squares):
+        assert torch.isnan(t[[2, 3, 5], :blocks].float()).all()
 
 
 def test_rows_past_num_rows_are_untouched(device):
@@ -118,14 +114,15 @@ def test_a_heads_input_is_embedding_and_norms_side_by_side(device, dtype, hidden
         return out if wanted else x
 
     for parent in (None, torch.tensor([8, 8, 0, 9, 1, 7, 3, -1, 0], dtype=torch.int32, device=device)):
-        embedded = poisoned(9, hidden, dtype=dtype, device=device)
-        ops.embedding(table, ids, n, embedded)
+        unknown = ((ids < 0) | (ids > 10))[:, None]
+        embedded = table[ids.long().clamp(0, 10)].masked_fill(unknown, float("nan"))
         gone = torch.zeros(9, 1, dtype=torch.bool, device=device) if parent is None else ((parent < 0) | (parent > 8))[:, None]
         feature = (features if parent is None else features[parent.long().clamp(0, 8)].contiguous()).masked_fill(gone, float("nan"))
         halves = [norm(embedded, w[0], normed[0]), norm(feature, w[1], normed[1])]
         joined = poisoned(9, 2 * hidden, dtype=dtype, device=device)
         stream = None if stream_normed is None else poisoned(9, hidden, dtype=dtype, device=device)
-        ops.head_input(table, ids, features, parent, w[0] if normed[0] else None, w[1] if normed[1] else None, 1e-5, feature_first, n, joined, stream, bool(stream_normed))
+        ops.head_input(table, ids, features, parent, w[0] if normed[0] else None, w[1] if normed[1] else None, 1e-5, feature_first, n, joined, stream, bool(stream_normed),
+                       early=parent is not None)
         want = torch.cat(halves[::-1] if feature_first else halves, dim=1)
         assert torch.equal(joined[:8].nan_to_num(nan=77.0), want[:8].nan_to_num(nan=77.0)) and torch.isnan(joined[8]).all()
         if stream is not None:
