@@ -25,9 +25,7 @@ template <typename S> struct Consumer {
   __device__ __forceinline__ int vector(int i) const { return warp * 16 + lane / 4 + 8 * i; }
   __device__ __forceinline__ uint32_t stage_at(At place) const { return stages + place.stage * S::tile_bytes; }
   __device__ __forceinline__ void wait(At place) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + place.stage), place.parity); }
-  __device__ __forceinline__ void give(At place) const {
-    ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage));
-  }
+  __device__ __forceinline__ void give(At place) const { ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage)); }
 
   // The next job, but for the first; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
   __device__ __forceinline__ void begin(bool first, uint32_t all_queries) {
@@ -350,7 +348,7 @@ template <typename S> struct Consumer {
     }
   }
 
-  // The last chunk: O * (1 / l), or a partial (m, l, O), of the run is written.
+  // The last chunk: O * (v_scale / l), or a partial (m, l, O), of the run is written.
   __device__ __forceinline__ void write(const Job& job, int chunk, bool first) {
     const Join by = join(job, chunk, first, x.m);
 #pragma unroll

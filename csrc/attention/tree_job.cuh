@@ -121,12 +121,13 @@ template <typename S> struct Producer {
     return s;
   }
 
-  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
+  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns. L2 may drop them first: only the blocks of this request read them again, and soon.
   __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
     const int shift = page_shift(), page = lane & ((kTile >> shift) - 1), block = lane << shift >> 6, at = tile + (page << shift);
     const bool copies = block < S::Tile::boxes && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s, ptx::evict_first_policy());
+    const uint32_t to = stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128;
+    if (copies) ptx::tma_load(to, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s, ptx::evict_first_policy());
   }
 
   // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
