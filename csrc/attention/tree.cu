@@ -43,10 +43,14 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
     }
     ptx::mbarrier_init_fence();
     rest.zeros = make_uint4(0, 0, 0, 0);
-    rest.group_heads = p.q_heads / p.kv_heads;
+    rest.log_step = 16 % (p.q_heads / p.kv_heads) == 0 ? 1 + S::warpgroups : 0;
   }
   if (threadIdx.x < 128) rest.ones[threadIdx.x] = 0x3f80;
-  if (threadIdx.x < S::vectors) rest.row_of[threadIdx.x] = static_cast<uint8_t>(threadIdx.x / (p.q_heads / p.kv_heads));
+  if (threadIdx.x < S::vectors) {  // rows in turn to the warps, if a warp has whole ones
+    const int group_heads = p.q_heads / p.kv_heads, mine = threadIdx.x % 16, by_turns = 16 % group_heads == 0, at = by_turns ? mine : threadIdx.x, row = at / group_heads;
+    rest.row_of[threadIdx.x] = static_cast<uint8_t>(by_turns ? row * S::warps + threadIdx.x / 16 : row);
+    rest.head_of[threadIdx.x] = static_cast<uint8_t>(at - row * group_heads);
+  }
   ptx::async_proxy_fence();
   __syncthreads();
 

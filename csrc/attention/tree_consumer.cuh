@@ -25,9 +25,7 @@ template <typename S> struct Consumer {
   __device__ __forceinline__ int vector(int i) const { return warp * 16 + lane / 4 + 8 * i; }
   __device__ __forceinline__ uint32_t stage_at(At place) const { return stages + place.stage * S::tile_bytes; }
   __device__ __forceinline__ void wait(At place) const { ptx::mbarrier_wait(ptx::shared_address(rest.full + place.stage), place.parity); }
-  __device__ __forceinline__ void give(At place) const {
-    ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage));
-  }
+  __device__ __forceinline__ void give(At place) const { ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage)); }
 
   // The next job, but for the first; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
   __device__ __forceinline__ void begin(bool first, uint32_t all_queries) {
@@ -39,27 +37,26 @@ template <typename S> struct Consumer {
     }
     const bool other = first || job.piece == 0, paths = p.ancestors && job.chunk_end * kChunk > job.own_begin();
     if (!other && !paths) return;
-    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * rest.group_heads, mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
+    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * (p.q_heads / p.kv_heads), mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
     if (other) {
       const int prefix = __ldcg(p.row_prefix + mine);
       const long long word = p.ancestors ? __ldcg(reinterpret_cast<const long long*>(p.ancestors) + mine) : 0;
+      const int len = p.paths ? describe_row(p, mine).len : prefix + __popcll(word);
       if (first) ptx::grid_dependency_wait();
+      // What lies in the place of a vector beyond the block's is multiplied, too: nobody reads that.
 #pragma unroll 1
-      for (int i = threadIdx.x; i < S::vectors * (S::columns / 8); i += S::consumers) {
-        const int vector = i / (S::columns / 8), piece = i % (S::columns / 8), row = rest.row_of[vector];
-        const bool present = row < rows && piece * 8 < D;
-        const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + vector - row * rest.group_heads) * D + piece * 8;
-        ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + (present ? from : 0), present);
+      for (int i = lane; i < 16 * (D / 8); i += 32) {
+        const int vector = warp * 16 + i / (D / 8), piece = i % (D / 8), row = rest.row_of[vector];
+        if (row >= rows) break;
+        const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + rest.head_of[vector]) * D + piece * 8;
+        ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + from, true);
       }
       ptx::cp_async_commit();
       if (threadIdx.x < rows) {
-        rest.len[threadIdx.x] = p.paths ? describe_row(p, mine).len : prefix + __popcll(word);
+        rest.len[threadIdx.x] = len;
         rest.nodes[threadIdx.x] = static_cast<uint64_t>(word);
       }
-      if (threadIdx.x < S::vectors) {
-        const int row = rest.row_of[threadIdx.x];
-        rest.vector_of[threadIdx.x] = (row_begin + row) * p.q_heads + head_begin + threadIdx.x - row * rest.group_heads;
-      }
+      if (threadIdx.x < S::vectors) rest.vector_of[threadIdx.x] = (row_begin + rest.row_of[threadIdx.x]) * p.q_heads + head_begin + rest.head_of[threadIdx.x];
     }
     if (paths) {
       ptx::named_barrier(1, S::consumers);
@@ -208,9 +205,9 @@ template <typename S> struct Consumer {
   }
 
   // rest.seen of a tile, for this warp's rows.
-  __device__ __forceinline__ void find_visible(const Job& job, int tile, int rows_begin, int rows_end) const {
-    const int r = rows_begin + lane;
-    if (lane < 16) rest.seen[warp][lane] = r < rows_end ? visible(job, r, row_at(job, r), tile) : Visible{{0, 0}};
+  __device__ __forceinline__ void find_visible(const Job& job, int tile) const {
+    const int r = first_row() + (lane << rest.log_step);
+    if (r <= last_row() && r < job.block.rows) rest.seen[warp][lane] = visible(job, r, row_at(job, r), tile);
     __syncwarp();
   }
 
@@ -221,17 +218,24 @@ template <typename S> struct Consumer {
     const int low = max(0, job.own_begin() - tile);  // the groups of 16 before it are common
     const At keys = at, keys_more = keys.after(slots), values = keys_more.after(more), values_more = values.after(slots);
     at = values_more.after(more);
-    if (works) find_visible(job, tile, rows_begin, rows_end);
-    float s[8][4] = {};
-    if (slots) scores(x.s, keys);
-    if (more) scores(s, keys_more);
+    if (works) find_visible(job, tile);
+    float s[8][4];
+    if (slots) wait(keys);
+    if (more) wait(keys_more);
+    x.start_scores(x.s, queries, stage_at(slots ? keys : keys_more));  // where there are no slots: of what nobody sees
+    x.start_scores(s, queries, stage_at(more ? keys_more : keys));
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_results(x.s);
+    ptx::wgmma_results(s);
+    if (slots) give(keys);
+    if (more) give(keys_more);
 
     uint16_t(*own)[kOwnPitch] = rest.own[warp];
     if (works) {
       float a[2];
       Visible seen[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) seen[i] = rows[i] < rows_end ? rest.seen[warp][rows[i] - rows_begin] : Visible{{0, 0}};
+      for (int i = 0; i < 2; ++i) seen[i] = rows[i] < rows_end ? rest.seen[warp][(rows[i] - rows_begin) >> rest.log_step] : Visible{{0, 0}};
       x.softmax_own(s, more, seen, scale, lane, a);
       x.rescale(a);
       x.round();
@@ -296,7 +300,7 @@ template <typename S> struct Consumer {
         }
         x.add_sums(group);
 #pragma unroll 1
-        for (int r = rows_begin; r < rows_end; ++r) {
+        for (int r = rows_begin; r < rows_end; r += 1 << rest.log_step) {
           const Row row = row_at(job, r);
           if (!row.sees(begin, 16)) continue;
           const int at = place(r, row, begin + lane % 16);
@@ -350,7 +354,7 @@ template <typename S> struct Consumer {
     }
   }
 
-  // The last chunk: O * (1 / l), or a partial (m, l, O), of the run is written.
+  // The last chunk: O * (v_scale / l), or a partial (m, l, O), of the run is written.
   __device__ __forceinline__ void write(const Job& job, int chunk, bool first) {
     const Join by = join(job, chunk, first, x.m);
 #pragma unroll
@@ -372,8 +376,9 @@ template <typename S> struct Consumer {
       } else {
         const int64_t at = part(job, i);
         float4* const to = part_pieces(p, at) + lane % 4;
+        const uint64_t kept_in_l2 = ptx::evict_last_policy();  // for the combine kernel
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n) to[4 * n] = o[n];
+        for (int n = 0; n < D / 16; ++n) ptx::store_global(to + 4 * n, o[n], kept_in_l2);
         if (lane % 4 == 0) *part_sums(p, at) = make_float2(run_m[i], run_l[i]);
       }
     }

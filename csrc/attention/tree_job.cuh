@@ -93,10 +93,10 @@ template <typename S> struct Rest {
   uint8_t node_at[S::vectors][64];  // of a row's path, with ancestors
   uint64_t full[S::stages], empty[S::stages], narrow[S::stages];  // narrow: an e4m3 tile has come, full follows when it is wide
   uint64_t nodes[S::vectors];  // ancestors of a row
-  int group_heads;
+  int log_step;                // of the rows that a warp has: from one to the next
   int len[S::vectors];
   int vector_of[S::vectors];   // of the CTA: of all
-  uint8_t row_of[S::vectors];  // its row in the block
+  uint8_t row_of[S::vectors], head_of[S::vectors];  // its row in the block, its head in the group
   Job producer, consumers;     // what they work on: registers are wanted elsewhere
   bool end[S::stages];         // no e4m3 tile: the producer has done
 };
@@ -121,12 +121,13 @@ template <typename S> struct Producer {
     return s;
   }
 
-  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns.
+  // Slots tile .. tile + 63 of K, or V: a copy a page and 64 columns. L2 may drop them first: only the blocks of this request read them again, and soon.
   __device__ void tile(const Job& job, const CUtensorMap* map, int tile, int page_ids) {
     const int shift = page_shift(), page = lane & ((kTile >> shift) - 1), block = lane << shift >> 6, at = tile + (page << shift);
     const bool copies = block < S::Tile::boxes && at < job.slots_end() && at + p.page > job.first_seen;
     const int s = stage(__popc(__ballot_sync(~0u, copies)) * p.page * 128);
-    if (copies) ptx::tma_load(stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s, ptx::evict_first_policy());
+    const uint32_t to = stages + s * S::tile_bytes + S::Tile::at + block * kBlockBytes + page * p.page * 128;
+    if (copies) ptx::tma_load(to, map, block * 64, (page_ids * p.kv_heads + job.kv_head) * p.page, full + 8 * s, ptx::evict_first_policy());
   }
 
   // Where an entry of a tile of paths comes from: entry = node (ancestors), or row x position in this tile (paths); -1: nowhere.
@@ -162,7 +163,6 @@ template <typename S> struct Producer {
       const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), shift = page_shift(), first_page = chunk * kChunk >> shift, mine = first_page + lane;
       const int ids = lane < (kChunk + kTile) >> shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(table + mine) : 0;
       for (int at = begin; at < end; at += kTile) {
-        if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
         const bool slots = job.loads_slots(at), more = job.loads_more(at);
         const int place = (at >> shift) - first_page + (lane & ((kTile >> shift) - 1));
         const int page_ids = __shfl_sync(~0u, ids, place), more_ids = __shfl_sync(~0u, ids, place + (kTile >> shift));
@@ -170,6 +170,7 @@ template <typename S> struct Producer {
         if (more && !job.many_nodes)
 #pragma unroll
           for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half, wanted));
+        if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
         for (int which = 0; which < 2; ++which) {
           const CUtensorMap* pages = which ? v_pages : k_pages;
           if (slots) tile(job, pages, at, page_ids);

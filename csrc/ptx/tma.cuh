@@ -45,6 +45,11 @@ __device__ __forceinline__ void tma_load_to_all(uint32_t to, const CUtensorMap* 
       : "memory");
 }
 
+// Writes 16 bytes to memory under a policy.
+__device__ __forceinline__ void store_global(float4* to, float4 x, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "l"(policy) : "memory");
+}
+
 // Brings `bytes` contiguous bytes (a multiple of 16, 16-byte aligned) to L2.
 __device__ __forceinline__ void bulk_prefetch_l2(const void* from, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory"); }
 
