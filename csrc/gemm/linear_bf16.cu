@@ -73,9 +73,9 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool c
   // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long, and less where many warpgroups take turns.
   static constexpr int lag = (tokens > 64 && warpgroups < 4) || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of attention find room beside them: as CTAs an SM for the compiler.
-  static constexpr int few_registers = tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
+  static constexpr int few_registers = splits ? 1 : tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
   static constexpr bool staged = tokens > 32 && !chooses;  // the way out, by shared memory
-  static constexpr bool many = tokens > 64;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
+  static constexpr bool many = tokens > 64 || splits;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
   // Of two ranges in turn, the first's sum stays in registers, but for so many values of each thread, which go to shared memory. [kept / 4][thread of the warpgroups] of 4 values
   static constexpr int kept = ways == Ways::kTurn && tokens > 192 ? 64 : 0, kept_bytes = kept * 4 * 128 * warpgroups;
@@ -368,8 +368,9 @@ void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {
-    if (p.rows <= 128) launch_few<2, Ways::kOne>(p, stream);
-    else if (p.rows <= 160) launch_tile<Tile<2, 160, Ways::kOne>>(p, stream);
+    if (p.rows <= 64) launch_few<2, Ways::kOne>(p, stream);
+    else if (p.rows <= 128) launch_tile<Tile<4, 64, Ways::kOne, true>>(p, stream);
+    else if (p.rows <= 160) launch_tile<Tile<4, 80, Ways::kOne, true>>(p, stream);
     else if (p.rows <= 256) launch_tile<Tile<4, 128, Ways::kOne, true>>(p, stream);
     else launch_tile<Tile<2, 256, Ways::kOne>>(p, stream);
   } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kEnoughCtas) {
