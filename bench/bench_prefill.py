@@ -38,7 +38,7 @@ def milliseconds(run: Callable[[int], None]) -> list[float]:
 def ours(case: Case) -> list[float]:
     from specrt import SamplingParams
 
-    bench = Bench(case, load_target(case.shape, case.quantization))
+    bench = Bench(case, load_target(case))
 
     def first_token(i: int) -> None:
         request = bench.engine.prepare(bench.prompt(i), SamplingParams(max_tokens=1, ignore_eos=True), i)
