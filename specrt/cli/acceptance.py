@@ -152,16 +152,22 @@ def machine(args: argparse.Namespace) -> str:
     return platform.platform() if args.device == "cpu" or not torch.cuda.is_available() else torch.cuda.get_device_name()
 
 
+def written(document: dict[str, Any]) -> str:
+    """The document as JSON, a result a line: a diff of two baselines says which results changed."""
+    rest = json.dumps({key: value for key, value in document.items() if key != "results"}, indent=2)
+    return rest.removesuffix("\n}") + ',\n  "results": [\n    ' + ",\n    ".join(map(json.dumps, document["results"])) + "\n  ]\n}"
+
+
 def report(args: argparse.Namespace, document: dict[str, Any], before: dict[str, Any] | None) -> int:
     """Prints and writes everything; the exit code."""
     from rich.console import Console
 
     if args.json == "-":
-        print(json.dumps(document, indent=2))
+        print(written(document))
     else:
         Console().print(*tables(document))
         if args.json:
-            Path(args.json).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            Path(args.json).write_text(written(document) + "\n", encoding="utf-8")
     if args.html:
         Path(args.html).write_text(page(document), encoding="utf-8")
     failed = [f"exact methods gave different outputs: {where}" for where in differing(document)]
