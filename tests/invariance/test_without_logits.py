@@ -81,17 +81,18 @@ def test_a_batch_changes_ways_as_requests_come_and_go(model, rounds, device, oth
     assert rounds[False] and (rounds[True] or "token_mask" in other)
 
 
-@pytest.mark.parametrize("style, logits", [(GREEDY, False), (SAMPLED, True), (dict(SAMPLED, logprobs=0), False)], ids=["greedy", "sampled", "logprobs"])
-def test_many_sampled_rows_go_through_logits(model, rounds, device, style, logits):
+@pytest.mark.parametrize("style, requests, logits", [(GREEDY, 2, False), (GREEDY, 3, True), (SAMPLED, 2, False), (SAMPLED, 3, True), (dict(SAMPLED, logprobs=0), 3, False)],
+                         ids=["greedy", "greedy_many", "sampled", "sampled_many", "logprobs_many"])
+def test_many_rows_go_through_logits(model, rounds, device, style, requests, logits):
     spec = dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3, num_steps=8, eagle_topk=4, num_draft_tokens=64)
-    batch = [Case(c.prompt, SamplingParams(**style, seed=c.params.seed, max_tokens=30, ignore_eos=True)) for c in cases(2, VOCAB, (16, 40), 30)]
+    batch = [Case(c.prompt, SamplingParams(**style, seed=c.params.seed, max_tokens=30, ignore_eos=True)) for c in cases(requests, VOCAB, (16, 40), 30)]
     with make(model, device=device, max_batch_size=1) as llm:
         want = [out.token_ids for out in llm.generate([c.prompt for c in batch], [c.params for c in batch])]
     assert set(rounds) == {False}
     rounds.clear()
-    with make(model, device=device, max_batch_size=2, speculative_config=spec) as llm:
+    with make(model, device=device, max_batch_size=requests, speculative_config=spec) as llm:
         assert [out.token_ids for out in llm.generate([c.prompt for c in batch], [c.params for c in batch])] == want
-    assert rounds[logits] and (logits or not rounds[True])  # the last request alone has 64 rows
+    assert rounds[logits] and (logits or not rounds[True])  # a request is 64 rows, and the last are fewer
 
 
 def test_which_requests_need_their_logits():
