@@ -175,7 +175,8 @@ def rope_append(qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin:
 
     qkv [R, (Hq + 2 Hkv) * D] act: q heads, k heads, v heads. positions int32 [R]. slots int64 [R]: page * P + offset, or -1 to write no KV.
     cos, sin float32 [max_position, D/2]. q_norm, k_norm [D] act or None. q [R, Hq, D] act out. k_pool, v_pool [pages, Hkv, P, D] act or both float8_e4m3fn, mutated.
-    CUDA: positions, slots and num_rows are read before the wait; they must be older than the op that makes qkv (csrc/kv/params.h).
+    CUDA: positions, slots and num_rows are read before the wait; they must be older than the op that makes qkv, a linear,
+    which waits before it lets the next kernel start (csrc/kv/params.h).
     The rotation is in float32: (x1, x2) -> (fma(x1, c, -(x2 s)), fma(x2, c, x1 s)), rounded once. An FP8 pool gets e4m3(x / scale) of that, to nearest even, saturated to
     +-448; k_scale, v_scale: finite and > 0, 1 for other pools."""
     _C.rope_append(qkv, positions, slots, cos, sin, q_norm, k_norm, eps, num_rows, q, k_pool, v_pool, k_scale, v_scale)
@@ -226,7 +227,8 @@ def tree_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tenso
     Row r sees the logical positions 0 .. row_prefix[r]-1 of its request, each in its own slot, and then its path: the key at logical position
     row_prefix[r] + d lies in slot row_prefix[r] + n_d, n_d the d-th node of the path, ascending, the row itself last. The path is given by
     ``ancestors`` int64 [R] (bit j: node j; verify) or ``paths`` int32 [R, depth] (-1 ends it; expansion scratch, beyond 64 slots); with neither,
-    or with an empty one, the row sees its prefix only. ``window`` > 0: only the last ``window`` logical positions (the row's own included)."""
+    or with an empty one, the row sees its prefix only. ``window`` > 0: only the last ``window`` logical positions (the row's own included).
+    CUDA: rows of a request stand together and, where they have neither ancestors nor paths, their prefixes ascend: what lies below the first row's is read before the wait."""
     _C.tree_attention(q, k_pool, v_pool, block_table, row_request, row_prefix, ancestors, paths, scale, window, num_rows, plan, workspace, out, k_scale, v_scale)
 
 
