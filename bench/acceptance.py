@@ -100,8 +100,8 @@ def main() -> None:
             for name in shapes():
                 shared, rounds = found[name, "shared noise", t]
                 for peer in (m for m in METHODS if m != "shared noise"):
-                    shape = f"{args.model}, T = {t}, {name}, {rounds} rounds, draft: {described}"
-                    results.add("acceptance, shared noise", shape, [shared], "accepted/round", peer, found[name, peer, t][0])
+                    shape = f"{args.model}, T = {t}, {name}, draft: {described}"
+                    results.add("acceptance, shared noise", shape, [shared], "accepted/round", peer, found[name, peer, t][0], note=f"{rounds} rounds")
     results.write()
     print_table(results.rows)
 
