@@ -10,13 +10,12 @@
 #include "base/math.h"
 #include "base/tensor_map.h"
 #include "gemm/kernels_cuda.h"
-#include "gemm/quantize.cuh"
+#include "gemm/quantize_tokens.cuh"
 #include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
-#include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/mma.cuh"
+#include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma_e4m3.cuh"
 #include "ptx/wgmma_registers.cuh"
@@ -26,100 +25,43 @@ namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
-constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
-constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
 
 enum class Ways { kOne, kTurn, kPair };  // through K, as in linear_bf16.cu: one range, two in turn, a CTA for each of two
 
-// quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
-template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
+// splits: as in linear_bf16.cu. quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
+template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
   using Activation = Activation_;
-  static constexpr int warpgroups = warpgroups_, tokens = tokens_;
-  static constexpr bool pair = ways == Ways::kPair, turn = ways == Ways::kTurn, quantizes = quantizes_;
-  // Behind the warpgroups: the producer, the warp that makes the rows' scales, the quantisers.
-  static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64 + (quantizes ? 32 * kQuantizers : 0);
-  static constexpr int cluster = pair ? 2 : 1;
-  // So few that CTAs of attention find room beside them.
-  static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
-  static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
-  static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  static constexpr bool staged = tokens > 64 && std::is_same_v<Activation, bf16>;
-  static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
-  static constexpr int fragment_bytes = 16 * 128 * warpgroups;
+  static constexpr int units = units_, tokens = tokens_;  // of 64 outputs
+  static constexpr bool pair = ways == Ways::kPair, turn = ways == Ways::kTurn, splits = splits_, quantizes = quantizes_;
+  static constexpr bool many = tokens > 64 || splits, staged = many && std::is_same_v<Activation, bf16>;
+  // A warpgroup has a unit of outputs; two have half of the tokens of one each where it would be alone: one multiplies while the other promotes.
+  static constexpr int beside = units == 1 && pair && staged ? 2 : 1, warpgroups = units * beside;
+  static constexpr int share = !pair && many ? 2 : 1, cluster = pair ? 2 : share;  // CTAs that bring their tokens together, or their weights
+  static constexpr int box = splits ? tokens : tokens / share;                     // the tokens a CTA brings
+  // Behind the warpgroups: the producer, the warps that make the rows' scales, the quantisers. The first four give registers to warpgroups that need more than an even share.
+  static constexpr bool takes = tokens > 160;
+  static constexpr int assistants = tokens > 128 ? 3 : 1, given = 56, taken = 224;
+  static constexpr int outputs = 64 * units, threads = 128 * warpgroups + 32 + 32 * assistants + (quantizes ? 32 * kQuantizers : 0);
+  // Of few rows so few that CTAs of attention find room beside them.
+  static constexpr int few_registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : units > 2 ? 80 : 96;
+  static constexpr int registers = !many ? few_registers : splits ? 112 : units > 2 ? 144 : 168;
+  static_assert(!takes || 128 * given + 128 * warpgroups * taken <= threads * registers);
+  static constexpr int weight_bytes = units * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
+  static constexpr int fragments = tokens / 8, values = tokens / 2 / beside;  // of a tile's unit; of a thread
+  static constexpr int parts = (units > 2 && !splits) || (units == 2 && tokens > 128) ? 2 : 1;  // of the tokens, one after the other: registers for the sums of one
+  static constexpr int fragment_bytes = 16 * 128 * units;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
   static constexpr int kept_bytes = turn ? values * 4 * 128 * warpgroups : 0;  // in turn: the first range's sums. [values / 4][thread of the warpgroups] of 4
 
-  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens>, EpilogueShared<warpgroups, tokens>>;
-  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float>, Epilogue<Tail, Activation, float>>;
+  using Tail = std::conditional_t<staged, StagedShared<units, tokens, (splits ? 1 : 2)>, EpilogueShared<units, tokens>>;
+  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float, !splits>, Epilogue<Tail, Activation, float>>;
 
   static constexpr int shared_bytes(int stages) {
     return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : kept_bytes) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
   }
 };
-
-// Where quantised tokens go: stage s at x + s * stage_bytes, their scales at scale + s * tokens; barriers: one arrival a row. ring: of kRingBytes, for those that are not yet quantised.
-struct Pipeline {
-  char* x;
-  int stage_bytes;
-  float* scale;
-  int tokens;
-  char* ring;
-  uint32_t full, empty;
-  int stages;
-};
-
-// Brings the tokens of one block of rows, `steps` steps of K from `begin` on, `tiles` times over; by kQuantizers warps, which take row after row of step after step in turn, each
-// with kAhead of them on their way. Rows past num_rows come along: to know their number would take a load before the loads.
-__device__ __forceinline__ void quantize_tokens(const LinearParams& p, const Pipeline& to, int begin, int steps, int tiles, int quantizer) {
-  struct Place {  // in the sequence of rows
-    int row, step, stage, parity;
-  };
-  const int lane = threadIdx.x % 32;
-  auto advance = [&](Place& at, int rows) {
-    at.row += rows;
-    while (at.row >= p.rows) {
-      at.row -= p.rows;
-      if (++at.step == steps) at.step = 0;
-      if (++at.stage == to.stages) {
-        at.stage = 0;
-        at.parity ^= 1;
-      }
-    }
-  };
-  Place load{0, 0, 0, 1};  // an `empty` barrier counts as complete the first time round
-  advance(load, quantizer);
-  Place store = load;
-  char* const ring = to.ring + quantizer * (kAhead * kRingRow) + lane * 8;  // a lane reads what it has copied itself
-  auto ask = [&](int i) {
-    const int column = (begin + load.step) * kStepColumns + 4 * lane;
-    const bool present = column < p.in_features;
-    ptx::cp_async_8(ptx::shared_address(ring + i * kRingRow), static_cast<const bf16*>(p.x) + static_cast<int64_t>(load.row) * p.in_features + (present ? column : 0), present);
-    ptx::cp_async_commit();
-    advance(load, kQuantizers);
-  };
-  ptx::grid_dependency_wait();
-#pragma unroll 1
-  for (int i = 0; i < kAhead; ++i) ask(i);
-  int i = 0;
-#pragma unroll 1
-  for (int left = tiles * steps * p.rows - quantizer; left > 0; left -= kQuantizers) {
-    ptx::cp_async_wait<kAhead - 1>();
-    const QuantizedFour q = quantize_four(Packed<bf16>{.all = *reinterpret_cast<const uint2*>(ring + i * kRingRow)});
-    ask(i);
-    if (++i == kAhead) i = 0;
-    ptx::mbarrier_wait(to.empty + 8 * store.stage, store.parity);
-    const int chunk = lane / 4 ^ store.row % 8;  // the swizzle of ptx/wgmma.cuh
-    *reinterpret_cast<uint32_t*>(to.x + store.stage * to.stage_bytes + store.row * kRowBytes + chunk * 16 + lane % 4 * 4) = q.values;
-    if (lane == 0) to.scale[store.stage * to.tokens + store.row] = q.scale;
-    ptx::async_proxy_fence();
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(to.full + 8 * store.stage);
-    advance(store, kQuantizers);
-  }
-  ptx::cp_async_wait<0>();  // nothing is on its way into memory that another block may get
-}
 
 template <typename T> __global__ void __maxnreg__(T::registers)
 linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ LinearFp8Params fp8, int num_stages) {
@@ -132,73 +74,87 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
   const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
   const uint32_t scales_made = ptx::shared_address(&tail.full), scales_read = ptx::shared_address(&tail.empty);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? __shfl_sync(0xffffffffu, ptx::cluster_rank(), 0) : 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = T::cluster > 1 ? __shfl_sync(0xffffffffu, ptx::cluster_rank(), 0) : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = pair && rank == 1 ? middle : 0, steps = pair && rank == 0 ? middle : all_steps - begin;
-  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::outputs - 1) / T::outputs);
-  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // of a pair: one tile
+  // A tile: of the cluster. A pair has one. Where the tokens are split, tiles count units: every cluster has the same number of them but for one, and takes them by `units`.
+  const int slot = T::share > 1 ? rank : 0, units_all = (p.out_features + 63) / 64, cluster = blockIdx.x / T::cluster, clusters = gridDim.x / T::cluster;
+  const int blocks = T::splits ? 1 : (p.rows + T::tokens - 1) / T::tokens;
+  const int tiles = T::splits ? units_all * (cluster + 1) / clusters : blocks * ((units_all + T::share * T::units - 1) / (T::share * T::units));
+  const int first_tile = T::splits ? units_all * cluster / clusters : cluster, tile_step = T::splits ? T::units : clusters;
+  auto row_of = [&](int tile) { return T::splits ? slot * T::tokens : tile % blocks * T::tokens; };
+  auto output_of = [&](int tile) { return T::splits ? tile * 64 : (tile / blocks * T::share + slot) * T::outputs; };
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, T::quantizes ? 1 + p.rows : 1);
-      ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
+      ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
     }
     if (pair) ptx::mbarrier_init(received, 1);
-    ptx::mbarrier_init(scales_made, 32);
+    ptx::mbarrier_init(scales_made, 32 * T::assistants);
     ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
-  if (pair && T::own_inbox) ptx::cluster_arrive_relaxed();
+  if (T::share > 1 || T::own_inbox) ptx::cluster_arrive_relaxed();
+  if (T::splits) ptx::cluster_wait();  // weights go to both at once
 
   if (warp >= 4 * T::warpgroups) {
-    if (T::quantizes && warp > 4 * T::warpgroups + 1) {
+    if constexpr (T::takes) ptx::give_registers<T::given>();
+    const bool producer = warp == 4 * T::warpgroups && lane == 0;
+    // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
+    const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();  // keep: of x, every CTA reads it
+    const int pitch = scale_pitch(p.rows);
+    auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
+    auto units_of = [&](int first_output) { return max(0, min(T::units, (T::splits ? tiles : units_all) - first_output / 64)); };
+    auto scale_bytes_of = [&](int first_row) { return min(T::tokens, pitch - first_row) * 4; };
+    // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
+    auto copy_weights = [&](const char* weight, int units, int scale_bytes, int step, int s) {
+      ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
+#pragma unroll 1
+      for (int u = T::splits ? slot : 0; u < units; u += T::splits ? 2 : 1) {
+        const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+        const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+        if (T::splits) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
+        else if (T::turn || T::tokens > 160 || (T::many && blocks > 1)) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+        else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
+      }
+    };
+    auto copy_tokens = [&](int first_row, int scale_bytes, int step, int s) {
+      const int part = T::splits ? 0 : slot * T::box, column = (begin + step) * kStepColumns;
+      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + part * kRowBytes;
+      if constexpr (T::share > 1 && !T::splits) ptx::tma_load_to_all(to, &x_map, column, first_row + part, full + 8 * s, (1 << T::share) - 1, keep);
+      else ptx::tma_load(to, &x_map, column, first_row, full + 8 * s, keep);
+      ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
+    };
+    // The first block of rows always runs: its weights may come before the number of rows is known.
+    const int ahead = first_tile < tiles && (T::splits || row_of(first_tile) == 0) ? min(steps, num_stages) : 0;
+    if (producer) {
+      const int first_output = output_of(first_tile);
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) copy_weights(weights_of(first_output), units_of(first_output), scale_bytes_of(row_of(first_tile)), i, i);
+    }
+    __syncwarp();
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
+    if (T::quantizes && warp > 4 * T::warpgroups + T::assistants) {
       const Pipeline pipeline{shared + T::weight_bytes, T::stage_bytes, reinterpret_cast<float*>(shared + (scales - stages)), T::tokens, shared + ring_at, full, empty, num_stages};
-      quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - 2);
+      quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - T::assistants - 1);
     } else if (warp > 4 * T::warpgroups) {
-      const int half = T::tokens / 2;
-      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, 0, rank * half, pair ? (rank + 1) * half : T::tokens);
-    } else if (lane == 0) {
-      // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
-      const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();
-      const int pitch = scale_pitch(p.rows);
-      bool waited = false;
-      int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
-      for (int tile = first_tile; tile < tiles; tile += tile_step) {
-        const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs;
-        const int units = min(T::warpgroups, (p.out_features - first_output + 63) / 64), scale_bytes = min(T::tokens, pitch - first_row) * 4;
-        const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
-        // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
-        auto copy_weights = [&](int step, int s) {
-          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
+      constexpr int all = pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
+      const int first = pair ? rank * all : 0, from = first + (warp - 4 * T::warpgroups - 1) * each;
+      assist<typename T::Activation, (T::tokens <= 16 ? 1 : T::many ? 4 : 2)>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), from,
+                                                                               min(from + each, first + all));
+    } else if (producer) {
+      if constexpr (!T::quantizes) {
+        ptx::grid_dependency_wait();
 #pragma unroll 1
-          for (int u = 0; u < units; ++u) {
-            const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
-            const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-            if (T::tokens <= 64) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
-            else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-          }
-        };
-        auto copy_tokens = [&](int step, int s) {
-          ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
-          ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
-        };
-        int step = 0;
-        if (!waited) {
-          const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
-#pragma unroll 1
-          for (int i = 0; i < ahead; ++i) copy_weights(i, i);
-          if constexpr (!T::quantizes) {
-            ptx::grid_dependency_wait();
-#pragma unroll 1
-            for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
-          }
-          step = ahead;
-          s = ahead % num_stages;
-          parity = ahead == num_stages ? 0 : 1;
-          waited = true;
-        }
-        if (first_row > 0 && first_row >= *p.num_rows) continue;
+        for (int i = 0; i < ahead; ++i) copy_tokens(row_of(first_tile), scale_bytes_of(row_of(first_tile)), i, i);
+      }
+      int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
+      for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
+        const int first_row = row_of(tile), first_output = output_of(tile), units = units_of(first_output), scale_bytes = scale_bytes_of(first_row);
+        if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
+        const char* weight = weights_of(first_output);
         // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
         auto start_next = [&] {
@@ -210,36 +166,46 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         for (; step < steps; ++step) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
           if (step == start) start_next();
-          copy_weights(step, s);
-          if (!T::quantizes) copy_tokens(step, s);
+          copy_weights(weight, units, scale_bytes, step, s);
+          if (!T::quantizes) copy_tokens(first_row, scale_bytes, step, s);
           if (++s == num_stages) {
             s = 0;
             parity ^= 1;
           }
         }
       }
+      if (T::share > 1)  // the other's last arrivals at these barriers come before this CTA ends
+#pragma unroll 1
+        for (int i = 0; i < num_stages; ++i) {
+          ptx::mbarrier_wait(empty + 8 * s, parity);
+          if (++s == num_stages) {
+            s = 0;
+            parity ^= 1;
+          }
+        }
     }
     __syncwarp();
-    if (pair) {
-      if (!T::own_inbox) ptx::cluster_arrive_relaxed();
-      ptx::cluster_wait();
-    }
+    if (T::cluster > 1 && !T::own_inbox) ptx::cluster_arrive_relaxed();
+    if (T::cluster > 1) ptx::cluster_wait();
   } else {
-    const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0);
-    int s = 0, parity = 0, scales_parity = 0;  // the stage in use, over all tiles
+    if constexpr (T::takes) ptx::take_registers<T::taken>();
+    const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
+    int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
     ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs + warpgroup * 64;
-      if (first_row > 0 && first_row >= rows) continue;
+      const int first_row = row_of(tile), first_output = output_of(tile) + unit * 64;
+      if (!T::splits && first_row > 0 && first_row >= rows) continue;
+      const bool present = !T::splits || tile + unit < tiles;  // this warpgroup has outputs
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
-      const float* weight_scale = fp8.weight_scale + static_cast<int64_t>(fp8.weight_blocks > 1 ? begin : 0) * p.out_features;
-      auto scale_at = [&](int half) { return __ldg(weight_scale + min(output + 8 * half, p.out_features - 1)); };
-      float next[2] = {scale_at(0), scale_at(1)}, part[T::values / T::parts], sum[T::values];
+      int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
+      auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
+      constexpr int part_tokens = T::tokens / T::beside / T::parts, part_values = T::values / T::parts;
+      float next[2] = {scale_at(0), scale_at(1)}, part[part_values], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
       auto kept = [&](int i) -> float4& { return reinterpret_cast<float4*>(shared + after)[i * 32 * T::warpgroups + threadIdx.x]; };
-      constexpr int part_tokens = T::tokens / T::parts, part_fragments = T::fragments / T::parts;
       int step = 0;
 #pragma unroll 1
       for (int range = 0; range < (T::turn ? 2 : 1); ++range) {
@@ -254,32 +220,34 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         for (; step < range_end; ++step) {
           const float scale[2] = {next[0], next[1]};
           if (fp8.weight_blocks > 1 && step + 1 < steps) {
-            weight_scale += p.out_features;
+            scales_at += p.out_features;
             next[0] = scale_at(0);
             next[1] = scale_at(1);
           }
-          ptx::mbarrier_wait(full + 8 * s, parity);
-          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
+          ptx::mbarrier_wait(full + 8 * s, parity & 1);
+          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
+          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (part_tokens * kRowBytes));
+          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (part_tokens / 2) + lane % 4;
+          if (present)
 #pragma unroll
-          for (int i = 0; i < T::parts; ++i) {
-            ptx::wgmma_fence();
+            for (int i = 0; i < T::parts; ++i) {
+              ptx::wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<0>();
-            ptx::wgmma_results(part);
+              for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+              ptx::wgmma_commit();
+              ptx::wgmma_wait<0>();
+              ptx::wgmma_results(part);
 #pragma unroll
-            for (int j = 0; j < part_fragments; ++j) {
-              const int at = i * part_fragments + j;
-              const float2 x = x_scale[4 * at];
+              for (int j = 0; j < part_values; j += 4) {
+                const int at = i * part_values + j;
+                const float2 x = x_scale[at];
 #pragma unroll
-              for (int e = 0; e < 4; ++e) sum[4 * at + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * at + e]);
+                for (int e = 0; e < 4; ++e) sum[at + e] = __fmaf_rn(part[j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[at + e]);
+              }
             }
-          }
           __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
+          if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * s);  // this warp is done with the stage
+          if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * s);
           if (++s == num_stages) {
             s = 0;
             parity ^= 1;
@@ -289,36 +257,42 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       if constexpr (T::turn)
 #pragma unroll
         for (int i = 0; i < T::values; i += 4) add_four(sum + i, kept(i));
-      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
-      if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
-      scales_parity ^= 1;
+      const typename T::Ending epilogue{p, tail, unit, first_row, rows, first_output};
+      if (p.squares) {
+        ptx::mbarrier_wait(scales_made, parity >> 1);
+        parity ^= 2;
+      }
       if constexpr (pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
         constexpr int own = T::fragments / 2;
-        const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
-        const int awaited = rank == 0 ? min(present, own) : max(present - own, 0);
+        const int in_use = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
+        const int awaited = rank == 0 ? min(in_use, own) : max(in_use - own, 0);
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
         if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
         ptx::cluster_wait();
+        // Two warpgroups side by side: one has what this CTA finishes, the other what it sends.
+        const bool keeps = T::beside == 1 || half == rank, sends = T::beside == 1 || half != rank;
         float mine[4 * own], theirs[4 * own];
 #pragma unroll
         for (int i = 0; i < 4 * own; ++i) {
-          mine[i] = rank == 0 ? sum[i] : sum[4 * own + i];
-          theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
+          mine[i] = T::beside > 1 || rank == 0 ? sum[i] : sum[T::values - 4 * own + i];
+          theirs[i] = T::beside == 1 && rank == 0 ? sum[T::values - 4 * own + i] : sum[i];
         }
-        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
+        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x % (128 * T::units) * 16), bell = ptx::shared_address_of(1 - rank, received);
         for_each_fragment<T::staged ? own : 1>(theirs, [&](int j, float(&d)[4]) {
-          if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
+          if (sends && j < in_use - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int first = 8 * rank * own;
-        const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
+        const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x % (128 * T::units);
         auto add_other = [&](int j, float* d) { add_four(d, from[j * (T::fragment_bytes / 16)]); };
         if constexpr (T::staged) {
-          ptx::mbarrier_wait(received, 0);
+          if (keeps) {
+            ptx::mbarrier_wait(received, 0);
 #pragma unroll
-          for (int j = 0; j < own; ++j)
-            if (j < awaited) add_other(j, mine + 4 * j);
-          epilogue.finish(first, mine);
+            for (int j = 0; j < own; ++j)
+              if (j < awaited) add_other(j, mine + 4 * j);
+            epilogue.finish(first, mine);
+          }
         } else {
           auto stream = epilogue.residual(first);
           ptx::mbarrier_wait(received, 0);
@@ -332,7 +306,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           epilogue.finish_squares(first, first + 8 * own);
         }
       } else if constexpr (T::staged) {
-        epilogue.finish(0, sum);
+        if (present) epilogue.finish(0, sum);
       } else {
         auto stream = epilogue.residual(0);
         for_each_fragment<1>(sum, [&](int j, float(&d)[4]) {
@@ -347,16 +321,20 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       if (pair) break;  // one tile: nothing is kept for another
       if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
+    if (T::share > 1) {  // the other may still arrive at this CTA's barriers
+      ptx::cluster_arrive_relaxed();
+      ptx::cluster_wait();
+    }
   }
 }
 
 template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t stream) {
   const LinearParams& p = fp8.linear;
-  const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
-  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
-  const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
+  const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::box);
+  const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs);
+  const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, num_sms() / T::cluster));
   constexpr int kSmallBytes = 91000;  // 64 rows of a layer that narrows: two an SM (o 8.7 us instead of 9.7)
-  const int budget = T::tokens > 64 ? kWholeBytes : T::tokens > 32 && p.out_features <= p.in_features ? kSmallBytes : few_bytes(T::tokens);
+  const int budget = T::many ? kWholeBytes : T::tokens > 32 && p.out_features <= p.in_features ? kSmallBytes : few_bytes(T::tokens);
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= budget) ++stages;
   // Of one row, each quantiser fills a stage of its own, and a barrier's parity tells one round from the next alone.
@@ -364,19 +342,18 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_kernel<T>, x, fp8, stages);
 }
 
-// Blocks of 16 to 128 tokens, as the rows need.
-template <int warpgroups, Ways ways> void launch_block(const LinearFp8Params& fp8, cudaStream_t stream) {
+// Blocks of 16 to 64 tokens, as the rows need.
+template <int warpgroups, Ways ways> void launch_few(const LinearFp8Params& fp8, cudaStream_t stream) {
   const int rows = fp8.linear.rows;
   static_assert(kSelfQuantizedRows <= 16, "one block of tokens");
-  if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, ways, true>>(fp8, stream);
+  if (fp8.linear.dtype == DType::kBF16) launch_tile<Tile<warpgroups, 16, ways, false, true>>(fp8, stream);
   else if (rows <= 16) launch_tile<Tile<warpgroups, 16, ways>>(fp8, stream);
   else if (rows <= 32) launch_tile<Tile<warpgroups, 32, ways>>(fp8, stream);
-  else if (rows <= 64) launch_tile<Tile<ways == Ways::kPair ? warpgroups : 4, 64, ways>>(fp8, stream);  // the tokens' way from L2 begins to count: once for more outputs
-  else launch_tile<Tile<warpgroups, 128, ways>>(fp8, stream);
+  else launch_tile<Tile<ways == Ways::kPair ? warpgroups : 4, 64, ways>>(fp8, stream);  // the tokens' way from L2 begins to count: once for more outputs
 }
 
 // float32 activations are for parity checks: one shape of tile, whatever the rows.
-template <Ways ways> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, ways, false, float>>(fp8, stream); }
+template <Ways ways> void launch_f32(const LinearFp8Params& fp8, cudaStream_t stream) { launch_tile<Tile<1, 128, ways, false, false, float>>(fp8, stream); }
 
 }  // namespace
 
@@ -385,11 +362,28 @@ void launch_linear_fp8_cuda(const LinearFp8Params& fp8, void* stream) {
   require_hopper("linear_fp8", "e4m3");
   const LinearParams& p = fp8.linear;
   const bool one_range = num_ranges(p.out_features) == 1;
+  const int sms = num_sms();
+  auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   if (p.finish != Finish::kStore && p.out_dtype == DType::kF32) one_range ? launch_f32<Ways::kOne>(fp8, s) : launch_f32<Ways::kPair>(fp8, s);
-  else if (one_range) launch_block<2, Ways::kOne>(fp8, s);
-  else if (ceil_div(p.out_features, 128) * ceil_div(p.rows, 128) >= 2 * num_sms()) launch_tile<Tile<2, 128, Ways::kTurn>>(fp8, s);
-  else if (2 * ceil_div(p.out_features, 128) >= kFewCtas || p.rows > 256) launch_block<2, Ways::kPair>(fp8, s);
-  else launch_block<1, Ways::kPair>(fp8, s);  // narrower CTAs, so that a small weight still occupies the chip
+  else if (one_range) {
+    if (p.rows <= 64) launch_few<2, Ways::kOne>(fp8, s);
+    else if (p.rows <= 128) launch_tile<Tile<4, 64, Ways::kOne, true>>(fp8, s);
+    else if (p.rows <= 160) launch_tile<Tile<4, 80, Ways::kOne, true>>(fp8, s);
+    else launch_tile<Tile<2, 256, Ways::kOne>>(fp8, s);
+  } else if (p.rows <= 64) {
+    // Narrower CTAs, so that a small weight still occupies the chip.
+    2 * pairs(2) < kFewCtas ? launch_few<1, Ways::kPair>(fp8, s) : launch_few<2, Ways::kPair>(fp8, s);
+  } else if (pairs(2) >= 2 * sms) {
+    launch_tile<Tile<2, 128, Ways::kTurn>>(fp8, s);
+  } else if (p.rows > 128 && p.rows <= 160 && 2 * ceil_div(p.out_features, 128) <= sms) {  // one block of tokens: the weights once
+    2 * ceil_div(p.out_features, 64) <= sms ? launch_tile<Tile<1, 160, Ways::kPair>>(fp8, s) : launch_tile<Tile<2, 160, Ways::kPair>>(fp8, s);
+  } else if (2 * pairs(1) <= sms) {
+    launch_tile<Tile<1, 128, Ways::kPair>>(fp8, s);
+  } else if (2 * pairs(2) <= sms) {
+    launch_tile<Tile<2, 128, Ways::kPair>>(fp8, s);
+  } else {
+    launch_tile<Tile<3, 128, Ways::kPair>>(fp8, s);
+  }
 }
 
 }  // namespace specrt
