@@ -36,7 +36,7 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   static constexpr bool many = tokens > 64 || splits, staged = many && std::is_same_v<Activation, bf16>;
   // A warpgroup has a unit of outputs; two have half of the tokens of one each where it would be alone: one multiplies while the other promotes.
   static constexpr int beside = units == 1 && pair && staged ? 2 : 1, warpgroups = units * beside;
-  static constexpr int share = !pair && many ? 2 : 1, cluster = pair ? 2 : share;  // CTAs that bring their tokens together, or their weights
+  static constexpr int share = !pair && (many || (units == 2 && tokens > 32)) ? 2 : 1, cluster = pair ? 2 : share;  // CTAs that bring their tokens together, or their weights
   static constexpr int box = splits ? tokens : tokens / share;                     // the tokens a CTA brings
   // Behind the warpgroups: the producer, the warps that make the rows' scales, the quantisers. The first four give registers to warpgroups that need more than an even share.
   static constexpr bool takes = tokens > 160;
@@ -53,9 +53,10 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
-  static constexpr int kept_bytes = turn ? values * 4 * 128 * warpgroups : 0;  // in turn: the first range's sums. [values / 4][thread of the warpgroups] of 4
+  // Of two ranges in turn, half of the first's sums stays in registers, half goes to shared memory. [kept / 4][thread of the warpgroups] of 4 values
+  static constexpr int kept = turn ? values / 2 : 0, kept_bytes = kept * 4 * 128 * warpgroups;
 
-  using Tail = std::conditional_t<staged, StagedShared<units, tokens, (splits ? 1 : 2)>, EpilogueShared<units, tokens>>;
+  using Tail = std::conditional_t<staged, StagedShared<units, tokens, (splits || turn ? 1 : 2)>, EpilogueShared<units, tokens>>;
   using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float, !splits>, Epilogue<Tail, Activation, float>>;
 
   static constexpr int shared_bytes(int stages) {
@@ -202,19 +203,19 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
       auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
       constexpr int part_tokens = T::tokens / T::beside / T::parts, part_values = T::values / T::parts;
-      float next[2] = {scale_at(0), scale_at(1)}, part[part_values], sum[T::values];
-#pragma unroll
-      for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+      float next[2] = {scale_at(0), scale_at(1)}, part[part_values], sum[T::values], first_sum[T::turn ? T::values - T::kept : 1];
       auto kept = [&](int i) -> float4& { return reinterpret_cast<float4*>(shared + after)[i * 32 * T::warpgroups + threadIdx.x]; };
       int step = 0;
 #pragma unroll 1
       for (int range = 0; range < (T::turn ? 2 : 1); ++range) {
-        if (T::turn && range == 1)
+        if (T::turn && range == 1) {
 #pragma unroll
-          for (int i = 0; i < T::values; i += 4) {
-            kept(i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-            sum[i] = sum[i + 1] = sum[i + 2] = sum[i + 3] = 0.0f;
-          }
+          for (int i = 0; i < T::kept; i += 4) kept(i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+#pragma unroll
+          for (int i = T::kept; i < T::values; ++i) first_sum[i - T::kept] = sum[i];
+        }
+#pragma unroll
+        for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
         const int range_end = T::turn && range == 0 ? middle : steps;
 #pragma unroll 1
         for (; step < range_end; ++step) {
@@ -254,9 +255,12 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           }
         }
       }
-      if constexpr (T::turn)
+      if constexpr (T::turn) {
 #pragma unroll
-        for (int i = 0; i < T::values; i += 4) add_four(sum + i, kept(i));
+        for (int i = 0; i < T::kept; i += 4) add_four(sum + i, kept(i));
+#pragma unroll
+        for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
+      }
       const typename T::Ending epilogue{p, tail, unit, first_row, rows, first_output};
       if (p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
@@ -373,8 +377,8 @@ void launch_linear_fp8_cuda(const LinearFp8Params& fp8, void* stream) {
   } else if (p.rows <= 64) {
     // Narrower CTAs, so that a small weight still occupies the chip.
     2 * pairs(2) < kFewCtas ? launch_few<1, Ways::kPair>(fp8, s) : launch_few<2, Ways::kPair>(fp8, s);
-  } else if (pairs(2) >= 2 * sms) {
-    launch_tile<Tile<2, 128, Ways::kTurn>>(fp8, s);
+  } else if (p.rows > 256 && ceil_div(p.rows, 192) * ceil_div(p.out_features, 128) >= kFewCtas) {
+    launch_tile<Tile<2, 192, Ways::kTurn>>(fp8, s);
   } else if (p.rows > 128 && p.rows <= 160 && 2 * ceil_div(p.out_features, 128) <= sms) {  // one block of tokens: the weights once
     2 * ceil_div(p.out_features, 64) <= sms ? launch_tile<Tile<1, 160, Ways::kPair>>(fp8, s) : launch_tile<Tile<2, 160, Ways::kPair>>(fp8, s);
   } else if (2 * pairs(1) <= sms) {
