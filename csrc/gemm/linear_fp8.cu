@@ -26,6 +26,8 @@ namespace {
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 
+constexpr int kFirstTurn = 8;  // of the named barriers that give warpgroups their turn
+
 enum class Ways { kOne, kTurn, kPair };  // through K, as in linear_bf16.cu: one range, two in turn, a CTA for each of two
 
 // splits: as in linear_bf16.cu. quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
@@ -36,19 +38,21 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   static constexpr bool many = tokens > 64 || splits, staged = many && std::is_same_v<Activation, bf16>;
   // A warpgroup has a unit of outputs; two have half of the tokens of one each where it would be alone: one multiplies while the other promotes.
   static constexpr int beside = units == 1 && pair && staged ? 2 : 1, warpgroups = units * beside;
-  static constexpr int share = !pair && (many || (units == 2 && tokens > 32)) ? 2 : 1, cluster = pair ? 2 : share;  // CTAs that bring their tokens together, or their weights
+  static constexpr int share = !pair && many ? 2 : 1, cluster = pair ? 2 : share;  // CTAs that bring their tokens together, or their weights
   static constexpr int box = splits ? tokens : tokens / share;                     // the tokens a CTA brings
   // Behind the warpgroups: the producer, the warps that make the rows' scales, the quantisers. The first four give registers to warpgroups that need more than an even share.
-  static constexpr bool takes = tokens > 160;
-  static constexpr int assistants = tokens > 128 ? 3 : 1, given = 56, taken = 224;
+  static constexpr bool takes = tokens > 160 || (many && units > 2);
+  static constexpr int assistants = takes || tokens > 128 ? 3 : 1;
+  static constexpr int even = units > 3 ? 96 : units > 2 ? 128 : 168, given = units > 3 ? 64 : 56, taken = units > 3 ? 104 : units > 2 ? 152 : 224;  // registers a thread
   static constexpr int outputs = 64 * units, threads = 128 * warpgroups + 32 + 32 * assistants + (quantizes ? 32 * kQuantizers : 0);
   // Of few rows so few that CTAs of attention find room beside them.
   static constexpr int few_registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : units > 2 ? 80 : 96;
-  static constexpr int registers = !many ? few_registers : splits ? 112 : units > 2 ? 144 : 168;
-  static_assert(!takes || 128 * given + 128 * warpgroups * taken <= threads * registers);
+  static constexpr int registers = many ? even : few_registers;
+  static_assert(!takes || given + warpgroups * taken <= (warpgroups + 1) * even);
   static constexpr int weight_bytes = units * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int fragments = tokens / 8, values = tokens / 2 / beside;  // of a tile's unit; of a thread
-  static constexpr int parts = (units > 2 && !splits) || (units == 2 && tokens > 128) ? 2 : 1;  // of the tokens, one after the other: registers for the sums of one
+  static constexpr bool ordered = many && warpgroups > 1;  // warpgroups multiply one after the other, so that the others promote meanwhile: left alone they all do the same at the same time
+  static constexpr int parts = (units > 2 && !many) || (units == 2 && tokens > 128) ? 2 : 1;  // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * units;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
@@ -192,6 +196,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     if constexpr (T::takes) ptx::take_registers<T::taken>();
     const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
     int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
+    if (T::ordered && warpgroup == T::warpgroups - 1) ptx::named_barrier_arrive(kFirstTurn, 256);
     ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
     if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
@@ -229,13 +234,24 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (part_tokens * kRowBytes));
           const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (part_tokens / 2) + lane % 4;
-          if (present)
+          if (!present) {
+            ptx::named_barrier(kFirstTurn + warpgroup, 256);
+            ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
+          } else
 #pragma unroll
             for (int i = 0; i < T::parts; ++i) {
+              if (T::ordered) ptx::named_barrier(kFirstTurn + warpgroup, 256);
               ptx::wgmma_fence();
 #pragma unroll
-              for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+              for (int k = 0; k < kStepColumns / 32; ++k) {
+                ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+                if (T::ordered && k == kStepColumns / 32 - 2) ptx::wgmma_commit();
+              }
               ptx::wgmma_commit();
+              if (T::ordered) {  // the next one begins when the last product here has
+                ptx::wgmma_wait<1>();
+                ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
+              }
               ptx::wgmma_wait<0>();
               ptx::wgmma_results(part);
 #pragma unroll
