@@ -102,45 +102,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   }
   __syncthreads();
   if (T::share > 1 || T::own_inbox) ptx::cluster_arrive_relaxed();
-  if (T::splits) ptx::cluster_wait();  // weights go to both at once
+  if (T::share > 1) ptx::cluster_wait();  // copies go to both
 
   if (warp >= 4 * T::warpgroups) {
     if constexpr (T::takes) ptx::give_registers<T::given>();
-    const bool producer = warp == 4 * T::warpgroups && lane == 0;
-    // Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
-    const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();  // keep: of x, every CTA reads it
-    const int pitch = scale_pitch(p.rows);
-    auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
-    auto units_of = [&](int first_output) { return max(0, min(T::units, (T::splits ? tiles : units_all) - first_output / 64)); };
-    auto scale_bytes_of = [&](int first_row) { return min(T::tokens, pitch - first_row) * 4; };
-    // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
-    auto copy_weights = [&](const char* weight, int units, int scale_bytes, int step, int s) {
-      ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
-#pragma unroll 1
-      for (int u = T::splits ? slot : 0; u < units; u += T::splits ? 2 : 1) {
-        const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
-        const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-        if (T::splits) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
-        else if (T::turn || T::tokens > 160 || (T::many && blocks > 1)) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-        else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
-      }
-    };
-    auto copy_tokens = [&](int first_row, int scale_bytes, int step, int s) {
-      const int part = T::splits ? 0 : slot * T::box, column = (begin + step) * kStepColumns;
-      const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + part * kRowBytes;
-      if constexpr (T::share > 1 && !T::splits) ptx::tma_load_to_all(to, &x_map, column, first_row + part, full + 8 * s, (1 << T::share) - 1, keep);
-      else ptx::tma_load(to, &x_map, column, first_row, full + 8 * s, keep);
-      ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
-    };
-    // The first block of rows always runs: its weights may come before the number of rows is known.
-    const int ahead = first_tile < tiles && (T::splits || row_of(first_tile) == 0) ? min(steps, num_stages) : 0;
-    if (producer) {
-      const int first_output = output_of(first_tile);
-#pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_weights(weights_of(first_output), units_of(first_output), scale_bytes_of(row_of(first_tile)), i, i);
-    }
-    __syncwarp();
-    if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
     if (T::quantizes && warp > 4 * T::warpgroups + T::assistants) {
       const Pipeline pipeline{shared + T::weight_bytes, T::stage_bytes, reinterpret_cast<float*>(shared + (scales - stages)), T::tokens, shared + ring_at, full, empty, num_stages};
       quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - T::assistants - 1);
@@ -149,17 +114,57 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       const int first = pair ? rank * all : 0, from = first + (warp - 4 * T::warpgroups - 1) * each;
       assist<typename T::Activation, (T::tokens <= 16 ? 1 : T::many ? 4 : 2)>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), from,
                                                                                min(from + each, first + all));
-    } else if (producer) {
-      if constexpr (!T::quantizes) {
-        ptx::grid_dependency_wait();
+    } else if (lane == 0) {
+      // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
+      const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();
+      const int pitch = scale_pitch(p.rows);
+      bool waited = false;
+      int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
+      auto advance = [&] {
+        if (++s == num_stages) {
+          s = 0;
+          parity ^= 1;
+        }
+      };
+      for (int tile = first_tile; tile < tiles; tile += tile_step) {
+        const int first_row = row_of(tile), first_output = output_of(tile), units_left = (T::splits ? tiles : units_all) - first_output / 64;
+        const int units = T::share > 1 ? max(0, min(T::units, units_left)) : min(T::units, units_left), scale_bytes = min(T::tokens, pitch - first_row) * 4;
+        const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
+        // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
+        auto copy_weights = [&](int step, int s) {
+          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
 #pragma unroll 1
-        for (int i = 0; i < ahead; ++i) copy_tokens(row_of(first_tile), scale_bytes_of(row_of(first_tile)), i, i);
-      }
-      int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
-      for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
-        const int first_row = row_of(tile), first_output = output_of(tile), units = units_of(first_output), scale_bytes = scale_bytes_of(first_row);
+          for (int u = T::splits ? slot : 0; u < units; u += T::splits ? 2 : 1) {
+            const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+            const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+            if (T::splits) ptx::bulk_load_to_all(to, from, kUnitBytes, full + 8 * s, 3);
+            else if (T::turn || T::tokens > 160 || (T::many && blocks > 1)) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
+            else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
+          }
+        };
+        auto copy_tokens = [&](int step, int s) {
+          const int part = T::splits ? 0 : slot * T::box, column = (begin + step) * kStepColumns;
+          const uint32_t to = stages + s * T::stage_bytes + T::weight_bytes + part * kRowBytes;
+          if constexpr (T::share > 1 && !T::splits) ptx::tma_load_to_all(to, &x_map, column, first_row + part, full + 8 * s, 3, keep);
+          else ptx::tma_load(to, &x_map, column, first_row, full + 8 * s, keep);
+          ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
+        };
+        int step = 0;
+        if (!waited) {
+          const int ahead = T::splits || first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
+#pragma unroll 1
+          for (int i = 0; i < ahead; ++i) copy_weights(i, i);
+          if constexpr (!T::quantizes) {
+            ptx::grid_dependency_wait();
+#pragma unroll 1
+            for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
+          }
+          step = ahead;
+          s = ahead % num_stages;
+          parity = ahead == num_stages ? 0 : 1;
+          waited = true;
+        }
         if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
-        const char* weight = weights_of(first_output);
         // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
         const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
         auto start_next = [&] {
@@ -171,22 +176,16 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         for (; step < steps; ++step) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
           if (step == start) start_next();
-          copy_weights(weight, units, scale_bytes, step, s);
-          if (!T::quantizes) copy_tokens(first_row, scale_bytes, step, s);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
+          copy_weights(step, s);
+          if (!T::quantizes) copy_tokens(step, s);
+          advance();
         }
       }
       if (T::share > 1)  // the other's last arrivals at these barriers come before this CTA ends
 #pragma unroll 1
         for (int i = 0; i < num_stages; ++i) {
           ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
+          advance();
         }
     }
     __syncwarp();
@@ -198,7 +197,6 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
     if (T::ordered && warpgroup == T::warpgroups - 1) ptx::named_barrier_arrive(kFirstTurn, 256);
     ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
-    if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const int first_row = row_of(tile), first_output = output_of(tile) + unit * 64;
