@@ -43,7 +43,7 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   // Behind the warpgroups: the producer, the warps that make the rows' scales, the quantisers. The first four give registers to warpgroups that need more than an even share.
   static constexpr bool takes = tokens > 160 || (many && units > 2);
   static constexpr int assistants = takes || tokens > 128 ? 3 : 1;
-  static constexpr int even = units > 3 ? 96 : units > 2 ? 128 : 168, given = units > 3 ? 64 : 56, taken = units > 3 ? 104 : units > 2 ? 152 : 224;  // registers a thread
+  static constexpr int even = units > 3 ? 96 : units > 2 ? 128 : 168, given = units > 3 ? 64 : units > 2 ? 80 : 56, taken = units > 3 ? 104 : units > 2 ? 144 : 224;  // registers a thread
   static constexpr int outputs = 64 * units, threads = 128 * warpgroups + 32 + 32 * assistants + (quantizes ? 32 * kQuantizers : 0);
   // Of few rows so few that CTAs of attention find room beside them.
   static constexpr int few_registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : units > 2 ? 80 : 96;
@@ -52,7 +52,8 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   static constexpr int weight_bytes = units * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int fragments = tokens / 8, values = tokens / 2 / beside;  // of a tile's unit; of a thread
   static constexpr bool ordered = many && warpgroups > 1;  // warpgroups multiply one after the other, so that the others promote meanwhile: left alone they all do the same at the same time
-  static constexpr int parts = (units > 2 && !many) || (units == 2 && tokens > 128) ? 2 : 1;  // of the tokens, one after the other: registers for the sums of one
+  // The tokens in parts, one after the other: registers for the sums of one. 64 at a time cost the tensor cores nothing.
+  static constexpr int own_tokens = tokens / beside, part_tokens = units > 3 && (!many || own_tokens > 64) ? own_tokens / 2 : own_tokens % 80 == 0 ? 80 : own_tokens < 64 ? own_tokens : 64, parts = own_tokens / part_tokens;
   static constexpr int fragment_bytes = 16 * 128 * units;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
@@ -205,7 +206,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
       int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
       auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
-      constexpr int part_tokens = T::tokens / T::beside / T::parts, part_values = T::values / T::parts;
+      constexpr int part_tokens = T::part_tokens, part_values = part_tokens / 2;
       float next[2] = {scale_at(0), scale_at(1)}, part[part_values], sum[T::values], first_sum[T::turn ? T::values - T::kept : 1];
       auto kept = [&](int i) -> float4& { return reinterpret_cast<float4*>(shared + after)[i * 32 * T::warpgroups + threadIdx.x]; };
       int step = 0;
@@ -230,14 +231,19 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           }
           ptx::mbarrier_wait(full + 8 * s, parity & 1);
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
-          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (part_tokens * kRowBytes));
-          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (part_tokens / 2) + lane % 4;
+          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (T::own_tokens * kRowBytes));
+          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (T::own_tokens / 2) + lane % 4;
           if (!present) {
             ptx::named_barrier(kFirstTurn + warpgroup, 256);
             ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
           } else
 #pragma unroll
             for (int i = 0; i < T::parts; ++i) {
+              // Beside products, whose operands take all that shared memory gives, a load from there waits for their end: so before them.
+              float2 x_scales[part_values / 4];
+              if (T::many)
+#pragma unroll
+                for (int j = 0; j < part_values; j += 4) x_scales[j / 4] = x_scale[i * part_values + j];
               if (T::ordered) ptx::named_barrier(kFirstTurn + warpgroup, 256);
               ptx::wgmma_fence();
 #pragma unroll
@@ -255,7 +261,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 #pragma unroll
               for (int j = 0; j < part_values; j += 4) {
                 const int at = i * part_values + j;
-                const float2 x = x_scale[at];
+                const float2 x = T::many ? x_scales[j / 4] : x_scale[at];
 #pragma unroll
                 for (int e = 0; e < 4; ++e) sum[at + e] = __fmaf_rn(part[j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[at + e]);
               }
