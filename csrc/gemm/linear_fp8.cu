@@ -26,8 +26,6 @@ namespace {
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 
-constexpr int kFirstTurn = 8;  // of the named barriers that give warpgroups their turn
-
 enum class Ways { kOne, kTurn, kPair };  // through K, as in linear_bf16.cu: one range, two in turn, a CTA for each of two
 
 // splits: as in linear_bf16.cu. quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
@@ -51,7 +49,6 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   static_assert(!takes || given + warpgroups * taken <= (warpgroups + 1) * even);
   static constexpr int weight_bytes = units * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int fragments = tokens / 8, values = tokens / 2 / beside;  // of a tile's unit; of a thread
-  static constexpr bool ordered = many && warpgroups > 1;  // warpgroups multiply one after the other, so that the others promote meanwhile: left alone they all do the same at the same time
   // The tokens in parts, one after the other: registers for the sums of one. 64 at a time cost the tensor cores nothing.
   static constexpr int own_tokens = tokens / beside, part_tokens = units > 3 && (!many || own_tokens > 64) ? own_tokens / 2 : own_tokens % 80 == 0 ? 80 : own_tokens < 64 ? own_tokens : 64, parts = own_tokens / part_tokens;
   static constexpr int fragment_bytes = 16 * 128 * units;
@@ -196,7 +193,6 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     if constexpr (T::takes) ptx::take_registers<T::taken>();
     const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
     int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
-    if (T::ordered && warpgroup == T::warpgroups - 1) ptx::named_barrier_arrive(kFirstTurn, 256);
     ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -233,10 +229,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (T::own_tokens * kRowBytes));
           const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (T::own_tokens / 2) + lane % 4;
-          if (!present) {
-            ptx::named_barrier(kFirstTurn + warpgroup, 256);
-            ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
-          } else
+          if (present)
 #pragma unroll
             for (int i = 0; i < T::parts; ++i) {
               // Beside products, whose operands take all that shared memory gives, a load from there waits for their end: so before them.
@@ -244,18 +237,10 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
               if (T::many)
 #pragma unroll
                 for (int j = 0; j < part_values; j += 4) x_scales[j / 4] = x_scale[i * part_values + j];
-              if (T::ordered) ptx::named_barrier(kFirstTurn + warpgroup, 256);
               ptx::wgmma_fence();
 #pragma unroll
-              for (int k = 0; k < kStepColumns / 32; ++k) {
-                ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
-                if (T::ordered && k == kStepColumns / 32 - 2) ptx::wgmma_commit();
-              }
+              for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
               ptx::wgmma_commit();
-              if (T::ordered) {  // the next one begins when the last product here has
-                ptx::wgmma_wait<1>();
-                ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
-              }
               ptx::wgmma_wait<0>();
               ptx::wgmma_results(part);
 #pragma unroll
