@@ -34,23 +34,24 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   static constexpr int units = units_, tokens = tokens_;  // of 64 outputs
   static constexpr bool pair = ways == Ways::kPair, turn = ways == Ways::kTurn, splits = splits_, quantizes = quantizes_;
   static constexpr bool many = tokens > 64 || splits, staged = many && std::is_same_v<Activation, bf16>;
-  // A warpgroup has a unit of outputs; two have half of the tokens of one each where it would be alone: one multiplies while the other promotes.
-  static constexpr int beside = units == 1 && pair && staged ? 2 : 1, warpgroups = units * beside;
+  // Few rows: each warpgroup has a unit. Of many there are two, with half of the tokens each or, where tokens are split already or ranges take turns, of the units. The more units a
+  // warpgroup has, the fewer loads of the tokens' scales: those wait for the tensor cores, whose operands take nearly all that shared memory gives, and hold them up.
+  static constexpr int beside = staged && !splits && !turn ? 2 : 1, warpgroups = staged ? 2 : units, height = units * beside / warpgroups;
   static constexpr int share = !pair && many ? 2 : 1, cluster = pair ? 2 : share;  // CTAs that bring their tokens together, or their weights
   static constexpr int box = splits ? tokens : tokens / share;                     // the tokens a CTA brings
   // Behind the warpgroups: the producer, the warps that make the rows' scales, the quantisers. The first four give registers to warpgroups that need more than an even share.
-  static constexpr bool takes = tokens > 160 || (many && units > 2);
+  static constexpr bool takes = many && height * tokens / beside > 128;
   static constexpr int assistants = takes || tokens > 128 ? 3 : 1;
-  static constexpr int even = units > 3 ? 96 : units > 2 ? 128 : 168, given = units > 3 ? 64 : units > 2 ? 80 : 56, taken = units > 3 ? 104 : units > 2 ? 144 : 224;  // registers a thread
+  static constexpr int even = 168, given = 56, taken = 224;  // registers a thread
   static constexpr int outputs = 64 * units, threads = 128 * warpgroups + 32 + 32 * assistants + (quantizes ? 32 * kQuantizers : 0);
   // Of few rows so few that CTAs of attention find room beside them.
   static constexpr int few_registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : units > 2 ? 80 : 96;
   static constexpr int registers = many ? even : few_registers;
   static_assert(!takes || given + warpgroups * taken <= (warpgroups + 1) * even);
   static constexpr int weight_bytes = units * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
-  static constexpr int fragments = tokens / 8, values = tokens / 2 / beside;  // of a tile's unit; of a thread
+  static constexpr int fragments = tokens / 8, values = tokens / 2 / beside;  // of a unit; of a thread's part of it
   // The tokens in parts, one after the other: registers for the sums of one. 64 at a time cost the tensor cores nothing.
-  static constexpr int own_tokens = tokens / beside, part_tokens = units > 3 && (!many || own_tokens > 64) ? own_tokens / 2 : own_tokens % 80 == 0 ? 80 : own_tokens < 64 ? own_tokens : 64, parts = own_tokens / part_tokens;
+  static constexpr int own_tokens = tokens / beside, part_tokens = units > 3 && !many ? own_tokens / 2 : own_tokens % 80 == 0 ? 80 : own_tokens < 64 ? own_tokens : 64, parts = own_tokens / part_tokens;
   static constexpr int fragment_bytes = 16 * 128 * units;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
@@ -58,8 +59,8 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false, bool quantiz
   // Of two ranges in turn, half of the first's sums stays in registers, half goes to shared memory. [kept / 4][thread of the warpgroups] of 4 values
   static constexpr int kept = turn ? values / 2 : 0, kept_bytes = kept * 4 * 128 * warpgroups;
 
-  using Tail = std::conditional_t<staged, StagedShared<units, tokens, (splits || turn ? 1 : 2)>, EpilogueShared<units, tokens>>;
-  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float, !splits>, Epilogue<Tail, Activation, float>>;
+  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens, (turn ? 1 : 2)>, EpilogueShared<units, tokens>>;
+  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float>, Epilogue<Tail, Activation, float>>;
 
   static constexpr int shared_bytes(int stages) {
     return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : kept_bytes) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
@@ -110,7 +111,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     } else if (warp > 4 * T::warpgroups) {
       constexpr int all = pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int first = pair ? rank * all : 0, from = first + (warp - 4 * T::warpgroups - 1) * each;
-      assist<typename T::Activation, (T::tokens <= 16 ? 1 : T::many ? 4 : 2)>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), from,
+      assist<typename T::Activation, (T::tokens <= 16 ? 1 : T::many && !T::takes ? 4 : 2)>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), from,
                                                                                min(from + each, first + all));
     } else if (lane == 0) {
       // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
@@ -191,66 +192,84 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     if (T::cluster > 1) ptx::cluster_wait();
   } else {
     if constexpr (T::takes) ptx::take_registers<T::taken>();
-    const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
+    const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup * T::height, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
     int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
     ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
       const int first_row = row_of(tile), first_output = output_of(tile) + unit * 64;
       if (!T::splits && first_row > 0 && first_row >= rows) continue;
-      const bool present = !T::splits || tile + unit < tiles;  // this warpgroup has outputs
+      const int present = T::splits ? min(T::height, tiles - tile - unit) : T::height;  // of this warpgroup's units
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
       int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
-      auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
+      auto scale_at = [&](int u, int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 64 * u + 8 * half, p.out_features - 1))); };
       constexpr int part_tokens = T::part_tokens, part_values = part_tokens / 2;
-      float next[2] = {scale_at(0), scale_at(1)}, part[part_values], sum[T::values], first_sum[T::turn ? T::values - T::kept : 1];
+      float next[T::height][2], part[part_values], sum[T::height][T::values], first_sum[T::turn ? T::values - T::kept : 1];
+      auto ask_scales = [&] {
+#pragma unroll
+        for (int u = 0; u < T::height; ++u) {
+          next[u][0] = scale_at(u, 0);
+          next[u][1] = scale_at(u, 1);
+        }
+      };
+      ask_scales();
       auto kept = [&](int i) -> float4& { return reinterpret_cast<float4*>(shared + after)[i * 32 * T::warpgroups + threadIdx.x]; };
       int step = 0;
 #pragma unroll 1
       for (int range = 0; range < (T::turn ? 2 : 1); ++range) {
         if (T::turn && range == 1) {
 #pragma unroll
-          for (int i = 0; i < T::kept; i += 4) kept(i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+          for (int i = 0; i < T::kept; i += 4) kept(i) = make_float4(sum[0][i], sum[0][i + 1], sum[0][i + 2], sum[0][i + 3]);
 #pragma unroll
-          for (int i = T::kept; i < T::values; ++i) first_sum[i - T::kept] = sum[i];
+          for (int i = T::kept; i < T::values; ++i) first_sum[i - T::kept] = sum[0][i];
         }
 #pragma unroll
-        for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
+        for (int u = 0; u < T::height; ++u)
+#pragma unroll
+          for (int i = 0; i < T::values; ++i) sum[u][i] = 0.0f;
         const int range_end = T::turn && range == 0 ? middle : steps;
 #pragma unroll 1
         for (; step < range_end; ++step) {
-          const float scale[2] = {next[0], next[1]};
+          float scale[T::height][2];
+#pragma unroll
+          for (int u = 0; u < T::height; ++u) {
+            scale[u][0] = next[u][0];
+            scale[u][1] = next[u][1];
+          }
           if (fp8.weight_blocks > 1 && step + 1 < steps) {
             scales_at += p.out_features;
-            next[0] = scale_at(0);
-            next[1] = scale_at(1);
+            ask_scales();
           }
           ptx::mbarrier_wait(full + 8 * s, parity & 1);
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (T::own_tokens * kRowBytes));
           const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (T::own_tokens / 2) + lane % 4;
-          if (present)
 #pragma unroll
-            for (int i = 0; i < T::parts; ++i) {
-              // Beside products, whose operands take all that shared memory gives, a load from there waits for their end: so before them.
-              float2 x_scales[part_values / 4];
-              if (T::many)
+          for (int i = 0; i < T::parts; ++i) {
+            float2 x[part_values / 4];  // of many rows loaded before the products
+            if (T::many)
 #pragma unroll
-                for (int j = 0; j < part_values; j += 4) x_scales[j / 4] = x_scale[i * part_values + j];
+              for (int j = 0; j < part_values; j += 4) x[j / 4] = x_scale[i * part_values + j];
+#pragma unroll
+            for (int u = 0; u < T::height; ++u) {
+              if (T::splits && u >= present) break;
               ptx::wgmma_fence();
 #pragma unroll
-              for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+              for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + u * (kUnitBytes >> 4) + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
               ptx::wgmma_commit();
               ptx::wgmma_wait<0>();
               ptx::wgmma_results(part);
 #pragma unroll
               for (int j = 0; j < part_values; j += 4) {
-                const int at = i * part_values + j;
-                const float2 x = T::many ? x_scales[j / 4] : x_scale[at];
+                if (!T::many) x[j / 4] = x_scale[i * part_values + j];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) sum[at + e] = __fmaf_rn(part[j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[at + e]);
+                for (int e = 0; e < 4; ++e) {
+                  float& to = sum[u][i * part_values + j + e];
+                  to = __fmaf_rn(part[j + e], (e & 1 ? x[j / 4].y : x[j / 4].x) * scale[u][e >> 1], to);
+                }
               }
             }
+          }
           __syncwarp();
           if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * s);  // this warp is done with the stage
           if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * s);
@@ -262,63 +281,76 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       }
       if constexpr (T::turn) {
 #pragma unroll
-        for (int i = 0; i < T::kept; i += 4) add_four(sum + i, kept(i));
+        for (int i = 0; i < T::kept; i += 4) add_four(sum[0] + i, kept(i));
 #pragma unroll
-        for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
+        for (int i = T::kept; i < T::values; ++i) sum[0][i] = first_sum[i - T::kept] + sum[0][i];
       }
-      const typename T::Ending epilogue{p, tail, unit, first_row, rows, first_output};
+      auto ending = [&](int u) -> typename T::Ending { return {p, tail, warpgroup, first_row, rows, first_output + 64 * u}; };
       if (p.squares) {
         ptx::mbarrier_wait(scales_made, parity >> 1);
         parity ^= 2;
       }
       if constexpr (pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
-        constexpr int own = T::fragments / 2;
+        constexpr int own = T::fragments / 2, stride = T::warpgroups * T::height / T::beside * 2048;  // stride: between fragments of all units in the inbox
         const int in_use = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
         const int awaited = rank == 0 ? min(in_use, own) : max(in_use - own, 0);
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
         if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
         ptx::cluster_wait();
-        // Two warpgroups side by side: one has what this CTA finishes, the other what it sends.
-        const bool keeps = T::beside == 1 || half == rank, sends = T::beside == 1 || half != rank;
-        float mine[4 * own], theirs[4 * own];
+        const uint32_t bell = ptx::shared_address_of(1 - rank, received);
+        auto place = [&](int u) { return (unit + u) * 2048 + threadIdx.x % 128 * 16; };
+        if constexpr (T::staged) {  // one warpgroup has what this CTA finishes, the other what it sends
+          const uint32_t to = ptx::shared_address_of(1 - rank, inbox + place(0));
+          if (half != rank) {
 #pragma unroll
-        for (int i = 0; i < 4 * own; ++i) {
-          mine[i] = T::beside > 1 || rank == 0 ? sum[i] : sum[T::values - 4 * own + i];
-          theirs[i] = T::beside == 1 && rank == 0 ? sum[T::values - 4 * own + i] : sum[i];
-        }
-        const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x % (128 * T::units) * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment<T::staged ? own : 1>(theirs, [&](int j, float(&d)[4]) {
-          if (sends && j < in_use - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
-        });
-        const int first = 8 * rank * own;
-        const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x % (128 * T::units);
-        auto add_other = [&](int j, float* d) { add_four(d, from[j * (T::fragment_bytes / 16)]); };
-        if constexpr (T::staged) {
-          if (keeps) {
+            for (int u = 0; u < T::height; ++u)
+#pragma unroll
+              for (int j = 0; j < own; ++j)
+                if (j < in_use - awaited) ptx::store_shared_of(to + j * stride + u * 2048, sum[u][4 * j], sum[u][4 * j + 1], sum[u][4 * j + 2], sum[u][4 * j + 3], bell);
+          } else {
             ptx::mbarrier_wait(received, 0);
 #pragma unroll
-            for (int j = 0; j < own; ++j)
-              if (j < awaited) add_other(j, mine + 4 * j);
-            epilogue.finish(first, mine);
+            for (int u = 0; u < T::height; ++u) {
+#pragma unroll
+              for (int j = 0; j < own; ++j)
+                if (j < awaited) add_four(sum[u] + 4 * j, *reinterpret_cast<const float4*>(shared + (inbox - stages) + place(u) + j * stride));
+              ending(u).finish(8 * rank * own, sum[u]);
+            }
           }
         } else {
+          float mine[4 * own], theirs[4 * own];
+#pragma unroll
+          for (int i = 0; i < 4 * own; ++i) {
+            mine[i] = rank == 0 ? sum[0][i] : sum[0][4 * own + i];
+            theirs[i] = rank == 0 ? sum[0][4 * own + i] : sum[0][i];
+          }
+          const uint32_t to = ptx::shared_address_of(1 - rank, inbox + place(0));
+          for_each_fragment<1>(theirs, [&](int j, float(&d)[4]) {
+            if (j < in_use - awaited) ptx::store_shared_of(to + j * stride, d[0], d[1], d[2], d[3], bell);
+          });
+          const int first = 8 * rank * own;
+          const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages) + place(0));
+          const auto epilogue = ending(0);
           auto stream = epilogue.residual(first);
           ptx::mbarrier_wait(received, 0);
           for_each_fragment<1>(mine, [&](int j, float(&d)[4]) {
             if (j >= awaited) return;
             const auto next = epilogue.residual(first + 8 * (j + 1));
-            add_other(j, d);
+            add_four(d, from[j * (stride / 16)]);
             epilogue.finish(first + 8 * j, d, stream);
             stream = next;
           });
           epilogue.finish_squares(first, first + 8 * own);
         }
       } else if constexpr (T::staged) {
-        if (present) epilogue.finish(0, sum);
+#pragma unroll
+        for (int u = 0; u < T::height; ++u)
+          if (u < present) ending(u).finish(half * T::own_tokens, sum[u]);
       } else {
+        const auto epilogue = ending(0);
         auto stream = epilogue.residual(0);
-        for_each_fragment<1>(sum, [&](int j, float(&d)[4]) {
+        for_each_fragment<1>(sum[0], [&](int j, float(&d)[4]) {
           if (first_row + 8 * j >= rows) return;
           const auto next = epilogue.residual(8 * (j + 1));
           epilogue.finish(8 * j, d, stream);
