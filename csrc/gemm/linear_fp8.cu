@@ -9,9 +9,9 @@
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
+#include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
 #include "gemm/quantize.cuh"
-#include "gemm/staged.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
@@ -29,13 +29,13 @@ constexpr int kFewCtas = 90;  // fewer leave too much of the chip idle
 constexpr int kQuantizers = 4, kAhead = 6;  // warps, and blocks of 128 columns that each has on their way
 constexpr int kRingRow = kScaleBlock * 2, kRingBytes = kQuantizers * kAhead * kRingRow;
 
-enum class Ways { kOne, kTurn, kPair };  // through K, as in linear_bf16.cu: one range, two in turn, a CTA for each of two
+enum class Ways { kOne, kPair };  // through K, as in linear_bf16.cu: one range, a CTA for each of two
 
 // quantizes: x is bfloat16. Activation: of the residual stream and SiLU-mul.
 template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, typename Activation_ = bf16> struct Tile {
   using Activation = Activation_;
   static constexpr int warpgroups = warpgroups_, tokens = tokens_;
-  static constexpr bool pair = ways == Ways::kPair, turn = ways == Ways::kTurn, quantizes = quantizes_;
+  static constexpr bool pair = ways == Ways::kPair, quantizes = quantizes_;
   // Behind the warpgroups: the producer, the warp that makes the rows' scales, the quantisers.
   static constexpr int outputs = 64 * warpgroups, threads = 128 * warpgroups + 64 + (quantizes ? 32 * kQuantizers : 0);
   static constexpr int cluster = pair ? 2 : 1;
@@ -43,19 +43,17 @@ template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, type
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  static constexpr bool staged = tokens > 64 && std::is_same_v<Activation, bf16>;
   static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;
   static constexpr bool own_inbox = pair && tokens <= 32;
-  static constexpr int kept_bytes = turn ? values * 4 * 128 * warpgroups : 0;  // in turn: the first range's sums. [values / 4][thread of the warpgroups] of 4
 
-  using Tail = std::conditional_t<staged, StagedShared<warpgroups, tokens>, EpilogueShared<warpgroups, tokens>>;
-  using Ending = std::conditional_t<staged, StagedEpilogue<Tail, float>, Epilogue<Tail, Activation, float>>;
+  using Tail = EpilogueShared<warpgroups, tokens>;
+  using Ending = Epilogue<Tail, Activation, float>;
 
   static constexpr int shared_bytes(int stages) {
-    return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : kept_bytes) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
+    return stages * (stage_bytes + tokens * 4) + (own_inbox ? inbox_bytes : 0) + (quantizes ? kRingBytes : 0) + static_cast<int>(sizeof(Tail)) + (2 * stages + 1) * 8;
   }
 };
 
@@ -126,8 +124,8 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   constexpr bool pair = T::pair;
   const LinearParams& p = fp8.linear;
   extern __shared__ __align__(1024) char shared[];
-  // stages, x's scales of each stage, the inbox where it has a place of its own or the sums that are kept, the quantisers' ring, the epilogue's, barriers
-  const int after = num_stages * (T::stage_bytes + T::tokens * 4), ring_at = after + (T::own_inbox ? T::inbox_bytes : T::kept_bytes), tail_at = ring_at + (T::quantizes ? kRingBytes : 0);
+  // stages, x's scales of each stage, the inbox where it has a place of its own, the quantisers' ring, the epilogue's, barriers
+  const int after = num_stages * (T::stage_bytes + T::tokens * 4), ring_at = after + (T::own_inbox ? T::inbox_bytes : 0), tail_at = ring_at + (T::quantizes ? kRingBytes : 0);
   const uint32_t stages = ptx::shared_address(shared), scales = stages + num_stages * T::stage_bytes, inbox = T::own_inbox ? stages + after : stages;
   typename T::Tail& tail = *reinterpret_cast<typename T::Tail*>(shared + tail_at);
   const uint32_t full = stages + tail_at + sizeof(typename T::Tail), empty = full + num_stages * 8, received = empty + num_stages * 8;
@@ -238,57 +236,42 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       float next[2] = {scale_at(0), scale_at(1)}, part[T::values / T::parts], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
-      auto kept = [&](int i) -> float4& { return reinterpret_cast<float4*>(shared + after)[i * 32 * T::warpgroups + threadIdx.x]; };
       constexpr int part_tokens = T::tokens / T::parts, part_fragments = T::fragments / T::parts;
-      int step = 0;
 #pragma unroll 1
-      for (int range = 0; range < (T::turn ? 2 : 1); ++range) {
-        if (T::turn && range == 1)
+      for (int step = 0; step < steps; ++step) {
+        const float scale[2] = {next[0], next[1]};
+        if (fp8.weight_blocks > 1 && step + 1 < steps) {
+          weight_scale += p.out_features;
+          next[0] = scale_at(0);
+          next[1] = scale_at(1);
+        }
+        ptx::mbarrier_wait(full + 8 * s, parity);
+        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
+        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
+        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
 #pragma unroll
-          for (int i = 0; i < T::values; i += 4) {
-            kept(i) = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
-            sum[i] = sum[i + 1] = sum[i + 2] = sum[i + 3] = 0.0f;
-          }
-        const int range_end = T::turn && range == 0 ? middle : steps;
-#pragma unroll 1
-        for (; step < range_end; ++step) {
-          const float scale[2] = {next[0], next[1]};
-          if (fp8.weight_blocks > 1 && step + 1 < steps) {
-            weight_scale += p.out_features;
-            next[0] = scale_at(0);
-            next[1] = scale_at(1);
-          }
-          ptx::mbarrier_wait(full + 8 * s, parity);
-          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
+        for (int i = 0; i < T::parts; ++i) {
+          ptx::wgmma_fence();
 #pragma unroll
-          for (int i = 0; i < T::parts; ++i) {
-            ptx::wgmma_fence();
+          for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_results(part);
 #pragma unroll
-            for (int k = 0; k < kStepColumns / 32; ++k) ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<0>();
-            ptx::wgmma_results(part);
+          for (int j = 0; j < part_fragments; ++j) {
+            const int at = i * part_fragments + j;
+            const float2 x = x_scale[4 * at];
 #pragma unroll
-            for (int j = 0; j < part_fragments; ++j) {
-              const int at = i * part_fragments + j;
-              const float2 x = x_scale[4 * at];
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sum[4 * at + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * at + e]);
-            }
-          }
-          __syncwarp();
-          if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
+            for (int e = 0; e < 4; ++e) sum[4 * at + e] = __fmaf_rn(part[4 * j + e], (e & 1 ? x.y : x.x) * scale[e >> 1], sum[4 * at + e]);
           }
         }
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
+        if (++s == num_stages) {
+          s = 0;
+          parity ^= 1;
+        }
       }
-      if constexpr (T::turn)
-#pragma unroll
-        for (int i = 0; i < T::values; i += 4) add_four(sum + i, kept(i));
       const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
       if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
       scales_parity ^= 1;
@@ -307,32 +290,21 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           theirs[i] = rank == 0 ? sum[4 * own + i] : sum[i];
         }
         const uint32_t place = ptx::shared_address_of(1 - rank, inbox + threadIdx.x * 16), bell = ptx::shared_address_of(1 - rank, received);
-        for_each_fragment<T::staged ? own : 1>(theirs, [&](int j, float(&d)[4]) {
+        for_each_fragment<1>(theirs, [&](int j, float(&d)[4]) {
           if (j < present - awaited) ptx::store_shared_of(place + j * T::fragment_bytes, d[0], d[1], d[2], d[3], bell);
         });
         const int first = 8 * rank * own;
         const float4* from = reinterpret_cast<const float4*>(shared + (inbox - stages)) + threadIdx.x;
-        auto add_other = [&](int j, float* d) { add_four(d, from[j * (T::fragment_bytes / 16)]); };
-        if constexpr (T::staged) {
-          ptx::mbarrier_wait(received, 0);
-#pragma unroll
-          for (int j = 0; j < own; ++j)
-            if (j < awaited) add_other(j, mine + 4 * j);
-          epilogue.finish(first, mine);
-        } else {
-          auto stream = epilogue.residual(first);
-          ptx::mbarrier_wait(received, 0);
-          for_each_fragment<1>(mine, [&](int j, float(&d)[4]) {
-            if (j >= awaited) return;
-            const auto next = epilogue.residual(first + 8 * (j + 1));
-            add_other(j, d);
-            epilogue.finish(first + 8 * j, d, stream);
-            stream = next;
-          });
-          epilogue.finish_squares(first, first + 8 * own);
-        }
-      } else if constexpr (T::staged) {
-        epilogue.finish(0, sum);
+        auto stream = epilogue.residual(first);
+        ptx::mbarrier_wait(received, 0);
+        for_each_fragment<1>(mine, [&](int j, float(&d)[4]) {
+          if (j >= awaited) return;
+          const auto next = epilogue.residual(first + 8 * (j + 1));
+          add_four(d, from[j * (T::fragment_bytes / 16)]);
+          epilogue.finish(first + 8 * j, d, stream);
+          stream = next;
+        });
+        epilogue.finish_squares(first, first + 8 * own);
       } else {
         auto stream = epilogue.residual(0);
         for_each_fragment<1>(sum, [&](int j, float(&d)[4]) {
