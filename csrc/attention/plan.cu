@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
           const int node = p.paths[static_cast<int64_t>(r) * p.path_depth + d];
           goes_on = goes_on && node >= 0;
           len += goes_on;
+          if (goes_on) nodes = max(nodes, node + 1);
         }
       }
       shortest = min(shortest, len);
@@ -96,6 +97,8 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     longest = __reduce_max_sync(~0u, longest);
     nodes = __reduce_max_sync(~0u, nodes);
     const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
+    // A row by itself whose path is the nodes 0, 1, .. has its keys at their positions as it would without a path.
+    if (end - begin == 1 && nodes == longest - prefix) prefix = longest, nodes = 0;
     if (lane == 0) {
       blocks[b].rows = end - begin;
       blocks[b].request = p.row_request[begin];
