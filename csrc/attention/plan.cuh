@@ -37,6 +37,13 @@ inline int most_ctas(const TreeShape& shape) {
   return most < kMostShares ? most : kMostShares;
 }
 
+// The most jobs that the capacities can hold, and no more CTAs than there is room for.
+inline unsigned tree_ctas(const AttentionParams& p, const TreeShape& shape) {
+  const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
+  const int slots = most_ctas(shape);
+  return static_cast<unsigned>(jobs < slots ? jobs : slots);
+}
+
 // A plan in memory: the header, the shares, then the blocks. Read from L2: what an SM holds of it may be of another pass.
 __device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {
   const int4 x = __ldcg(reinterpret_cast<const int4*>(plan));
@@ -54,5 +61,8 @@ __device__ __forceinline__ PlanShare plan_share(const int32_t* plan, int cta) {
   const int4 x = __ldcg(from);
   return {x.x, x.y, x.z, x.w, plan_block_at(from + 1)};
 }
+
+// Of rows that are few (decode.cu).
+void launch_decode_attention(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream);
 
 }  // namespace specrt

@@ -13,6 +13,8 @@
 #include "attention/tree_consumer.cuh"
 #include "ptx/registers.cuh"
 
+#include <type_traits>
+
 namespace specrt {
 namespace {
 
@@ -88,16 +90,15 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
   static_assert(kSharedBytes<S> <= (228 / S::blocks_per_sm - 1) * 1024, "more shared memory than an SM has");
   auto map = [&](const void* pool, int box) { return pool_map<typename S::Tile>(p, pool, box); };
-  // The most jobs that these capacities can hold, and no more CTAs than there is room for.
-  const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
-  const int slots = most_ctas(shape);
-  launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
+  launch({dim3(tree_ctas(p, shape)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
          map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, score_factor(p));
   launch_combine<S::dim>(p, stream);
 }
 
 template <int D, typename KV> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
   const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth);
+  if constexpr (std::is_same_v<KV, bf16>)
+    if (shape.warpgroups == 0) return launch_decode_attention(p, shape, stream);
   shape.warpgroups == 2 ? launch_shape<Shape<D, 2, KV>>(p, shape, stream) : launch_shape<Shape<D, 1, KV>>(p, shape, stream);
 }
 
