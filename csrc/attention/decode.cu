@@ -17,7 +17,8 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps, kHeads = 16;  // kHeads: query
 
 template <int D> struct DecodeShared {
   static constexpr int pitch = D * 2 + 16, tile_bytes = kTile * pitch, stage_bytes = 2 * tile_bytes;  // K, then V; eight rows lie in different banks
-  static constexpr int stages = (112 * 1024 - 3 * 1024) / stage_bytes;
+  static constexpr int stages = D == 64 ? 5 : 6, blocks_per_sm = D == 64 ? 2 : 1;  // a chunk, and the first tile of the next
+  int64_t from[kTile];            // of a tile that is to come: where a position's key, and its value, begins in the pools; -1: nobody sees it
   alignas(16) uint16_t p[kHeads][kTile + 8];  // probabilities
   float top[kWarps][kHeads];      // the greatest score of a warp's keys
 };
@@ -47,7 +48,7 @@ struct Cursor {
   }
 };
 
-template <int D> __global__ void __launch_bounds__(kThreads, 2) decode_attention_kernel(const __grid_constant__ AttentionParams p, float scale) {
+template <int D> __global__ void __launch_bounds__(kThreads, DecodeShared<D>::blocks_per_sm) decode_attention_kernel(const __grid_constant__ AttentionParams p, float scale) {
   using Shared = DecodeShared<D>;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ Shared shared;
@@ -55,40 +56,48 @@ template <int D> __global__ void __launch_bounds__(kThreads, 2) decode_attention
   const uint32_t stages = ptx::shared_address(memory);
   ptx::launch_dependents();
 
-  // Loads: a thread half a row of K and of V. The page of the next tile's is asked for a tile ahead.
+  // Loads. Where the positions of a tile lie is asked for a tile ahead, by a thread each.
   Cursor coming(p);
   coming.skip(p);
   Cursor now = coming;
-  const int row = threadIdx.x / 2, half = threadIdx.x % 2 * (D / 16);
-  bool sees = false;
-  int slot = 0, page = 0;
-  auto ask = [&] {  // where the thread's position of `coming` lies
-    if (coming.done()) return;
+  int slot = 0, page = -1;
+  auto ask = [&] {
+    if (coming.done() || threadIdx.x >= kTile) return;
     const Block& block = coming.job.block;
-    const int position = coming.tile + row, d = position - block.prefix;
-    sees = position >= coming.job.first_seen && position < block.longest;
+    const int position = coming.tile + threadIdx.x, d = position - block.prefix;
     slot = position;
-    if (sees && d >= 0) {
+    page = -1;
+    if (position < coming.job.first_seen || position >= block.longest) return;
+    if (d >= 0) {
       if (p.paths) {
         slot = block.prefix + __ldcg(p.paths + static_cast<int64_t>(block.begin) * p.path_depth + d);
       } else {
         uint64_t word = static_cast<uint64_t>(static_cast<uint32_t>(block.wanted_high)) << 32 | static_cast<uint32_t>(block.wanted_low);
+#pragma unroll 1
         for (int i = 0; i < d; ++i) word &= word - 1;
         slot = block.prefix + __ffsll(static_cast<long long>(word)) - 1;
       }
     }
-    page = sees ? __ldcg(p.block_table + static_cast<int64_t>(block.request) * p.max_pages + (slot >> shift)) : 0;
+    page = __ldcg(p.block_table + static_cast<int64_t>(block.request) * p.max_pages + (slot >> shift));
+  };
+  auto tell = [&] {  // a barrier before load()
+    if (coming.done() || threadIdx.x >= kTile) return;
+    shared.from[threadIdx.x] = page < 0 ? -1 : ((static_cast<int64_t>(page) * p.kv_heads + coming.job.kv_head) * p.page + (slot & (p.page - 1))) * D;
   };
   int stage = 0;
   auto load = [&] {
     if (!coming.done()) {
       if (coming.tile + kTile > coming.job.block.settled) ptx::grid_dependency_wait();
-      const int64_t from = ((static_cast<int64_t>(page) * p.kv_heads + coming.job.kv_head) * p.page + (slot & (p.page - 1))) * D + half * 8;
-      const uint32_t to = stages + stage * Shared::stage_bytes + row * Shared::pitch + half * 16;
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) ptx::cp_async_16(to + i * 16, static_cast<const bf16*>(p.k_pool) + from + i * 8, sees);
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) ptx::cp_async_16(to + Shared::tile_bytes + i * 16, static_cast<const bf16*>(p.v_pool) + from + i * 8, sees);
+      constexpr int kPieces = D / 8;  // of a row, 16 bytes
+#pragma unroll 2
+      for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
+        const int row = i / kPieces, piece = i % kPieces;
+        const int64_t from = shared.from[row];
+        const uint32_t to = stages + stage * Shared::stage_bytes + row * Shared::pitch + piece * 16;
+        const int64_t place = max(from, static_cast<int64_t>(0)) + piece * 8;
+        ptx::cp_async_16(to, static_cast<const bf16*>(p.k_pool) + place, from >= 0);
+        ptx::cp_async_16(to + Shared::tile_bytes, static_cast<const bf16*>(p.v_pool) + place, from >= 0);
+      }
       coming.next(p);
       ask();
     }
@@ -96,20 +105,23 @@ template <int D> __global__ void __launch_bounds__(kThreads, 2) decode_attention
     ptx::cp_async_commit();
   };
   ask();
-#pragma unroll 1
-  for (int i = 0; i < Shared::stages - 1; ++i) load();
-  ptx::grid_dependency_wait();
 
   constexpr int kGroups = (D / 16 + kWarps - 1) / kWarps;  // of columns, a warp
   uint32_t q[D / 16][4];
   float m[2], l[4], o[2 * kGroups][4], run_m[2], run_l[2], run_o[2 * kGroups][4];
   const int g = lane / 4, t = lane % 4;
   bool enters = true, starts = true;  // the tile is the first of a job; of a chunk
-  int at = 0;                         // its stage
+  int at = 0, ahead = 0;              // its stage; how many tiles are on their way
 #pragma unroll 1
-  while (!now.done()) {
+  while (true) {
     const Job& job = now.job;
-    if (enters) {
+    tell();
+    const bool ready = ahead == Shared::stages - 1;
+    if (ready) {
+      ptx::grid_dependency_wait();
+      if (now.done()) return;
+    }
+    if (ready && enters) {
       run_m[0] = run_m[1] = SPECRT_MINUS_INF;
       run_l[0] = run_l[1] = 0.0f;
 #pragma unroll
@@ -125,7 +137,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, 2) decode_attention
           q[k][h] = head < group_heads ? *reinterpret_cast<const uint32_t*>(from + head * D + k * 16 + h / 2 * 8) : 0u;
         }
     }
-    if (starts) {
+    if (ready && starts) {
       m[0] = m[1] = SPECRT_MINUS_INF;
 #pragma unroll
       for (float& x : l) x = 0.0f;
@@ -134,9 +146,14 @@ template <int D> __global__ void __launch_bounds__(kThreads, 2) decode_attention
 #pragma unroll
         for (float& e : x) e = 0.0f;
     }
-    ptx::cp_async_wait<Shared::stages - 2>();
+    if (ready) ptx::cp_async_wait<Shared::stages - 2>();
     __syncthreads();  // the tile is there, and the one before has been used
     load();
+    if (!ready) {
+      ++ahead;
+      __syncthreads();
+      continue;
+    }
 
     // Scores of the warp's 16 keys.
     const uint32_t keys = stages + at * Shared::stage_bytes, values = keys + Shared::tile_bytes;
