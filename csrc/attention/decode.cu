@@ -17,8 +17,8 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps, kHeads = 16;  // kHeads: query
 
 template <int D> struct DecodeShared {
   static constexpr int pitch = D * 2 + 16, tile_bytes = kTile * pitch, stage_bytes = 2 * tile_bytes;  // K, then V; eight rows lie in different banks
-  static constexpr int stages = D == 64 ? 5 : 6, blocks_per_sm = D == 64 ? 2 : 1;  // a chunk, and the first tile of the next
-  int64_t from[kTile];            // of a tile that is to come: where a position's key, and its value, begins in the pools; -1: nobody sees it
+  static constexpr int stages = D == 64 ? 5 : 6, blocks_per_sm = D == 64 ? 2 : 1;  // a chunk and more
+  int64_t from[stages - 1][kTile];  // of a tile that is to come: where a position's key, and its value, begins in the pools; -1: nobody sees it. More than one: the first ones
   alignas(16) uint16_t p[kHeads][kTile + 8];  // probabilities
   float top[kWarps][kHeads];      // the greatest score of a warp's keys
 };
@@ -60,58 +60,82 @@ template <int D> __global__ void __launch_bounds__(kThreads, DecodeShared<D>::bl
   Cursor coming(p);
   coming.skip(p);
   Cursor now = coming;
-  int slot = 0, page = -1;
-  auto ask = [&] {
-    if (coming.done() || threadIdx.x >= kTile) return;
+  struct Place {
+    int slot, page;  // -1: nobody sees it
+  };
+  auto place_of = [&](int position) {  // of `coming`'s job
     const Block& block = coming.job.block;
-    const int position = coming.tile + threadIdx.x, d = position - block.prefix;
-    slot = position;
-    page = -1;
-    if (position < coming.job.first_seen || position >= block.longest) return;
+    const int d = position - block.prefix;
+    Place place{position, -1};
+    if (position < coming.job.first_seen || position >= block.longest) return place;
     if (d >= 0) {
       if (p.paths) {
-        slot = block.prefix + __ldcg(p.paths + static_cast<int64_t>(block.begin) * p.path_depth + d);
+        place.slot = block.prefix + __ldcg(p.paths + static_cast<int64_t>(block.begin) * p.path_depth + d);
       } else {
         uint64_t word = static_cast<uint64_t>(static_cast<uint32_t>(block.wanted_high)) << 32 | static_cast<uint32_t>(block.wanted_low);
 #pragma unroll 1
         for (int i = 0; i < d; ++i) word &= word - 1;
-        slot = block.prefix + __ffsll(static_cast<long long>(word)) - 1;
+        place.slot = block.prefix + __ffsll(static_cast<long long>(word)) - 1;
       }
     }
-    page = __ldcg(p.block_table + static_cast<int64_t>(block.request) * p.max_pages + (slot >> shift));
+    place.page = __ldcg(p.block_table + static_cast<int64_t>(block.request) * p.max_pages + (place.slot >> shift));
+    return place;
+  };
+  auto element = [&](const Place& place) {
+    return place.page < 0 ? int64_t{-1} : ((static_cast<int64_t>(place.page) * p.kv_heads + coming.job.kv_head) * p.page + (place.slot & (p.page - 1))) * D;
+  };
+  Place asked{};
+  auto ask = [&] {
+    if (!coming.done() && threadIdx.x < kTile) asked = place_of(coming.tile + threadIdx.x);
   };
   auto tell = [&] {  // a barrier before load()
-    if (coming.done() || threadIdx.x >= kTile) return;
-    shared.from[threadIdx.x] = page < 0 ? -1 : ((static_cast<int64_t>(page) * p.kv_heads + coming.job.kv_head) * p.page + (slot & (p.page - 1))) * D;
+    if (!coming.done() && threadIdx.x < kTile) shared.from[0][threadIdx.x] = element(asked);
   };
   int stage = 0;
-  auto load = [&] {
+  auto load = [&](int which) {
     if (!coming.done()) {
       if (coming.tile + kTile > coming.job.block.settled) ptx::grid_dependency_wait();
       constexpr int kPieces = D / 8;  // of a row, 16 bytes
 #pragma unroll 2
       for (int i = threadIdx.x; i < kTile * kPieces; i += kThreads) {
         const int row = i / kPieces, piece = i % kPieces;
-        const int64_t from = shared.from[row];
+        const int64_t from = shared.from[which][row];
         const uint32_t to = stages + stage * Shared::stage_bytes + row * Shared::pitch + piece * 16;
         const int64_t place = max(from, static_cast<int64_t>(0)) + piece * 8;
         ptx::cp_async_16(to, static_cast<const bf16*>(p.k_pool) + place, from >= 0);
         ptx::cp_async_16(to + Shared::tile_bytes, static_cast<const bf16*>(p.v_pool) + place, from >= 0);
       }
       coming.next(p);
-      ask();
     }
     if (++stage == Shared::stages) stage = 0;
     ptx::cp_async_commit();
   };
-  ask();
+  // The first tiles of the first job at once.
+  int ahead = 0;  // tiles that are on their way
+  if (!coming.done()) {
+    const int many = min(Shared::stages - 1, (coming.end - coming.tile + kTile - 1) / kTile);
+    constexpr int kRounds = ((Shared::stages - 1) * kTile + kThreads - 1) / kThreads;
+    Place places[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) places[i] = place_of(coming.tile + i * kThreads + threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int at = i * kThreads + threadIdx.x;
+      if (at < many * kTile) shared.from[at / kTile][at % kTile] = element(places[i]);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (; ahead < many; ++ahead) load(ahead);
+    ask();
+    __syncthreads();
+  }
 
   constexpr int kGroups = (D / 16 + kWarps - 1) / kWarps;  // of columns, a warp
   uint32_t q[D / 16][4];
   float m[2], l[4], o[2 * kGroups][4], run_m[2], run_l[2], run_o[2 * kGroups][4];
   const int g = lane / 4, t = lane % 4;
   bool enters = true, starts = true;  // the tile is the first of a job; of a chunk
-  int at = 0, ahead = 0;              // its stage; how many tiles are on their way
+  int at = 0;                         // its stage
 #pragma unroll 1
   while (true) {
     const Job& job = now.job;
@@ -148,7 +172,8 @@ template <int D> __global__ void __launch_bounds__(kThreads, DecodeShared<D>::bl
     }
     if (ready) ptx::cp_async_wait<Shared::stages - 2>();
     __syncthreads();  // the tile is there, and the one before has been used
-    load();
+    load(0);
+    ask();
     if (!ready) {
       ++ahead;
       __syncthreads();

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
 }  // namespace
 
 void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth, p.fp8);
   launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows, most_ctas(shape));
 }
 
