@@ -59,7 +59,7 @@ struct AttentionPlanParams {
 };
 
 constexpr int kPlanHeader = 4, kPlanShare = 16, kPlanBlock = 12, kMostShares = 512;  // ints; shares: CTAs of tree attention
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + kPlanBlock * rows; }
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + (kPlanBlock + 1) * rows; }
 
 // CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
 // A function of the capacities.

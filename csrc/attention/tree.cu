@@ -17,8 +17,7 @@ namespace specrt {
 namespace {
 
 template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks_per_sm)
-tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ CUtensorMap k_slots,
-                      const __grid_constant__ CUtensorMap v_slots, const __grid_constant__ AttentionParams p, float scale) {
+tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ AttentionParams p, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -27,8 +26,6 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   if (threadIdx.x == S::consumers) {
     ptx::prefetch_tensor_map(&k_pages);
     ptx::prefetch_tensor_map(&v_pages);
-    ptx::prefetch_tensor_map(&k_slots);
-    ptx::prefetch_tensor_map(&v_slots);
   }
   ptx::launch_dependents();
   // Before the wait: who does what, and the producer's first tiles (params.h).
@@ -63,9 +60,9 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
       return;
     }
     Producer<S> producer{p, stages, S::Tile::fp8 ? narrow : full, empty, lane};
-    for (int jobs = job.jobs;; --jobs) {
-      producer.run(job, &k_pages, &v_pages, &k_slots, &v_slots);
-      if (jobs == 1) break;
+    for (;;) {
+      producer.run(job, &k_pages, &v_pages);
+      if (job.jobs == 1) break;
       __syncwarp();
       if (lane == 0) job.advance(p);
       __syncwarp();
@@ -87,12 +84,11 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
   static_assert(kSharedBytes<S> <= (228 / S::blocks_per_sm - 1) * 1024, "more shared memory than an SM has");
-  auto map = [&](const void* pool, int box) { return pool_map<typename S::Tile>(p, pool, box); };
   // The most jobs that these capacities can hold, and no more CTAs than there is room for.
   const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
   const int slots = most_ctas(shape);
-  launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
-         map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, score_factor(p));
+  launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>,
+         pool_map<typename S::Tile>(p, p.k_pool, p.page), pool_map<typename S::Tile>(p, p.v_pool, p.page), p, score_factor(p));
   launch_combine<S::dim>(p, stream);
 }
 

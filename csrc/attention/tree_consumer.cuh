@@ -39,9 +39,8 @@ template <typename S> struct Consumer {
     if (!other && !paths) return;
     const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * (p.q_heads / p.kv_heads), mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
     if (other) {
-      const int prefix = __ldcg(p.row_prefix + mine);
+      const int len = plan_len(p.plan, p.rows, mine);
       const long long word = p.ancestors ? __ldcg(reinterpret_cast<const long long*>(p.ancestors) + mine) : 0;
-      const int len = p.paths ? describe_row(p, mine).len : prefix + __popcll(word);
       if (first) ptx::grid_dependency_wait();
       // What lies in the place of a vector beyond the block's is multiplied, too: nobody reads that.
 #pragma unroll 1
