@@ -24,7 +24,8 @@ constexpr int kChunk = kTile * kChunkTiles, kGroup = kChunk * kGroupChunks;
 
 // On CUDA tree attention in bfloat16 reads the plan, the block table, the rows' tables, num_rows, and keys and values of positions that were there before this pass (of a request's rows
 // without ancestors or paths: below its first row's; of others: below prefix) while the kernel before it may still run. So what writes those must be older than a kernel that waits
-// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them.
+// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them; of rows without ancestors or paths it takes the
+// first of a request as the one with the lowest prefix.
 struct AttentionParams {
   DType dtype, kv_dtype;      // kv_dtype: of the pools, dtype or e4m3
   const void* q;              // [R, Hq, D]
