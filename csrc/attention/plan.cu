@@ -8,34 +8,20 @@ namespace {
 constexpr int kThreads = 512, kWarps = kThreads / 32, kLogGroup = 3;
 constexpr int kNear = 512;  // rows of a plan that is made in shared memory: one of more is made where it will lie
 
-struct Max {
-  __device__ int operator()(int a, int b) const { return max(a, b); }
-  __device__ int of_warp(int x) const { return __reduce_max_sync(~0u, x); }
-};
-struct Plus {
-  __device__ int operator()(int a, int b) const { return a + b; }
-  __device__ int of_warp(int x) const { return __reduce_add_sync(~0u, x); }
-};
-
-// A scan over the block of values that are not negative, in two steps with a barrier between them: what the threads before and the thread itself have, first of a warp; `total`: all.
-template <typename F> __device__ int scan_warp(int x, F f, int* warps) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// The sum over the warp up to this lane.
+__device__ __forceinline__ int sum_to_lane(int x) {
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
     const int y = __shfl_up_sync(~0u, x, d);
-    if (lane >= d) x = f(x, y);
+    if (threadIdx.x % 32 >= d) x += y;
   }
-  if (lane == 31) warps[warp] = x;
   return x;
-}
-template <typename F> __device__ int scan_block(int x, F f, int& total, const int* warps) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, of_warp = lane < kWarps ? warps[lane] : 0;
-  total = f.of_warp(of_warp);
-  return f(x, f.of_warp(lane < warp ? of_warp : 0));
 }
 
 template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
-  __shared__ int warps[2][kWarps], totals[3][kWarps], firsts[kMostShares + 1];
+  __shared__ int last_start[kWarps], firsts[kMostShares + 1];
+  __shared__ int4 of_warps[kWarps];  // blocks, chunks, groups, units
+  __shared__ int2 tops[kWarps];      // chunks of a block, at most a group; whether one is parted
   __shared__ Block near[Near ? kNear : 1];
   ptx::grid_dependency_wait();
   ptx::launch_dependents();  // now: sooner, weights that fill a pipeline and then wait would only stand in the way of what is before
@@ -46,9 +32,9 @@ template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_
   Block* const blocks = Near ? near : reinterpret_cast<Block*>(plan_blocks);
   PlanShare* const shares = reinterpret_cast<PlanShare*>(p.plan + kPlanHeader);
 
-  // A thread a row: all it reads, at once; then the block that it is in.
+  // A thread a row: all it reads, at once; then what it adds to its block, which for now stands in the place of its first row.
   const int rows = min(*p.num_rows, p.rows);
-  int base = 0, count = 0, run_begin = 0;
+  int base = 0, run_begin = 0;
   do {
     const int r = base + threadIdx.x;
     int request = 0, prefix = 0, len = 0, nodes = 0;
@@ -69,70 +55,76 @@ template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_
       together = r > 0 && request == request_before && (!has_paths || prefix == prefix_before);
     }
     const bool there = r < rows;
-    if (there) lens[r] = len;
-    const int begin_here = scan_warp(there && !together ? r : (threadIdx.x == 0 ? run_begin : 0), Max(), warps[0]);
-    __syncthreads();
-    const int begin = scan_block(begin_here, Max(), run_begin, warps[0]);
-    const bool leads = there && (r - begin) % most == 0;
-    const int place_here = scan_warp(leads, Plus(), warps[1]);
-    __syncthreads();
-    int leaders;
-    Block* const block = blocks + count + scan_block(place_here, Plus(), leaders, warps[1]) - 1;
-    count += leaders;
-    if (leads) *block = {r, 0, request, 0, 0, 0x7fffffff, 0, 0, has_paths ? prefix : p.row_prefix[begin] - 1, 0, 0, 0};
-    __syncthreads();
     if (there) {
-      atomicAdd(&block->rows, 1);
-      atomicMax(&block->prefix, prefix);
-      atomicMin(&block->shortest, len);
-      atomicMax(&block->longest, len);
+      blocks[r] = {r, 0, request, 0, 0, 0x7fffffff, 0, 0, 0, 0, 0, 0};
+      lens[r] = len;
+    }
+    const unsigned starts = __ballot_sync(~0u, there && !together), upto = starts & ~0u >> (31 - lane);
+    if (lane == 0) last_start[warp] = starts ? r + 31 - __clz(starts) : 0;
+    __syncthreads();
+    const int last = lane < kWarps ? last_start[lane] : 0, before = __reduce_max_sync(~0u, lane < warp ? last : run_begin);
+    run_begin = __reduce_max_sync(~0u, max(last, run_begin));
+    if (there) {
+      const int begin = upto ? r - lane + 31 - __clz(upto) : before, first = r - (r - begin) % most;
+      Block& block = blocks[first];
+      if (first == r) block.settled = has_paths ? prefix : p.row_prefix[begin] - 1;
+      atomicAdd(&block.rows, 1);
+      atomicMax(&block.prefix, prefix);
+      atomicMin(&block.shortest, len);
+      atomicMax(&block.longest, len);
       if (p.ancestors) {
-        atomicMax(&block->nodes, nodes);
-        atomicOr(&block->wanted, static_cast<int>(wanted));
+        atomicMax(&block.nodes, nodes);
+        atomicOr(&block.wanted, static_cast<int>(wanted));
       }
     }
+    __syncthreads();
     base += kThreads;
   } while (base < rows);
-  __syncthreads();
+
+  // Then the blocks get their numbers, and move there.
+  int count = 0, all_chunks = 0, all_groups = 0, units = 0, most_chunks = 0;
+  bool all_whole = true;
+  for (base = 0; base < rows; base += kThreads) {
+    const int r = base + threadIdx.x;
+    Block block{};
+    if (r < rows) block = blocks[r];
+    const bool leads = block.rows > 0;
+    const unsigned leaders = __ballot_sync(~0u, leads);
+    const int own_chunks = leads ? block.pieces(0) : 0, own_groups = leads ? block.pieces(kLogGroup) : 0, own_units = leads ? block.units(has_paths) : 0;
+    const int chunks = sum_to_lane(own_chunks), groups = sum_to_lane(own_groups), upto = sum_to_lane(own_units), top = __reduce_max_sync(~0u, min(kGroupChunks, own_chunks));
+    const bool parted = __any_sync(~0u, leads && (block.longest > kGroup || block.shortest == 0));  // nobody's chunks: zeros are the combine kernel's
+    if (lane == 31) {
+      of_warps[warp] = {__popc(leaders), chunks, groups, upto};
+      tops[warp] = {top, parted};
+    }
+    __syncthreads();
+    const int4 sums = lane < kWarps ? of_warps[lane] : int4{}, below = lane < warp ? sums : int4{};
+    const int2 most_of = lane < kWarps ? tops[lane] : int2{};
+    const int place = count + __reduce_add_sync(~0u, below.x) + __popc(leaders & ((1u << lane) - 1));
+    block.chunks_before = all_chunks + __reduce_add_sync(~0u, below.y) + chunks - own_chunks;
+    block.groups_before = all_groups + __reduce_add_sync(~0u, below.z) + groups - own_groups;
+    block.units_before = units + __reduce_add_sync(~0u, below.w) + upto - own_units;
+    if (leads) {
+      blocks[place] = block;  // these have all been read
+      if (Near) reinterpret_cast<Block*>(plan_blocks)[place] = block;
+    }
+    count += __reduce_add_sync(~0u, sums.x);
+    all_chunks += __reduce_add_sync(~0u, sums.y);
+    all_groups += __reduce_add_sync(~0u, sums.z);
+    units += __reduce_add_sync(~0u, sums.w);
+    most_chunks = max(most_chunks, __reduce_max_sync(~0u, most_of.x));
+    all_whole = all_whole && !__any_sync(~0u, most_of.y);
+    __syncthreads();
+  }
 
   // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
-  int chunks = 0, groups = 0, longest = 0, parted = 0;
-#pragma unroll 1
-  for (int b = threadIdx.x; b < count; b += kThreads) {
-    chunks += blocks[b].pieces(0);
-    groups += blocks[b].pieces(kLogGroup);
-    longest = max(longest, min(kGroupChunks, blocks[b].pieces(0)));
-    parted |= blocks[b].longest > kGroup || blocks[b].shortest == 0;  // nobody's chunks: zeros are the combine kernel's
-  }
-  const int of_warp[3] = {Plus().of_warp(chunks), Plus().of_warp(groups), Max().of_warp(longest)};
-  if (lane == 0)
-#pragma unroll
-    for (int i = 0; i < 3; ++i) totals[i][warp] = of_warp[i];
-  const bool all_whole = !__syncthreads_or(parted);
-  auto total = [&](int i, auto f) { return f.of_warp(lane < kWarps ? totals[i][lane] : 0); };
-  const int all_chunks = total(0, Plus()), all_groups = total(1, Plus()), most_chunks = total(2, Max());
   const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
   const int log_run = by_group <= by_chunk + by_chunk / 4 ? kLogGroup : 0;
-
-  int pieces = 0, units = 0;
-  for (int base = 0; base < count; base += kThreads) {
-    const int b = base + threadIdx.x, own_pieces = b < count ? blocks[b].pieces(log_run) : 0, own_units = b < count ? blocks[b].units(has_paths) : 0;
-    const int pieces_here = scan_warp(own_pieces, Plus(), warps[0]), units_here = scan_warp(own_units, Plus(), warps[1]);
-    __syncthreads();
-    int all_pieces, all_units;
-    const int pieces_upto = scan_block(pieces_here, Plus(), all_pieces, warps[0]), units_upto = scan_block(units_here, Plus(), all_units, warps[1]);
-    if (b < count) {
-      blocks[b].pieces_before = pieces + pieces_upto - own_pieces;
-      blocks[b].units_before = units + units_upto - own_units;
-    }
-    pieces += all_pieces;
-    units += all_units;
-    __syncthreads();
-  }
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, log_run, log_run && all_whole, 0};
 
   // Jobs are shared out one each while there are CTAs for them, else to the CTA in whose part of all units they begin.
-  const int jobs = pieces * p.kv_heads;
+  const int jobs = (log_run ? all_groups : all_chunks) * p.kv_heads;
+  auto pieces_before = [&](const Block& block) { return log_run ? block.groups_before : block.chunks_before; };
   auto block_of = [&](int what, auto&& before) {  // the last one that has no more than `what` before it
     int low = 0, high = count;
     while (high - low > 1) {
@@ -142,29 +134,28 @@ template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_
     return low;
   };
   auto first = [&](int cta) {
-    if (jobs <= slots) return min(cta, jobs);
     const int unit = static_cast<int>(static_cast<int64_t>(units) * p.kv_heads * cta / slots);
     const Block& block = blocks[block_of(unit / p.kv_heads, [](const Block& b) { return b.units_before; })];
     const int of_block = unit - block.units_before * p.kv_heads, of_head = block.units(has_paths), piece = kChunkTiles << log_run;
-    return block.pieces_before * p.kv_heads + of_block / of_head * block.pieces(log_run) + (of_block % of_head + piece - 1) / piece;
+    return pieces_before(block) * p.kv_heads + of_block / of_head * block.pieces(log_run) + (of_block % of_head + piece - 1) / piece;
   };
+  const bool one_each = jobs <= slots;
+  if (!one_each) {
 #pragma unroll 1
-  for (int cta = threadIdx.x; cta <= slots; cta += kThreads) firsts[cta] = cta == slots ? jobs : first(cta);
-  __syncthreads();
+    for (int cta = threadIdx.x; cta <= slots; cta += kThreads) firsts[cta] = cta == slots ? jobs : first(cta);
+    __syncthreads();
+  }
 #pragma unroll 1
   for (int cta = threadIdx.x; cta < slots; cta += kThreads) {
-    const int begin = firsts[cta], share = firsts[cta + 1] - begin;
+    const int begin = one_each ? cta : firsts[cta], share = one_each ? cta < jobs : firsts[cta + 1] - begin;
     if (share == 0) {
       shares[cta].jobs = 0;
       continue;
     }
-    const int index = block_of(begin / p.kv_heads, [](const Block& b) { return b.pieces_before; });
-    const int of_block = begin - blocks[index].pieces_before * p.kv_heads, of_head = blocks[index].pieces(log_run);
+    const int index = block_of(begin / p.kv_heads, pieces_before);
+    const int of_block = begin - pieces_before(blocks[index]) * p.kv_heads, of_head = blocks[index].pieces(log_run);
     shares[cta] = {share, index, of_block / of_head, of_block % of_head, blocks[index]};
   }
-  if constexpr (Near)
-#pragma unroll 1
-    for (int b = threadIdx.x; b < count; b += kThreads) reinterpret_cast<Block*>(plan_blocks)[b] = near[b];
 }
 
 }  // namespace

@@ -13,10 +13,11 @@ struct PlanHeader {
 };
 
 struct alignas(16) Block {
-  int begin, rows, request, pieces_before;
+  int begin, rows, request, chunks_before;
   int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
   int settled;                  // positions that no row of the request has added (params.h)
-  int wanted, unused;           // with ancestors: of the first 32 nodes, those on any row's path
+  int wanted;                   // with ancestors: of the first 32 nodes, those on any row's path
+  int groups_before;
   int units_before;             // units of work: tiles, and one more where rows have keys of their own
 
   __device__ int pieces(int log_run) const { return (longest + (kChunk << log_run) - 1) / kChunk >> log_run; }
