@@ -14,7 +14,7 @@ template <int dim_, int warpgroups_, typename KV> struct Shape {
   static constexpr int dim = dim_, warpgroups = warpgroups_, warps = 4 * warpgroups, consumers = 32 * warps, threads = consumers + 128;
   static constexpr int columns = Vectors<dim>::kColumns, vectors = 64 * warpgroups, blocks_per_sm = warpgroups == 1 ? 2 : 1;
   static constexpr int stages = warpgroups == 1 ? 4 : 6;  // at least 3: a tile's values and the next one's keys
-  static constexpr int producer_registers = warpgroups == 1 && dim == 128 ? 48 : 56, consumer_registers = warpgroups == 1 ? 256 - producer_registers : 224;
+  static constexpr int producer_registers = warpgroups == 1 ? 48 : 56, consumer_registers = warpgroups == 1 ? 208 : 224;
   using Tile = Arrival<KV, columns>;
   static constexpr int slot_pieces = dim * static_cast<int>(sizeof(KV)) / 16;  // of a slot in a pool, 16 bytes each
   static constexpr bool keeps_shared = warpgroups == 2;  // O of a run so far; else in the workspace: there are few vectors, or few chunks
@@ -142,23 +142,19 @@ template <typename S> struct Producer {
     return job.block.prefix + d < plan_len(p.plan, p.rows, row) ? job.block.prefix + node : -1;
   }
 
-  // A tile of paths, of which entry lane + 32 i is row rows[i] of the pool, if not negative: 16 bytes a lane, 8 lanes an entry. Copies of so few bytes would take the copy engine
-  // 40 cycles each.
+  // A tile of paths, of which entry lane + 32 i is row rows[i] of the pool, if not negative: by half warps, as so few bytes each would take the copy engine 40 cycles a copy.
   __device__ void own(const void* pool, const int (&rows)[2]) {
-    const int s = stage(), entry = lane / 8, piece = lane % 8;
-    const uint32_t to = piece_address(stages + s * S::tile_bytes + S::Tile::at, entry, piece);
+    const int s = stage(), piece = min(lane % 16, S::slot_pieces - 1), first = lane / 16;
+    uint32_t to = piece_address(stages + s * S::tile_bytes + S::Tile::at, first, piece);
     const char* const from = static_cast<const char*>(pool) + 16 * piece;
 #pragma unroll 1
-    for (int begin = 0; begin < kTile; begin += 8) {
+    for (int begin = 0; begin < kTile; begin += 8, to += 8 * 128) {
       const int mine = begin < 32 ? rows[0] : rows[1];
       if (!(__ballot_sync(~0u, mine >= 0) >> begin % 32 & 0xff)) continue;
 #pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        const int row = __shfl_sync(~0u, mine, begin % 32 + i + entry);
-#pragma unroll
-        for (int first = 0; first < S::slot_pieces; first += 8)
-          if (row >= 0 && first + piece < S::slot_pieces)
-            ptx::cp_async_16((to ^ (i * 16)) + (begin + i) * 128 + first / 8 * kBlockBytes, from + static_cast<int64_t>(row) * (16 * S::slot_pieces) + 16 * first, true);
+      for (int i = 0; i < 8; i += 2) {
+        const int row = __shfl_sync(~0u, mine, begin % 32 + first + i);
+        if (row >= 0) ptx::cp_async_16((to ^ (i * 16)) + i * 128, from + static_cast<int64_t>(row) * (16 * S::slot_pieces), true);
       }
     }
     ptx::cp_async_commit();
@@ -174,9 +170,8 @@ template <typename S> struct Producer {
   }
 
   __device__ void run(const Job& job, const CUtensorMap* k_pages, const CUtensorMap* v_pages) {
-    const int shift = page_shift(), pages = kChunk >> shift;  // of a chunk
-    for (int first_page = job.chunk_begin * pages; first_page < job.chunk_end * pages; first_page += pages) {
-      const int chunk = (first_page << shift) / kChunk, begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), mine = first_page + lane;
+    for (int chunk = job.chunk_begin; chunk < job.chunk_end; ++chunk) {
+      const int begin = job.tiles_begin(chunk), end = job.tiles_end(chunk), shift = page_shift(), first_page = chunk * kChunk >> shift, mine = first_page + lane;
       const int ids = lane < (kChunk + kTile) >> shift && mine * p.page < job.slots_end() && (mine + 1) * p.page > begin ? __ldcg(p.block_table + (job.block.request * p.max_pages + mine)) : 0;
       for (int at = begin; at < end; at += kTile) {
         const bool slots = job.loads_slots(at), more = job.loads_more(at);
@@ -188,9 +183,9 @@ template <typename S> struct Producer {
           for (int half = 0; half < 2; ++half) rows[half] = pool_row(job, slot(job, at, lane + 32 * half));
         if (at + kTile > job.block.settled) ptx::grid_dependency_wait();
         for (int which = 0; which < 2; ++which) {
-          const CUtensorMap* map = which ? v_pages : k_pages;
-          if (slots) tile(job, map, at, page_ids);
-          if (more && job.many_nodes) tile(job, map, at + kTile, more_ids);
+          const CUtensorMap* pages = which ? v_pages : k_pages;
+          if (slots) tile(job, pages, at, page_ids);
+          if (more && job.many_nodes) tile(job, pages, at + kTile, more_ids);
           if (more && !job.many_nodes) own(which ? p.v_pool : p.k_pool, rows);
         }
       }
