@@ -1,8 +1,9 @@
 // Decode, verify and draft-expansion attention, bf16 over bf16 or e4m3 pools, on Hopper.
 //
 // A job is a block of rows of one request, a KV head and a run of chunks of 256 positions (plan.cuh). Rows x query heads stand side by side as the 64 vectors of a
-// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_job.cuh) keeps the ring of stages full by tensor copies, one a page;
-// tiles of e4m3 pools are widened by the warps beside the producer before anybody else sees them (widen.cuh). While a tile's P V is on the tensor cores, so are the next tile's scores.
+// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_job.cuh) keeps the ring of stages full by tensor copies, one a page
+// (keys of paths: 16 bytes a lane); tiles of e4m3 pools are widened by the warps beside the producer before anybody else sees them (widen.cuh). While a tile's P V is on the
+// tensor cores, so are the next tile's scores.
 //
 // From a block's common prefix on each row has keys of its own, its path's. Their scores are made for all rows at once, in the order of the nodes; the probabilities then are
 // picked in groups of 16 logical positions, and each row's group meets the V rows of its own path (row addresses of ldmatrix).

@@ -295,7 +295,7 @@ template <typename S> struct Consumer {
           uint32_t both[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            // At place() in the order of column(), without its branches.
+            // At place(), without its branches: instructions come cold in whole graphs.
             const int i = h % 2, position = begin + h / 2 * 8 + lane % 4 * 2 + c;
             const bool sees = position >= mine[i].first && position < mine[i].len, path = position >= prefix;
             int node = first_entries[i] + position;
@@ -370,7 +370,7 @@ template <typename S> struct Consumer {
       if (!row.sees(job.run_begin, kChunk << job.log_run)) continue;  // nor does what is beyond the block
       const float4* const from = kept(job, i);
       float4 o[D / 16];
-      if (first) {  // as by() would do, and sooner
+      if (first) {  // what by() makes of it, in a third of the instructions
 #pragma unroll
         for (int n = 0; n < D / 16; ++n)
           o[n] = make_float4(x.o[2 * n][2 * i] + 0.0f, x.o[2 * n][2 * i + 1] + 0.0f, x.o[2 * n + 1][2 * i] + 0.0f, x.o[2 * n + 1][2 * i + 1] + 0.0f);

@@ -143,6 +143,7 @@ template <typename S> struct Producer {
   }
 
   // A tile of paths, of which entry lane + 32 i is row rows[i] of the pool, if not negative: by half warps, as so few bytes each would take the copy engine 40 cycles a copy.
+  // Lanes beyond a slot's last piece copy that one, too.
   __device__ void own(const void* pool, const int (&rows)[2]) {
     const int s = stage(), piece = min(lane % 16, S::slot_pieces - 1), first = lane / 16;
     uint32_t to = piece_address(stages + s * S::tile_bytes + S::Tile::at, first, piece);
