@@ -205,7 +205,7 @@ class AttentionWorkspace:
 def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> AttentionWorkspace:
     """For up to ``rows`` rows of at most ``max_len`` positions. Allocate once."""
     chunks, cuda = (max_len + 255) // 256, torch.device(device).type == "cuda"
-    return AttentionWorkspace(torch.zeros(4 + 16 * 512 + 12 * rows if cuda else 1, dtype=torch.int32, device=device),
+    return AttentionWorkspace(torch.zeros(4 + 16 * 512 + 13 * rows if cuda else 1, dtype=torch.int32, device=device),
                               torch.empty(rows * q_heads * chunks * (head_dim + 2) if cuda else 1, dtype=torch.float32, device=device))
 
 

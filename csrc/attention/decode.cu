@@ -72,7 +72,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, DecodeShared<D>::bl
       if (p.paths) {
         place.slot = block.prefix + __ldcg(p.paths + static_cast<int64_t>(block.begin) * p.path_depth + d);
       } else {
-        uint64_t word = static_cast<uint64_t>(static_cast<uint32_t>(block.wanted_high)) << 32 | static_cast<uint32_t>(block.wanted_low);
+        uint64_t word = static_cast<uint64_t>(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + block.begin));
 #pragma unroll 1
         for (int i = 0; i < d; ++i) word &= word - 1;
         place.slot = block.prefix + __ffsll(static_cast<long long>(word)) - 1;

@@ -24,7 +24,8 @@ constexpr int kChunk = kTile * kChunkTiles, kGroup = kChunk * kGroupChunks;
 
 // On CUDA tree attention in bfloat16 reads the plan, the block table, the rows' tables, num_rows, and keys and values of positions that were there before this pass (of a request's rows
 // without ancestors or paths: below its first row's; of others: below prefix) while the kernel before it may still run. So what writes those must be older than a kernel that waits
-// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them.
+// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them; of rows without ancestors or paths it takes the
+// first of a request as the one with the lowest prefix.
 struct AttentionParams {
   DType dtype, kv_dtype;      // kv_dtype: of the pools, dtype or e4m3
   const void* q;              // [R, Hq, D]
@@ -60,7 +61,7 @@ struct AttentionPlanParams {
 };
 
 constexpr int kPlanHeader = 4, kPlanShare = 16, kPlanBlock = 12, kMostShares = 512;  // ints; shares: CTAs of tree attention
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + kPlanBlock * rows; }
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + (kPlanBlock + 1) * rows; }
 
 // CTAs of tree attention: a row each (decode.cu; `warpgroups` 0) where there is one a request and few of them and pools are wide, else 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
 // A function of the capacities.

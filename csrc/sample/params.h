@@ -71,7 +71,8 @@ struct DraftTopkParams {
 };
 
 // A child's score is z + G less the log-sum-exp of z + G over the drafter's own columns, in the order above.
-// On CUDA, of rows of logits that are their own (slot_rows 0), all but the logits is read before the kernel that makes these has ended: what writes it must be older.
+// On CUDA, of rows of logits that are their own (slot_rows 0), all but the logits is read before the kernel that makes these has ended: what writes it must be
+// older, by a kernel that waits before it starts the next one (ptx/dependency.cuh).
 struct DraftChildrenParams {
   const float* logits;          // [L, D]; of row r: row r, or with slot_rows row request * slot_rows + level
   const int64_t* ids;           // [D], ascending, or null: 0, 1, ...
