@@ -16,7 +16,7 @@ struct Row {
   __device__ bool sees(int begin, int size) const { return low(begin) < high(begin, size); }
 };
 
-// How many of a path's first `depth` nodes there are: from L2, by loads that do not wait for each other.
+// How many of a path's first `depth` nodes there are, and the last of them: from L2, by loads that do not wait for each other.
 __device__ __forceinline__ int path_length(const int32_t* path, int depth, int& last) {
   constexpr int kTogether = 8;
   int length = 0;
