@@ -126,7 +126,7 @@ __device__ __forceinline__ uint64_t best_below(uint64_t than, const float4& z, i
   return best;
 }
 
-// Filters this thread's quads and makes the scores h of params.h of them, sends the statistics of its warp's blocks to the first CTA where there are scores, and returns the thread's best.
+// Filters this thread's quads and makes h (params.h) of them, sends the statistics of its warp's blocks to the first CTA where there are scores, and returns the thread's best.
 __device__ uint64_t perturb(const DraftChildrenParams& p, const Row& of, const Filters& kept, const ChildrenShared& out, RowSlice& row) {
   const bool noisy = p.noise >= 0 && of.temperature > 0.0f, foretells = p.foretells(of.temperature);
   const float slope = foretells ? kHeadSlope : 1.0f, scale = foretells ? of.temperature : 1.0f;

@@ -70,8 +70,8 @@ struct DraftTopkParams {
   int rows, vocab, k;
 };
 
-// A child's score is h less the log-sum-exp of h over the drafter's own columns, in the order above: h = z without noise and z + G with it, but of a head with the target's noise
-// h = T (1.2 z + G), which says what the target will choose (kHeadSlope in token.h).
+// A child's score is h less the log-sum-exp of h over the drafter's own columns, in the order above: h = z without noise and z + G with it, but of a head with the
+// target's noise h = T (1.2 z + G), which says what the target will choose (kHeadSlope in token.h).
 // On CUDA, of rows of logits that are their own (slot_rows 0), all but the logits is read before the kernel that makes these has ended: what writes it must be older.
 struct DraftChildrenParams {
   const float* logits;          // [L, D]; of row r: row r, or with slot_rows row request * slot_rows + level
