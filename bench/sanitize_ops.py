@@ -248,7 +248,7 @@ def sampling(k: Kit) -> None:
         for ids in (torch.arange(130, dtype=I64, device=k.device) * (vocab // 131), k.ints(vocab - 1, dtype=I64), None):
             child, score = k.out(capacity, 3, dtype=I32), k.out(capacity, 3)
             ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), 0, 0, ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
-                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, n, child, score)
+                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, True, n, child, score)
             k.written(child, used)
             k.written(score, used)
 
