@@ -95,7 +95,7 @@ class Case:
                 paths = paths.to(device)
             workspace = ops.attention_workspace(n + pad, q.shape[1], q.shape[2], table.shape[1] * self.page, device)
             workspace.partials.fill_(float("nan"))
-            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], k.dtype, workspace.plan)
+            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], k.dtype == ops.FP8, workspace.plan)
             ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace.plan, workspace.partials, out,
                                self.k_scale, self.v_scale)
         assert torch.isnan(out[n:]).all(), "rows past num_rows were written"
