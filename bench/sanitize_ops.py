@@ -183,7 +183,7 @@ def trees(k: Kit, dim: int, q_heads: int, lengths: list[int], table: Tensor, pag
     level = torch.arange(capacity, dtype=I32, device=k.device) % 3
     paths = torch.stack([level, torch.where(level > 0, 70 + level, -1), k.full(capacity, value=-1)], 1).contiguous()
     for words, lists in [(ancestors, None), (None, paths), (None, None)]:
-        ops.attention_plan(request, prefix, words, lists, num_rows, slots, q_heads, pools[0].shape[2], workspace.plan)
+        ops.attention_plan(request, prefix, words, lists, num_rows, slots, q_heads, pools[0].shape[2], pools[0].dtype == ops.FP8, workspace.plan)
         # Without paths a row sees its prefix only; a row of prefix 0 sees nothing and gives zeros.
         for window in (0, 20):
             out = k.out(capacity, q_heads, dim, dtype=dtype)
@@ -248,7 +248,7 @@ def sampling(k: Kit) -> None:
         for ids in (torch.arange(130, dtype=I64, device=k.device) * (vocab // 131), k.ints(vocab - 1, dtype=I64), None):
             child, score = k.out(capacity, 3, dtype=I32), k.out(capacity, 3)
             ops.draft_children(k.random(capacity, vocab if ids is None else len(ids)), 0, 0, ids, request, position, 2, sampling_f, sampling_i, k.ints([1, -1], [2, 3], [-1, -1]),
-                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, n, child, score)
+                               k.random(slots, vocab), seeds, ops.NOISE_SHARED, True, n, child, score)
             k.written(child, used)
             k.written(score, used)
 

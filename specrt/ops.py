@@ -205,16 +205,16 @@ class AttentionWorkspace:
 def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, device: torch.device) -> AttentionWorkspace:
     """For up to ``rows`` rows of at most ``max_len`` positions. Allocate once."""
     chunks, cuda = (max_len + 255) // 256, torch.device(device).type == "cuda"
-    return AttentionWorkspace(torch.zeros(4 + 16 * 512 + 12 * rows if cuda else 1, dtype=torch.int32, device=device),
+    return AttentionWorkspace(torch.zeros(4 + 16 * 512 + 13 * rows if cuda else 1, dtype=torch.int32, device=device),
                               torch.empty(rows * q_heads * chunks * (head_dim + 2) if cuda else 1, dtype=torch.float32, device=device))
 
 
 def attention_plan(row_request: Tensor, row_prefix: Tensor, ancestors: Tensor | None, paths: Tensor | None, num_rows: Tensor, requests: int, q_heads: int,
-                   kv_heads: int, plan: Tensor) -> None:
-    """Before the calls of ``tree_attention`` that have these rows (all layers of a forward pass): divides the work. Shapes as there; ``requests`` is B,
-    ``plan`` int32 of attention_workspace. CUDA: not right before one of them, which reads the plan before its wait; a ``linear`` between the two, as in every layer, or an op of
-    torch's suffices (csrc/attention/params.h)."""
-    _C.attention_plan(row_request, row_prefix, ancestors, paths, num_rows, requests, q_heads, kv_heads, plan)
+                   kv_heads: int, fp8: bool, plan: Tensor) -> None:
+    """Before the calls of ``tree_attention`` that have these rows (all layers of a forward pass): divides the work. Shapes as there; ``requests`` is B, ``fp8``
+    whether the pools are float8_e4m3fn, ``plan`` int32 of attention_workspace. CUDA: not right before one of them, which reads the plan before its wait; a ``linear`` between the
+    two, as in every layer, or an op of torch's suffices (csrc/attention/params.h)."""
+    _C.attention_plan(row_request, row_prefix, ancestors, paths, num_rows, requests, q_heads, kv_heads, fp8, plan)
 
 
 def tree_attention(q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, row_request: Tensor, row_prefix: Tensor,
@@ -395,14 +395,15 @@ def draft_topk(z: Tensor, row_request: Tensor, row_position: Tensor, seeds: Tens
 
 
 def draft_children(logits: Tensor, slot_rows: int, level: int, ids: Tensor | None, row_request: Tensor, row_position: Tensor, ahead: int, sampling_f: Tensor, sampling_i: Tensor,
-                   stop_ids: Tensor, bias: Tensor, seeds: Tensor, noise: int, num_rows: Tensor, token: Tensor, score: Tensor | None) -> None:
+                   stop_ids: Tensor, bias: Tensor, seeds: Tensor, noise: int, of_head: bool, num_rows: Tensor, token: Tensor, score: Tensor | None) -> None:
     """``sample_transform`` and ``draft_topk`` in one for a drafter of D tokens of its own, where nobody wants its logits: the same children, to the bit, and their scores but for the order
-    of the log-sum-exp, which is by blocks of the D columns.
+    of the log-sum-exp, which is by blocks of the D columns. But of a head on the target's features (``of_head``), with NOISE_SHARED at temperature T > 0, a token's score is
+    T (1.2 z + G), by which heads foretell best what their target chooses (csrc/sample/token.h).
 
     logits float32 [R, D], raw and left so, or with slot_rows > 0 [B slot_rows, D], of which a row takes row_request * slot_rows + level; ids int64 [D], ascending: the target's id of each column, None = 0, 1, ... (columns past V are left out). Bias, noise and
     stops are the target's, bias float32 [B, V]; there are no penalties and no masks. The child stands at row_position + ahead. token int32, score float32 [R, k] or None, k <= 64: a token that
     the drafter does not have, or that is filtered, is missing (-1, -inf), and so are all of a row that is not finite. CUDA: D <= 327680; with slot_rows 0, all but the logits is read before the wait (csrc/sample/params.h)."""
-    _C.draft_children(logits, slot_rows, level, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, num_rows, token, score)
+    _C.draft_children(logits, slot_rows, level, ids, row_request, row_position, ahead, sampling_f, sampling_i, stop_ids, bias, seeds, noise, of_head, num_rows, token, score)
 
 
 def accept_rejection(z: Tensor, row_status: Tensor, row_offset: Tensor, tree_token: Tensor, tree_parent: Tensor, tree_size: Tensor, seq_lens: Tensor, q: Tensor,

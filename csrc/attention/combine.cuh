@@ -27,7 +27,12 @@ template <int D> __global__ void __launch_bounds__(kCombineWarps * 32, 2) combin
   const int run = 1 << header.log_run;
   const int vectors = min(__ldcg(p.num_rows), p.rows) * p.q_heads, step = gridDim.x * teams;
   int vector = blockIdx.x * teams + warp / team;
-  auto row_of = [&] { return vector < vectors ? describe_row(p, vector / p.q_heads) : Row(); };
+  auto row_of = [&] {
+    Row row;
+    if (vector < vectors) row.len = plan_len(p.plan, p.rows, vector / p.q_heads);
+    if (p.window > 0) row.first = max(0, row.len - p.window);
+    return row;
+  };
   Row row = row_of();
   ptx::grid_dependency_wait();
   if (header.whole) return;

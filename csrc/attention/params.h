@@ -24,7 +24,8 @@ constexpr int kChunk = kTile * kChunkTiles, kGroup = kChunk * kGroupChunks;
 
 // On CUDA tree attention in bfloat16 reads the plan, the block table, the rows' tables, num_rows, and keys and values of positions that were there before this pass (of a request's rows
 // without ancestors or paths: below its first row's; of others: below prefix) while the kernel before it may still run. So what writes those must be older than a kernel that waits
-// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them.
+// before it lets the next start: linear, which stands between the plan and the attention of every layer. The plan is made after all of them; of rows without ancestors or paths it takes the
+// first of a request as the one with the lowest prefix.
 struct AttentionParams {
   DType dtype, kv_dtype;      // kv_dtype: of the pools, dtype or e4m3
   const void* q;              // [R, Hq, D]
@@ -56,18 +57,20 @@ struct AttentionPlanParams {
   const int32_t* num_rows;
   int32_t* plan;               // [plan_ints(R)]
   int rows, requests, q_heads, kv_heads, path_depth;
+  bool fp8;  // pools in e4m3
 };
 
 constexpr int kPlanHeader = 4, kPlanShare = 16, kPlanBlock = 12, kMostShares = 512;  // ints; shares: CTAs of tree attention
-constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + kPlanBlock * rows; }
+constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + (kPlanBlock + 1) * rows; }
 
-// CTAs of tree attention: 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
+// CTAs of tree attention: a row each (decode.cu; `warpgroups` 0) where there is one a request and few of them and pools are wide, else 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
 // A function of the capacities.
 struct TreeShape {
   int warpgroups, blocks_per_sm, most_rows;
 };
-inline TreeShape tree_shape(int rows, int requests, int group_heads, int kv_heads, int path_depth) {
-  constexpr int kEnough = 32;
+inline TreeShape tree_shape(int rows, int requests, int group_heads, int kv_heads, int path_depth, bool fp8) {
+  constexpr int kFew = 32, kEnough = 32;
+  if (!fp8 && rows <= requests && rows * kv_heads <= kFew) return {0, 1, 1};
   const int vectors = (rows + requests - 1) / (requests > 0 ? requests : 1) * group_heads;  // of a request
   const int warpgroups = !path_depth && vectors > 64 && requests * kv_heads * ((vectors + 127) / 128) >= kEnough ? 2 : 1;
   int most = warpgroups * 64 / group_heads;

@@ -5,143 +5,128 @@
 namespace specrt {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kLogGroup = 3;
-constexpr int kNear = 256;  // blocks that are made in shared memory: a plan of more rows is made where it will lie
+constexpr int kThreads = 512, kWarps = kThreads / 32, kLogGroup = 3;
+constexpr int kNear = 512;  // rows of a plan that is made in shared memory: one of more is made where it will lie
 
-// The combination of what the threads before and the thread itself have, over the block; `total`: of all. Operator: max or plus.
-template <typename F> __device__ int scan(int x, F f, int identity, int& total, int* warps) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// The sum over the warp up to this lane.
+__device__ __forceinline__ int sum_to_lane(int x) {
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
     const int y = __shfl_up_sync(~0u, x, d);
-    if (lane >= d) x = f(x, y);
+    if (threadIdx.x % 32 >= d) x += y;
   }
-  if (lane == 31) warps[warp] = x;
-  __syncthreads();
-  int before = identity;
-  total = identity;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before = f(before, warps[w]);
-    total = f(total, warps[w]);
-  }
-  __syncthreads();
-  return f(before, x);
+  return x;
 }
 
-struct Max {
-  __device__ int operator()(int a, int b) const { return max(a, b); }
-};
-struct Plus {
-  __device__ int operator()(int a, int b) const { return a + b; }
-};
-
-__global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
-  __shared__ int warps[kWarps];
+template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanParams p, int most, int slots) {
+  __shared__ int last_start[kWarps], firsts[kMostShares + 1];
+  __shared__ int4 of_warps[kWarps];  // blocks, chunks, groups, units
+  __shared__ int2 tops[kWarps];      // chunks of a block, at most a group; whether one is parted
+  __shared__ Block near[Near ? kNear : 1];
   ptx::grid_dependency_wait();
   ptx::launch_dependents();  // now: sooner, weights that fill a pipeline and then wait would only stand in the way of what is before
-  const int rows = min(*p.num_rows, p.rows), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_paths = p.ancestors || p.paths;
-  __shared__ Block near[kNear];
   int32_t* const plan_blocks = p.plan + kPlanHeader + kPlanShare * kMostShares;
-  Block* const blocks = p.rows <= kNear ? near : reinterpret_cast<Block*>(plan_blocks);
+  int32_t* const lens = plan_blocks + kPlanBlock * p.rows;
+  Block* const blocks = Near ? near : reinterpret_cast<Block*>(plan_blocks);
   PlanShare* const shares = reinterpret_cast<PlanShare*>(p.plan + kPlanHeader);
-  auto together = [&](int r) {  // row r goes on with row r - 1's run
-    return r > 0 && p.row_request[r] == p.row_request[r - 1] && (!has_paths || p.row_prefix[r] == p.row_prefix[r - 1]);
-  };
 
-  int count = 0, run_begin = 0;
-  for (int base = 0; base < rows; base += kThreads) {
+  // A thread a row: all it reads, at once; then what it adds to its block, which for now stands in the place of its first row.
+  const int rows = min(*p.num_rows, p.rows);
+  int base = 0, run_begin = 0;
+  do {
     const int r = base + threadIdx.x;
-    int last;
-    const int begin = scan(r < rows && !together(r) ? r : (threadIdx.x == 0 ? run_begin : 0), Max(), 0, last, warps);
-    run_begin = last;
-    const bool leads = r < rows && (r - begin) % most == 0;
-    int leaders;
-    const int place = count + scan(leads, Plus(), 0, leaders, warps) - 1;
-    if (leads) {
-      blocks[place].begin = r;
-      blocks[place].settled = has_paths ? p.row_prefix[r] : p.row_prefix[begin] - 1;
-    }
-    count += leaders;
-  }
-  __syncthreads();
-
-  // What the rows of a block see: a warp a block.
-  for (int b = warp; b < count; b += kWarps) {
-    const int begin = blocks[b].begin, end = b + 1 < count ? blocks[b + 1].begin : rows;
-    int prefix = 0, shortest = 0x7fffffff, longest = 0, nodes = 0;
+    int request = 0, prefix = 0, len = 0, nodes = 0;
     unsigned long long wanted = 0;
-    for (int r = begin + lane; r < end; r += 32) {
-      int len = p.row_prefix[r];
-      prefix = max(prefix, len);
+    bool together = false;  // it goes on with row r - 1's run
+    if (r < p.rows) {
+      const int before = max(r - 1, 0), request_before = p.row_request[before], prefix_before = p.row_prefix[before];
+      request = p.row_request[r];
+      prefix = p.row_prefix[r];
       if (p.ancestors) {
-        const long long word = p.ancestors[r];
-        len += __popcll(word);
-        nodes = max(nodes, 64 - __clzll(word));
-        wanted |= word;
+        wanted = static_cast<unsigned long long>(p.ancestors[r]);
+        len = __popcll(wanted);
+        nodes = 64 - __clzll(static_cast<long long>(wanted));
       } else if (p.paths) {
-        bool goes_on = true;
-#pragma unroll 8
-        for (int d = 0; d < p.path_depth; ++d) {  // loads that do not wait for each other
-          const int node = p.paths[static_cast<int64_t>(r) * p.path_depth + d];
-          goes_on = goes_on && node >= 0;
-          len += goes_on;
-        }
+        int last = -1;
+        len = path_length(p.paths + static_cast<int64_t>(r) * p.path_depth, p.path_depth, last);
+        nodes = last + 1;
       }
-      shortest = min(shortest, len);
-      longest = max(longest, len);
+      len += prefix;
+      together = r > 0 && request == request_before && (!has_paths || prefix == prefix_before);
     }
-    prefix = __reduce_max_sync(~0u, prefix);
-    shortest = __reduce_min_sync(~0u, shortest);
-    longest = __reduce_max_sync(~0u, longest);
-    nodes = __reduce_max_sync(~0u, nodes);
-    const unsigned low = __reduce_or_sync(~0u, static_cast<unsigned>(wanted)), high = __reduce_or_sync(~0u, static_cast<unsigned>(wanted >> 32));
-    if (lane == 0) {
-      blocks[b].rows = end - begin;
-      blocks[b].request = p.row_request[begin];
-      blocks[b].prefix = prefix;
-      blocks[b].shortest = shortest;
-      blocks[b].longest = longest;
-      blocks[b].nodes = nodes;
-      blocks[b].wanted_low = static_cast<int>(low);
-      blocks[b].wanted_high = static_cast<int>(high);
+    const bool there = r < rows;
+    if (there) {
+      blocks[r] = {r, 0, request, 0, 0, 0x7fffffff, 0, 0, 0, 0, 0, 0};
+      lens[r] = len;
     }
+    const unsigned starts = __ballot_sync(~0u, there && !together), upto = starts & ~0u >> (31 - lane);
+    if (lane == 0) last_start[warp] = starts ? r + 31 - __clz(starts) : 0;
+    __syncthreads();
+    const int last = lane < kWarps ? last_start[lane] : 0, before = __reduce_max_sync(~0u, lane < warp ? last : run_begin);
+    run_begin = __reduce_max_sync(~0u, max(last, run_begin));
+    if (there) {
+      const int begin = upto ? r - lane + 31 - __clz(upto) : before, first = r - (r - begin) % most;
+      Block& block = blocks[first];
+      if (first == r) block.settled = has_paths ? prefix : p.row_prefix[begin] - 1;
+      atomicAdd(&block.rows, 1);
+      atomicMax(&block.prefix, prefix);
+      atomicMin(&block.shortest, len);
+      atomicMax(&block.longest, len);
+      atomicMax(&block.nodes, nodes);
+      if (p.ancestors) atomicOr(&block.wanted, static_cast<int>(wanted));
+    }
+    __syncthreads();
+    base += kThreads;
+  } while (base < rows);
+
+  // Then the blocks get their numbers, and move there.
+  int count = 0, all_chunks = 0, all_groups = 0, units = 0, most_chunks = 0;
+  bool all_whole = true;
+  for (base = 0; base < rows; base += kThreads) {
+    const int r = base + threadIdx.x;
+    Block block{};
+    if (r < rows) block = blocks[r];
+    const bool leads = block.rows > 0;
+    // A row by itself whose path is the nodes 0, 1, .. has its keys at their positions, as it would without a path.
+    if (block.rows == 1 && block.nodes == block.longest - block.prefix) block.prefix = block.longest, block.nodes = 0;
+    const unsigned leaders = __ballot_sync(~0u, leads);
+    const int own_chunks = leads ? block.pieces(0) : 0, own_groups = leads ? block.pieces(kLogGroup) : 0, own_units = leads ? block.units(has_paths) : 0;
+    const int chunks = sum_to_lane(own_chunks), groups = sum_to_lane(own_groups), upto = sum_to_lane(own_units), top = __reduce_max_sync(~0u, min(kGroupChunks, own_chunks));
+    const bool parted = __any_sync(~0u, leads && (block.longest > kGroup || block.shortest == 0));  // nobody's chunks: zeros are the combine kernel's
+    if (lane == 31) {
+      of_warps[warp] = {__popc(leaders), chunks, groups, upto};
+      tops[warp] = {top, parted};
+    }
+    __syncthreads();
+    const int4 sums = lane < kWarps ? of_warps[lane] : int4{}, below = lane < warp ? sums : int4{};
+    const int2 most_of = lane < kWarps ? tops[lane] : int2{};
+    const int place = count + __reduce_add_sync(~0u, below.x) + __popc(leaders & ((1u << lane) - 1));
+    block.chunks_before = all_chunks + __reduce_add_sync(~0u, below.y) + chunks - own_chunks;
+    block.groups_before = all_groups + __reduce_add_sync(~0u, below.z) + groups - own_groups;
+    block.units_before = units + __reduce_add_sync(~0u, below.w) + upto - own_units;
+    if (leads) {
+      blocks[place] = block;  // these have all been read
+      if (Near) reinterpret_cast<Block*>(plan_blocks)[place] = block;
+    }
+    count += __reduce_add_sync(~0u, sums.x);
+    all_chunks += __reduce_add_sync(~0u, sums.y);
+    all_groups += __reduce_add_sync(~0u, sums.z);
+    units += __reduce_add_sync(~0u, sums.w);
+    most_chunks = max(most_chunks, __reduce_max_sync(~0u, most_of.x));
+    all_whole = all_whole && !__any_sync(~0u, most_of.y);
+    __syncthreads();
   }
-  __syncthreads();
 
   // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
-  int chunks = 0, groups = 0, longest = 0, parted = 0;
-  for (int b = threadIdx.x; b < count; b += kThreads) {
-    chunks += blocks[b].pieces(0);
-    groups += blocks[b].pieces(kLogGroup);
-    longest = max(longest, min(kGroupChunks, blocks[b].pieces(0)));
-    parted |= blocks[b].longest > kGroup || blocks[b].shortest == 0;  // nobody's chunks: zeros are the combine kernel's
-  }
-  int all_chunks, all_groups, most_chunks;
-  scan(chunks, Plus(), 0, all_chunks, warps);
-  scan(groups, Plus(), 0, all_groups, warps);
-  scan(longest, Max(), 0, most_chunks, warps);
   const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
-  const bool all_whole = !__syncthreads_or(parted);
   const int log_run = by_group <= by_chunk + by_chunk / 4 ? kLogGroup : 0;
-
-  int pieces = 0, units = 0;
-  for (int base = 0; base < count; base += kThreads) {
-    const int b = base + threadIdx.x, own_pieces = b < count ? blocks[b].pieces(log_run) : 0, own_units = b < count ? blocks[b].units(has_paths) : 0;
-    int all_pieces, all_units;
-    const int pieces_upto = scan(own_pieces, Plus(), 0, all_pieces, warps), units_upto = scan(own_units, Plus(), 0, all_units, warps);
-    if (b < count) {
-      blocks[b].pieces_before = pieces + pieces_upto - own_pieces;
-      blocks[b].units_before = units + units_upto - own_units;
-    }
-    pieces += all_pieces;
-    units += all_units;
-  }
-  __syncthreads();
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, log_run, log_run && all_whole, 0};
 
   // Jobs are shared out one each while there are CTAs for them, else to the CTA in whose part of all units they begin.
-  const int jobs = pieces * p.kv_heads;
+  const int jobs = (log_run ? all_groups : all_chunks) * p.kv_heads;
+  auto pieces_before = [&](const Block& block) { return log_run ? block.groups_before : block.chunks_before; };
   auto block_of = [&](int what, auto&& before) {  // the last one that has no more than `what` before it
     int low = 0, high = count;
     while (high - low > 1) {
@@ -151,31 +136,36 @@ __global__ void __launch_bounds__(kThreads) attention_plan_kernel(AttentionPlanP
     return low;
   };
   auto first = [&](int cta) {
-    if (jobs <= slots) return min(cta, jobs);
     const int unit = static_cast<int>(static_cast<int64_t>(units) * p.kv_heads * cta / slots);
     const Block& block = blocks[block_of(unit / p.kv_heads, [](const Block& b) { return b.units_before; })];
     const int of_block = unit - block.units_before * p.kv_heads, of_head = block.units(has_paths), piece = kChunkTiles << log_run;
-    return block.pieces_before * p.kv_heads + of_block / of_head * block.pieces(log_run) + (of_block % of_head + piece - 1) / piece;
+    return pieces_before(block) * p.kv_heads + of_block / of_head * block.pieces(log_run) + (of_block % of_head + piece - 1) / piece;
   };
+  const bool one_each = jobs <= slots;
+  if (!one_each) {
+#pragma unroll 1
+    for (int cta = threadIdx.x; cta <= slots; cta += kThreads) firsts[cta] = cta == slots ? jobs : first(cta);
+    __syncthreads();
+  }
+#pragma unroll 1
   for (int cta = threadIdx.x; cta < slots; cta += kThreads) {
-    const int begin = first(cta), share = (cta + 1 == slots ? jobs : first(cta + 1)) - begin;
+    const int begin = one_each ? cta : firsts[cta], share = one_each ? cta < jobs : firsts[cta + 1] - begin;
     if (share == 0) {
       shares[cta].jobs = 0;
       continue;
     }
-    const int index = block_of(begin / p.kv_heads, [](const Block& b) { return b.pieces_before; });
-    const int of_block = begin - blocks[index].pieces_before * p.kv_heads, of_head = blocks[index].pieces(log_run);
+    const int index = block_of(begin / p.kv_heads, pieces_before);
+    const int of_block = begin - pieces_before(blocks[index]) * p.kv_heads, of_head = blocks[index].pieces(log_run);
     shares[cta] = {share, index, of_block / of_head, of_block % of_head, blocks[index]};
   }
-  if (blocks != near) return;
-  for (int i = threadIdx.x; i < count * kPlanBlock; i += kThreads) plan_blocks[i] = reinterpret_cast<const int32_t*>(near)[i];
 }
 
 }  // namespace
 
 void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth);
-  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, attention_plan_kernel, p, shape.most_rows, most_ctas(shape));
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth, p.fp8);
+  launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, p.rows <= kNear ? attention_plan_kernel<true> : attention_plan_kernel<false>, p, shape.most_rows,
+         most_ctas(shape));
 }
 
 }  // namespace specrt

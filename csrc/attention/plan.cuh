@@ -13,10 +13,11 @@ struct PlanHeader {
 };
 
 struct alignas(16) Block {
-  int begin, rows, request, pieces_before;
-  int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: with ancestors, the slots from prefix on that hold them
+  int begin, rows, request, chunks_before;
+  int prefix, shortest, longest, nodes;  // prefix: the greatest; shortest, longest: len; nodes: the slots from prefix on that may hold them
   int settled;                  // positions that no row of the request has added (params.h)
-  int wanted_low, wanted_high;  // with ancestors: the nodes on any row's path, a word in two
+  int wanted;                   // with ancestors: of the first 32 nodes, those on any row's path
+  int groups_before;
   int units_before;             // units of work: tiles, and one more where rows have keys of their own
 
   __device__ int pieces(int log_run) const { return (longest + (kChunk << log_run) - 1) / kChunk >> log_run; }
@@ -37,7 +38,14 @@ inline int most_ctas(const TreeShape& shape) {
   return most < kMostShares ? most : kMostShares;
 }
 
-// A plan in memory: the header, the shares, then the blocks. Read from L2: what an SM holds of it may be of another pass.
+// The most jobs that the capacities can hold, and no more CTAs than there is room for.
+inline unsigned tree_ctas(const AttentionParams& p, const TreeShape& shape) {
+  const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
+  const int slots = most_ctas(shape);
+  return static_cast<unsigned>(jobs < slots ? jobs : slots);
+}
+
+// A plan in memory: the header, the shares, a place for a block a row, the rows' len. Read from L2: what an SM holds of it may be of another pass.
 __device__ __forceinline__ PlanHeader plan_header(const int32_t* plan) {
   const int4 x = __ldcg(reinterpret_cast<const int4*>(plan));
   return {x.x, x.y, x.z, x.w};
@@ -49,10 +57,14 @@ __device__ __forceinline__ Block plan_block_at(const int4* from) {
 __device__ __forceinline__ Block plan_block(const int32_t* plan, int index) {
   return plan_block_at(reinterpret_cast<const int4*>(plan + kPlanHeader + kPlanShare * kMostShares + index * kPlanBlock));
 }
+__device__ __forceinline__ int plan_len(const int32_t* plan, int rows, int row) { return __ldcg(plan + kPlanHeader + kPlanShare * kMostShares + kPlanBlock * rows + row); }
 __device__ __forceinline__ PlanShare plan_share(const int32_t* plan, int cta) {
   const int4* from = reinterpret_cast<const int4*>(plan + kPlanHeader + cta * kPlanShare);
   const int4 x = __ldcg(from);
   return {x.x, x.y, x.z, x.w, plan_block_at(from + 1)};
 }
+
+// Of rows that are few (decode.cu).
+void launch_decode_attention(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream);
 
 }  // namespace specrt

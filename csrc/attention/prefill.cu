@@ -43,8 +43,8 @@ template <int D> struct Rest {
   float2 total[kRows];  // its (m, l)
   uint64_t full_k[Layout<D>::stages], full_v[Layout<D>::stages], empty_k[Layout<D>::stages], empty_v[Layout<D>::stages], full_q, empty_q;
   uint64_t narrow_k[Layout<D>::stages], narrow_v[Layout<D>::stages];  // an e4m3 tile has come: full follows when it is wide
-  bool end[Layout<D>::stages];  // no e4m3 tile: the producer has done
-  Job job;  // comes with the queries
+  alignas(16) Job job;  // comes with the queries
+  alignas(16) bool end[Layout<D>::stages];  // no e4m3 tile, neither K nor V: the producer has done. Outside any wide load of the job
 };
 template <int D> constexpr int kSharedBytes = Layout<D>::rest + static_cast<int>(sizeof(Rest<D>));
 
@@ -148,6 +148,7 @@ template <int D, typename KV> struct Producer {
     }
     publish({0, 0, 0, 0, 0}, 0);
     if constexpr (Tile::fp8) {
+      static_assert(Layout<D>::stages >= 3, "whoever still widens the values of the last tiles would find the mark");
       ptx::mbarrier_wait(ptx::shared_address(rest.empty_k + at.stage), at.parity ^ 1);
       if (lane == 0) {
         rest.end[at.stage] = true;

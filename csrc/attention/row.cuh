@@ -16,19 +16,31 @@ struct Row {
   __device__ bool sees(int begin, int size) const { return low(begin) < high(begin, size); }
 };
 
+// How many of a path's first `depth` nodes there are, and the last of them: from L2, by loads that do not wait for each other.
+__device__ __forceinline__ int path_length(const int32_t* path, int depth, int& last) {
+  constexpr int kTogether = 8;
+  int length = 0;
+  bool goes_on = true;
+  for (int begin = 0; begin < depth; begin += kTogether) {
+    int nodes[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) nodes[i] = begin + i < depth ? __ldcg(path + begin + i) : -1;
+#pragma unroll
+    for (int node : nodes) {
+      goes_on = goes_on && node >= 0;
+      length += goes_on;
+      if (goes_on) last = node;
+    }
+  }
+  return length;
+}
+
 __device__ __forceinline__ Row describe_row(const AttentionParams& p, int r) {
   Row row;
   row.prefix = row.len = __ldcg(p.row_prefix + r);  // from L2, as it may be before the wait (params.h)
   if (p.ancestors) row.len += __popcll(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + r));
-  if (p.paths) {
-    bool goes_on = true;
-#pragma unroll 8
-    for (int d = 0; d < p.path_depth; ++d) {  // loads that do not wait for each other
-      const int node = __ldcg(p.paths + static_cast<int64_t>(r) * p.path_depth + d);
-      goes_on = goes_on && node >= 0;
-      row.len += goes_on;
-    }
-  }
+  int last;
+  if (p.paths) row.len += path_length(p.paths + static_cast<int64_t>(r) * p.path_depth, p.path_depth, last);
   if (p.window > 0) row.first = max(0, row.len - p.window);
   return row;
 }

@@ -1,8 +1,9 @@
 // Decode, verify and draft-expansion attention, bf16 over bf16 or e4m3 pools, on Hopper.
 //
 // A job is a block of rows of one request, a KV head and a run of chunks of 256 positions (plan.cuh). Rows x query heads stand side by side as the 64 vectors of a
-// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_job.cuh) keeps the ring of stages full by tensor copies, one a page;
-// tiles of e4m3 pools are widened by the warps beside the producer before anybody else sees them (widen.cuh). While a tile's P V is on the tensor cores, so are the next tile's scores.
+// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_job.cuh) keeps the ring of stages full by tensor copies, one a page
+// (keys of paths: 16 bytes a lane); tiles of e4m3 pools are widened by the warps beside the producer before anybody else sees them (widen.cuh). While a tile's P V is on the
+// tensor cores, so are the next tile's scores.
 //
 // From a block's common prefix on each row has keys of its own, its path's. Their scores are made for all rows at once, in the order of the nodes; the probabilities then are
 // picked in groups of 16 logical positions, and each row's group meets the V rows of its own path (row addresses of ldmatrix).
@@ -13,12 +14,13 @@
 #include "attention/tree_consumer.cuh"
 #include "ptx/registers.cuh"
 
+#include <type_traits>
+
 namespace specrt {
 namespace {
 
 template <typename S> __global__ void __launch_bounds__(S::threads, S::blocks_per_sm)
-tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ CUtensorMap k_slots,
-                      const __grid_constant__ CUtensorMap v_slots, const __grid_constant__ AttentionParams p, float scale) {
+tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_constant__ CUtensorMap v_pages, const __grid_constant__ AttentionParams p, float scale) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Rest<S>& rest = *reinterpret_cast<Rest<S>*>(shared + S::rest);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -27,8 +29,6 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
   if (threadIdx.x == S::consumers) {
     ptx::prefetch_tensor_map(&k_pages);
     ptx::prefetch_tensor_map(&v_pages);
-    ptx::prefetch_tensor_map(&k_slots);
-    ptx::prefetch_tensor_map(&v_slots);
   }
   ptx::launch_dependents();
   // Before the wait: who does what, and the producer's first tiles (params.h).
@@ -63,9 +63,9 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
       return;
     }
     Producer<S> producer{p, stages, S::Tile::fp8 ? narrow : full, empty, lane};
-    for (int jobs = job.jobs;; --jobs) {
-      producer.run(job, &k_pages, &v_pages, &k_slots, &v_slots);
-      if (jobs == 1) break;
+    for (;;) {
+      producer.run(job, &k_pages, &v_pages);
+      if (job.jobs == 1) break;
       __syncwarp();
       if (lane == 0) job.advance(p);
       __syncwarp();
@@ -87,17 +87,15 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
 
 template <typename S> void launch_shape(const AttentionParams& p, const TreeShape& shape, cudaStream_t stream) {
   static_assert(kSharedBytes<S> <= (228 / S::blocks_per_sm - 1) * 1024, "more shared memory than an SM has");
-  auto map = [&](const void* pool, int box) { return pool_map<typename S::Tile>(p, pool, box); };
-  // The most jobs that these capacities can hold, and no more CTAs than there is room for.
-  const int64_t chunks = (static_cast<int64_t>(p.max_pages) * p.page + kChunk - 1) / kChunk, jobs = p.rows * p.kv_heads * (chunks > 1 ? chunks : 1);
-  const int slots = most_ctas(shape);
-  launch({dim3(static_cast<unsigned>(jobs < slots ? jobs : slots)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, map(p.k_pool, p.page),
-         map(p.v_pool, p.page), map(p.k_pool, 1), map(p.v_pool, 1), p, score_factor(p));
+  launch({dim3(tree_ctas(p, shape)), dim3(S::threads), kSharedBytes<S>, stream, 1, true}, tree_attention_kernel<S>, pool_map<typename S::Tile>(p, p.k_pool, p.page),
+         pool_map<typename S::Tile>(p, p.v_pool, p.page), p, score_factor(p));
   launch_combine<S::dim>(p, stream);
 }
 
 template <int D, typename KV> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth, !std::is_same_v<KV, bf16>);
+  if constexpr (std::is_same_v<KV, bf16>)
+    if (shape.warpgroups == 0) return launch_decode_attention(p, shape, stream);
   shape.warpgroups == 2 ? launch_shape<Shape<D, 2, KV>>(p, shape, stream) : launch_shape<Shape<D, 1, KV>>(p, shape, stream);
 }
 

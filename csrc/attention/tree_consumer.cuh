@@ -39,9 +39,8 @@ template <typename S> struct Consumer {
     if (!other && !paths) return;
     const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * (p.q_heads / p.kv_heads), mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
     if (other) {
-      const int prefix = __ldcg(p.row_prefix + mine);
+      const int len = plan_len(p.plan, p.rows, mine);
       const long long word = p.ancestors ? __ldcg(reinterpret_cast<const long long*>(p.ancestors) + mine) : 0;
-      const int len = p.paths ? describe_row(p, mine).len : prefix + __popcll(word);
       if (first) ptx::grid_dependency_wait();
       // What lies in the place of a vector beyond the block's is multiplied, too: nobody reads that.
 #pragma unroll 1
@@ -186,9 +185,11 @@ template <typename S> struct Consumer {
       return seen;
     }
     uint64_t nodes = rest.nodes[r];
+#pragma unroll 1
     for (int d = 0; d < from; ++d) nodes &= nodes - 1;
     if (prefix + __popcll(static_cast<long long>(rest.nodes[r])) > tile + kTile) {  // the last ones belong to the next tile
       uint64_t beyond = nodes;
+#pragma unroll 1
       for (int d = from; d < to; ++d) beyond &= beyond - 1;
       nodes ^= beyond;
     }
@@ -211,8 +212,8 @@ template <typename S> struct Consumer {
     __syncwarp();
   }
 
-  // A tile in which rows have keys of their own.
-  __device__ __forceinline__ void own(const Job& job, int tile) {
+  // A tile in which rows have keys of their own; `fresh`: the first of its chunk.
+  __device__ __forceinline__ void own(const Job& job, int tile, bool fresh) {
     const int rows_begin = first_row(), rows_end = min(last_row() + 1, job.block.rows), rows[2] = {local(0), local(1)}, prefix = job.block.prefix, longest = job.block.longest;
     const bool works = rows_begin < rows_end, slots = job.loads_slots(tile), more = job.loads_more(tile), many = job.many_nodes;
     const int low = max(0, job.own_begin() - tile);  // the groups of 16 before it are common
@@ -237,7 +238,7 @@ template <typename S> struct Consumer {
 #pragma unroll
       for (int i = 0; i < 2; ++i) seen[i] = rows[i] < rows_end ? rest.seen[warp][(rows[i] - rows_begin) >> rest.log_step] : Visible{{0, 0}};
       x.softmax_own(s, more, seen, scale, lane, a);
-      x.rescale(a);
+      if (!fresh) x.rescale(a);  // of zeros otherwise
       x.round();
       // The probabilities of what is not common, by place: see column().
       auto keep = [&](int column, const uint32_t (&p)[4]) {
@@ -284,6 +285,7 @@ template <typename S> struct Consumer {
         return many ? prefix + node - tile : 64 + node;
       };
       const Row mine[2] = {row_at(job, rows[0]), row_at(job, rows[1])};
+      const int first_entries[2] = {rows[0] * most - first_entry, rows[1] * most - first_entry}, of_nodes = many ? prefix - tile - low : 16;
 #pragma unroll 1
       for (int begin = tile + low; begin < tile + kTile && begin < longest; begin += 16) {
         // The group's probabilities of all the warp's rows, each of its own path.
@@ -293,8 +295,13 @@ template <typename S> struct Consumer {
           uint32_t both[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const int at = place(rows[h % 2], mine[h % 2], begin + h / 2 * 8 + lane % 4 * 2 + c);
-            both[c] = at < 0 ? 0u : own[lane / 4 + h % 2 * 8][at < 64 || many ? at - low : at - 48];
+            // At place(), without its branches: instructions come cold in whole graphs.
+            const int i = h % 2, position = begin + h / 2 * 8 + lane % 4 * 2 + c;
+            const bool sees = position >= mine[i].first && position < mine[i].len, path = position >= prefix;
+            int node = first_entries[i] + position;
+            if (sees && path && !p.paths) node = rest.node_at[rows[i]][position - prefix];
+            const int column = path ? of_nodes + node : position - tile - low;
+            both[c] = sees ? own[lane / 4 + i * 8][column] : 0u;
           }
           group[h] = both[0] | both[1] << 16;
         }
@@ -363,8 +370,14 @@ template <typename S> struct Consumer {
       if (!row.sees(job.run_begin, kChunk << job.log_run)) continue;  // nor does what is beyond the block
       const float4* const from = kept(job, i);
       float4 o[D / 16];
+      if (first) {  // what by() makes of it, in a third of the instructions
 #pragma unroll
-      for (int n = 0; n < D / 16; ++n) o[n] = by(x, i, 2 * n, from + kKeptPitch * 2 * n);
+        for (int n = 0; n < D / 16; ++n)
+          o[n] = make_float4(x.o[2 * n][2 * i] + 0.0f, x.o[2 * n][2 * i + 1] + 0.0f, x.o[2 * n + 1][2 * i] + 0.0f, x.o[2 * n + 1][2 * i + 1] + 0.0f);
+      } else {
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n) o[n] = by(x, i, 2 * n, from + kKeptPitch * 2 * n);
+      }
       if (job.log_run && row.first >= job.run_begin && row.len <= job.run_begin + kGroup) {
         const float r = 1.0f / run_l[i] * p.v_scale;
         uint32_t* const out = reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out) + static_cast<int64_t>(rest.vector_of[vector(i)]) * D) + lane % 4;
@@ -396,7 +409,7 @@ template <typename S> struct Consumer {
         keep(job, tile / kChunk - 1, tile / kChunk - 1 == begin / kChunk, x.m);
         x.reset();
       }
-      own(job, tile);
+      own(job, tile, tile == begin || tile % kChunk == 0);
     }
     write(job, (end - 1) / kChunk, (end - 1) / kChunk == begin / kChunk);
   }

@@ -1,9 +1,12 @@
 // What follows a tile's sums (params.h, Finish), for kernels whose warpgroups hold 64 outputs x some tokens in fragments of 8 tokens: scale by the row's 1 / rms, bias, then
 // store, SiLU-mul, or residual add with the next norm's statistics. Extra warps make the rows' 1 / rms while the others still multiply.
 #pragma once
+#include <type_traits>
+
 #include "base/math.h"
 #include "gemm/params.h"
 #include "gemm/tile.cuh"
+#include "ptx/convert.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
@@ -101,6 +104,14 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
   }
 }
 
+// SiLU of the gate rounded to T, rounded to T. In bfloat16 the approximate reciprocal gives the bits of the division for every gate there is (all 65536 of them: test_linear_finish.py).
+template <typename T> __device__ __forceinline__ float rounded_silu(float gate) {
+  gate = to_float(round_to<T>(gate));
+  const float d = 1.0f + exp_rn(-gate);
+  if constexpr (std::is_same_v<T, bf16>) return to_float(to_bf16(gate * ptx::reciprocal(d)));
+  return to_float(round_to<T>(gate / d));
+}
+
 // Channels of the kSilu output: a warp's 16 rows are gate and up of 8 channels, and a thread has both of one channel for two tokens. Neighbours swap tokens, so that a thread
 // stores two channels of one.
 template <typename T> __device__ __forceinline__ void store_silu(const LinearParams& p, int token, int rows, int output, const float (&d)[4]) {
@@ -109,8 +120,8 @@ template <typename T> __device__ __forceinline__ void store_silu(const LinearPar
   float y[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const float gate = to_float(round_to<T>(d[i])), up = to_float(round_to<T>(d[2 + i]));
-    y[i] = to_float(round_to<T>(gate / (1.0f + exp_rn(-gate)))) * up;
+    const float up = to_float(round_to<T>(d[2 + i]));
+    y[i] = rounded_silu<T>(d[i]) * up;
   }
   const float other = __shfl_xor_sync(0xffffffffu, odd ? y[0] : y[1], 4);
   struct alignas(2 * sizeof(T)) Pair {

@@ -15,7 +15,8 @@ namespace specrt {
 
 constexpr int kRopeHeadDim = 256;  // the largest on CUDA
 
-// On CUDA positions, slots and num_rows are read before the kernel that makes qkv has ended: what writes them must be older than that kernel.
+// On CUDA positions, slots and num_rows are read before the kernel that makes qkv has ended: what writes them must be older than that kernel, by a kernel that waits before it
+// starts the next one (ptx/dependency.cuh).
 struct RopeAppendParams {
   DType dtype, kv_dtype;     // kv_dtype: of the pools, dtype or e4m3
   const void* qkv;           // [R, (Hq + 2 Hkv) * D]: q heads, k heads, v heads

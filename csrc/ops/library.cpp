@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   // attention
   m.def(
       "attention_plan(Tensor row_request, Tensor row_prefix, Tensor? ancestors, Tensor? paths, Tensor num_rows, int requests, int q_heads, int kv_heads"
-      ", Tensor(a!) plan) -> ()");
+      ", bool fp8, Tensor(a!) plan) -> ()");
   m.def(
       "tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request"
       ", Tensor row_prefix, Tensor? ancestors, Tensor? paths, float scale, int window, Tensor num_rows"
@@ -110,7 +110,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
       ", Tensor num_rows, Tensor(a!) perturbed, Tensor(b!) token, Tensor(c!) score) -> ()");
   m.def(
       "draft_children(Tensor logits, int slot_rows, int level, Tensor? ids, Tensor row_request, Tensor row_position, int ahead, Tensor sampling_f, Tensor sampling_i"
-      ", Tensor stop_ids, Tensor bias, Tensor seeds, int noise, Tensor num_rows, Tensor(a!) token, Tensor(b!)? score) -> ()");
+      ", Tensor stop_ids, Tensor bias, Tensor seeds, int noise, bool of_head, Tensor num_rows, Tensor(a!) token, Tensor(b!)? score) -> ()");
   m.def(
       "accept_rejection(Tensor z, Tensor row_status, Tensor row_offset, Tensor tree_token, Tensor tree_parent"
       ", Tensor tree_size, Tensor seq_lens, Tensor q, Tensor q_levels, Tensor seeds, Tensor sampling_f"

@@ -101,7 +101,7 @@ void draft_topk(Tensor z, Tensor row_request, Tensor row_position, Tensor seeds,
 }
 
 void draft_children(Tensor logits, int64_t slot_rows, int64_t level, std::optional<Tensor> ids, Tensor row_request, Tensor row_position, int64_t ahead, Tensor sampling_f,
-                    Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, Tensor num_rows, Tensor token, std::optional<Tensor> score) {
+                    Tensor sampling_i, Tensor stop_ids, Tensor bias, Tensor seeds, int64_t noise, bool of_head, Tensor num_rows, Tensor token, std::optional<Tensor> score) {
   Checker check("draft_children", logits);
   Sym L("L"), R("R"), D("D"), V("V"), B("B"), S("S"), k("k");
   check("logits", logits, {L, D}, {kF32});
@@ -125,7 +125,7 @@ void draft_children(Tensor logits, int64_t slot_rows, int64_t level, std::option
                         in<int32_t>(sampling_i), in<int32_t>(stop_ids), in<float>(bias),          in<int64_t>(seeds),        in<int32_t>(num_rows),
                         inout<int32_t>(token), inout<float>(score),    static_cast<int>(ahead),   static_cast<int>(noise),   static_cast<int>(R),
                         static_cast<int>(D),   static_cast<int>(V),    static_cast<int>(S),       static_cast<int>(k),       static_cast<int>(slot_rows),
-                        static_cast<int>(level)};
+                        static_cast<int>(level), of_head};
   SPECRT_LAUNCH(draft_children, check, p);
 }
 

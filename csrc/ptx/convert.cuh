@@ -18,6 +18,13 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// rcp.approx: 1 ulp; a subnormal result is kept.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // {low, high} as a pair of e4m3, in the lower 16 bits: to nearest even, saturated to +-448, NaN gives 0x7f.
 __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
   uint16_t pair;

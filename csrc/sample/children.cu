@@ -126,9 +126,10 @@ __device__ __forceinline__ uint64_t best_below(uint64_t than, const float4& z, i
   return best;
 }
 
-// Filters and perturbs this thread's quads, sends the statistics of its warp's blocks to the first CTA where there are scores, and returns the thread's best.
+// Filters this thread's quads and makes h (params.h) of them, sends the statistics of its warp's blocks to the first CTA where there are scores, and returns the thread's best.
 __device__ uint64_t perturb(const DraftChildrenParams& p, const Row& of, const Filters& kept, const ChildrenShared& out, RowSlice& row) {
-  const bool noisy = p.noise >= 0 && of.temperature > 0.0f;
+  const bool noisy = p.noise >= 0 && of.temperature > 0.0f, foretells = p.foretells(of.temperature);
+  const float slope = foretells ? kHeadSlope : 1.0f, scale = foretells ? of.temperature : 1.0f;
   uint64_t best = 0;
   for (int q = threadIdx.x; q < row.quads; q += blockDim.x) {  // whole warps
     const int column = 4 * (row.first + q);
@@ -144,7 +145,7 @@ __device__ uint64_t perturb(const DraftChildrenParams& p, const Row& of, const F
       if (!p.ids) noise_words(of.seed, of.position, p.noise, column / 4, words);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        if (z[e] > -infinity()) z[e] = z[e] + gumbel(p.ids ? noise_word(of.seed, of.position, static_cast<int32_t>(p.ids[column + e]), p.noise) : words[e]);
+        if (z[e] > -infinity()) z[e] = (z[e] * slope + gumbel(p.ids ? noise_word(of.seed, of.position, static_cast<int32_t>(p.ids[column + e]), p.noise) : words[e])) * scale;
     }
     row.z[q] = raw = make_float4(z[0], z[1], z[2], z[3]);
     best = max(best, best_below(~uint64_t{0}, raw, column));

@@ -8,6 +8,14 @@ SPECRT_CLONES bool row_finite(const float* z, int n) { return all_finite(z, n); 
 
 int64_t token_of(const DraftChildrenParams& p, int column) { return p.ids ? p.ids[column] : column; }
 
+// Nothing but -inf is left where a product is infinite.
+SPECRT_CLONES void multiply(float* x, int n, float by) {
+  for (int i = 0; i < n; ++i) x[i] = x[i] * by;
+  if (!(max_of(x, n) < infinity())) std::fill(x, x + n, -infinity());
+}
+
+float temperature_of(const DraftChildrenParams& p, int64_t row) { return p.sampling_f[p.row_request[row] * kSamplingF + kTemperature]; }
+
 // The row over the target's tokens, transformed; nothing but -inf if it is not finite.
 void spread_row(const DraftChildrenParams& p, int64_t row, int used, float* z) {
   const float* own = p.own(row);
@@ -18,6 +26,7 @@ void spread_row(const DraftChildrenParams& p, int64_t row, int used, float* z) {
   const Adjustments a{p.sampling_f + b * kSamplingF, p.sampling_i + b * kSamplingI, p.bias + b * p.vocab, p.stop_ids + b * p.stops, nullptr, p.stops,
                       p.row_position[row] + p.ahead};
   if (adjust_row(z, p.vocab, a) == kStatusNotFinite) std::fill(z, z + p.vocab, -infinity());
+  if (p.foretells(temperature_of(p, row))) multiply(z, p.vocab, kHeadSlope);
 }
 
 }  // namespace
@@ -35,6 +44,7 @@ void launch_draft_children_cpu(const DraftChildrenParams& p) {
   perturb_rows(z, n, p.vocab, p.row_request, positions.data(), p.seeds, p.sampling_f, p.noise);
   parallel_for(n, n * p.columns * 4, [&](int64_t row) {
     for (int i = 0; i < p.columns; ++i) own[row * p.columns + i] = i < used ? z[row * p.vocab + token_of(p, i)] : -infinity();
+    if (p.foretells(temperature_of(p, row))) multiply(own + row * p.columns, p.columns, temperature_of(p, row));
   });
   best_columns(own, n, p.columns, p.k, p.token, p.score);
   for (int64_t i = 0; i < n * p.k; ++i)

@@ -70,8 +70,10 @@ struct DraftTopkParams {
   int rows, vocab, k;
 };
 
-// A child's score is z + G less the log-sum-exp of z + G over the drafter's own columns, in the order above.
-// On CUDA, of rows of logits that are their own (slot_rows 0), all but the logits is read before the kernel that makes these has ended: what writes it must be older.
+// A child's score is h less the log-sum-exp of h over the drafter's own columns, in the order above: h = z without noise and z + G with it, but of a head with the
+// target's noise h = T (1.2 z + G), which says what the target will choose (kHeadSlope in token.h).
+// On CUDA, of rows of logits that are their own (slot_rows 0), all but the logits is read before the kernel that makes these has ended: what writes it must be
+// older, by a kernel that waits before it starts the next one (ptx/dependency.cuh).
 struct DraftChildrenParams {
   const float* logits;          // [L, D]; of row r: row r, or with slot_rows row request * slot_rows + level
   const int64_t* ids;           // [D], ascending, or null: 0, 1, ...
@@ -89,7 +91,10 @@ struct DraftChildrenParams {
   int noise;                    // purpose, or -1
   int rows, columns, vocab, stops, k;  // R, D, V, S
   int slot_rows, level;
+  bool of_head;                 // the drafter reads the target's features
 
+  // Whether rows of this temperature have the score of a head with the target's noise.
+  SPECRT_HD bool foretells(float temperature) const { return of_head && noise == kNoiseShared && temperature > 0.0f; }
   SPECRT_HD const float* own(int64_t row) const { return logits + (slot_rows ? static_cast<int64_t>(row_request[row]) * slot_rows + level : row) * columns; }
 };
 constexpr int kChildrenVocab = 5 << 16;  // the drafter's, on CUDA: as kTransformVocab, with the statistics of the row's blocks beside it

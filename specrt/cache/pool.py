@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specrt import ops
+
 
 class LayerKV(NamedTuple):
     k: Tensor  # [pages, Hkv, P, D]
@@ -27,6 +29,10 @@ class KVPool:
         self.v: Tensor = torch.empty(shape, dtype=dtype, device=device)
         self.page_size = page_size
         self._scales = [(1.0, 1.0)] * layers if scales is None else list(scales)
+
+    @property
+    def fp8(self) -> bool:
+        return self.k.dtype == ops.FP8
 
     def layers(self) -> Iterator[LayerKV]:
         return (LayerKV(k, v, *scales) for k, v, scales in zip(self.k.unbind(0), self.v.unbind(0), self._scales, strict=True))

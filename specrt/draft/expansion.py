@@ -24,11 +24,13 @@ class Expansion:
     one's position (drafters.md 0.1): its keys of the committed tokens are one fewer, and the scratch begins one slot earlier.
 
     choices: a static tree, sorted paths of ranks. Its nodes get scores by their place alone (``_static_scores``), so that the beam is those that have children, and the
-    best candidates at the end are the tree."""
+    best candidates at the end are the tree.
+
+    of_head: the drafter reads the target's features (``ops.draft_children``)."""
 
     def __init__(self, state: RoundState, page_size: int, vocab: int, ids: Tensor | None, levels: int, beam_width: int, topk: int, noise: int, keep_logits: bool,
-                 workspace: ops.AttentionWorkspace, lag: int = 0, choices: tuple[tuple[int, ...], ...] | None = None):
-        self.lag, self.ids = lag, ids
+                 workspace: ops.AttentionWorkspace, lag: int = 0, choices: tuple[tuple[int, ...], ...] | None = None, of_head: bool = False):
+        self.lag, self.ids, self.of_head = lag, ids, of_head
         self.state, self.page_size, self.levels, self.beam_width, self.topk, self.noise = state, page_size, levels, beam_width, topk, noise
         batch, device = state.batch, state.device
         rows = batch * beam_width
@@ -92,7 +94,8 @@ class Expansion:
         s, (token, score) = self.state, self._best(rows)
         own, slot_rows, which = of_slots or (self.logits[:rows], 0, 0)
         if self.kept is None:
-            ops.draft_children(own, slot_rows, which, self.ids, request, position, ahead, s.sampling_f, s.sampling_i, s.stop_ids, s.bias, s.seeds, self.noise, num_rows, token, score)
+            ops.draft_children(own, slot_rows, which, self.ids, request, position, ahead, s.sampling_f, s.sampling_i, s.stop_ids, s.bias, s.seeds, self.noise, self.of_head, num_rows, token,
+                               score)
             return
         z, before = self.spread[:rows], position + (ahead - 1)
         over_target(own.index_select(0, request * slot_rows + which) if slot_rows else own, self.ids, z)

@@ -47,7 +47,8 @@ class HeadDrafter(Drafter):
         span_rows = batch * self._rows_a_slot(min(self.levels, state.nodes - 1))
         rows = max(span_rows, batch * self.beam_width)
         workspace = ops.attention_workspace(rows, m.config.layers.num_heads, m.head_dim, state.block_table.shape[1] * page_size, device)
-        self.expansion = Expansion(state, page_size, m.vocab, m.target_ids, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices)
+        self.expansion = Expansion(state, page_size, m.vocab, m.target_ids, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits, workspace, 1, self.choices,
+                                   of_head=True)
         sp = self.span = SpanRows(batch, span_rows, device)
         self.span_batch = RowBatch(token=sp.token, position=sp.position, request=sp.request, prefix=sp.prefix, slot=sp.slot, num_rows=sp.num_rows,
                                    block_table=state.block_table, workspace=workspace)

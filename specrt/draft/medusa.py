@@ -26,7 +26,7 @@ class MedusaDrafter(Drafter):
         super().bind(state, pages, page_size, prefill_rows)
         m, device = self.model, state.device
         self.expansion = Expansion(state, page_size, m.vocab, m.target_ids, self.levels, self.beam_width, self.topk, self.noise, self.keep_logits,
-                                   ops.attention_workspace(0, 1, 1, 1, device), choices=self.choices)
+                                   ops.attention_workspace(0, 1, 1, 1, device), choices=self.choices, of_head=True)
         self.root_state = torch.zeros(state.batch + 1, m.hidden_size, dtype=m.dtype, device=device)
         self.slot_logits = torch.empty(state.batch, m.vocab, dtype=torch.float32, device=device)
 

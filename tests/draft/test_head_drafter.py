@@ -73,8 +73,8 @@ def test_after_any_round_the_state_is_that_of_a_fresh_prompt(device, folders, dt
     with engine(paths, s, shape, device=device, dtype=dtype, enforce_eager=True)[0] as llm, engine(paths, s, shape, device=device, dtype=dtype, max_batch_size=1)[0] as fresh:
         for one in (llm, fresh):
             one._engine.round.lookahead = 0
-        requests = start(llm, PROMPTS, SamplingParams(temperature=1.0, seed=5, max_tokens=40, ignore_eos=True))
-        for i in range(9):
+        requests = start(llm, PROMPTS, SamplingParams(temperature=1.0, seed=2, max_tokens=80, ignore_eos=True))
+        for i in range(15):
             before = [len(r.output) for r in requests]
             llm._engine.step()
             accepted |= {len(r.output) - b - 1 for r, b in zip(requests, before)}
@@ -82,7 +82,7 @@ def test_after_any_round_the_state_is_that_of_a_fresh_prompt(device, folders, dt
                 continue
             for request in requests:
                 got = slot_state(llm, llm._engine.round.drafters[s.family], request.slot)
-                (again,) = start(fresh, [request.prompt + request.output], SamplingParams(temperature=1.0, seed=5, max_tokens=1, ignore_eos=True))
+                (again,) = start(fresh, [request.prompt + request.output], SamplingParams(temperature=1.0, seed=2, max_tokens=1, ignore_eos=True))
                 fresh._engine._schedule()
                 fresh._engine._prefill()
                 for a, b in zip(got, slot_state(fresh, fresh._engine.round.drafters[s.family], again.slot)):

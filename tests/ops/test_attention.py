@@ -71,15 +71,15 @@ class Case:
             out[r] = torch.einsum("hk,khd->hd", p, v)
         return out
 
-    def run(self, device: str, form: str = "paths", pick: list[int] | None = None) -> Tensor:
-        """``form``: how the path is given: "paths", "ancestors", "none" (prefix only, tree op) or "prefill"."""
+    def run(self, device: str, form: str = "paths", pick: list[int] | None = None, spare: int = 0) -> Tensor:
+        """``form``: how the path is given: "paths", "ancestors", "none" (prefix only, tree op) or "prefill". ``spare``: requests without rows."""
         pick = list(range(len(self.request))) if pick is None else pick
         n = len(pick)
         pad = 2  # rows past num_rows hold nonsense that must not be read
         q = torch.cat([self.q[pick], poisoned(pad, *self.q.shape[1:], dtype=self.q.dtype, device="cpu")]).to(device)
         request = torch.tensor([self.request[r] for r in pick] + [-77777] * pad, dtype=torch.int32, device=device)
         prefix = torch.tensor([self.prefix[r] for r in pick] + [-77777] * pad, dtype=torch.int32, device=device)
-        table, k, v = self.table.to(device), self.k.to(device), self.v.to(device)
+        table, k, v = torch.cat([self.table, *[self.table[-1:]] * spare]).to(device), self.k.to(device), self.v.to(device)
         out = poisoned(*q.shape, dtype=q.dtype, device=device)
         if form == "prefill":
             ops.prefill_attention(q, k, v, table, request, prefix, self.scale, self.window, rows(n, device), out, self.k_scale, self.v_scale)
@@ -95,7 +95,7 @@ class Case:
                 paths = paths.to(device)
             workspace = ops.attention_workspace(n + pad, q.shape[1], q.shape[2], table.shape[1] * self.page, device)
             workspace.partials.fill_(float("nan"))
-            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], workspace.plan)
+            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], k.dtype == ops.FP8, workspace.plan)
             ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace.plan, workspace.partials, out,
                                self.k_scale, self.v_scale)
         assert torch.isnan(out[n:]).all(), "rows past num_rows were written"
@@ -196,6 +196,23 @@ def test_a_tree_row_has_the_bits_of_plain_decoding_and_of_prefill(device, dtype,
             plain = straightened(case, r)
             assert_bits(plain.run(device, "none"), tree[r : r + 1])
             assert_bits(plain.run(device, "prefill"), tree[r : r + 1])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("kv_heads, group", [(1, 16), (2, 4)])
+@pytest.mark.parametrize("window", [0, 70])
+def test_one_row_a_request(device, pool, dim, kv_heads, group, window):
+    """Of few requests CUDA gives each row CTAs of its own (csrc/attention/params.h, tree_shape). Beyond 2048 positions and 132 CTAs: groups of chunks, several jobs a CTA."""
+    prefixes = [1, 64, 255, 256, 1030, 2049, 4100, 9000]
+    case = tree_case(torch.bfloat16, dim, prefixes, 6, kv_heads, group, page=32, window=window, **POOLS[pool])
+    pick = [6 * b + b % 6 for b in range(len(prefixes))]
+    for form in ("ancestors", "paths"):
+        few = case.run(device, form, pick, spare=2)
+        assert_close(few, case.reference()[pick], TOLERANCE[torch.bfloat16])
+        assert_bits(few, case.run(device, form, pick))
+    for i, r in enumerate(pick):
+        assert_bits(straightened(case, r).run(device, "none", spare=2), few[i : i + 1])
 
 
 @pytest.mark.parametrize("pool", POOLS)

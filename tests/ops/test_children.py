@@ -1,5 +1,5 @@
-"""draft_children against what it fuses: the drafter's logits over the target's tokens, sample_transform, draft_topk. Tokens to the bit; scores too, but for the log-sum-exp, which is
-of the drafter's own columns."""
+"""draft_children against what it fuses: the drafter's logits over the target's tokens, sample_transform, draft_topk; of a head with the target's noise between factors of the logits and of
+the sums. Tokens to the bit; scores too, but for the log-sum-exp, which is of the drafter's own columns."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,14 @@ from tests.kit.compare import assert_bits, poisoned, rows
 from tests.kit.sampling import ints, tables
 
 INF = float("inf")
+SLOPE = 1.2  # csrc/sample/token.h
 CASES = [
     {}, dict(temperature=0.0), dict(temperature=0.6), dict(top_k=1), dict(top_k=50), dict(top_p=0.9), dict(top_p=0.01), dict(top_k=20, temperature=0.7), dict(min_p=0.1), dict(has_bias=1),
     dict(top_k=40, top_p=0.8, min_p=0.05, temperature=0.8), dict(has_bias=1, temperature=0.0), dict(has_bias=1, top_p=0.5, temperature=1.9), dict(top_k=100000), dict(has_penalty=1, repetition=2.0),
 ]
 
 
-def children(logits, ids, vocab, params, k, noise, ahead, position, stops, bias, used=None):
+def children(logits, ids, vocab, params, k, noise, ahead, position, stops, bias, used=None, of_head=True):
     """(fused, separate), each (token, score), of rows that are slots."""
     device, R = logits.device.type, len(logits)
     f, i = tables([{**p, "min_tokens": 4, "prompt_len": 10} for p in params], device)
@@ -25,14 +26,14 @@ def children(logits, ids, vocab, params, k, noise, ahead, position, stops, bias,
     stops, bias = ints(stops, device), bias.to(device)
     out = [(poisoned(R, k, dtype=torch.int32, device=device), poisoned(R, k, dtype=torch.float32, device=device)) for _ in range(2)]
     raw = logits.clone()
-    ops.draft_children(logits, 0, 0, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, n, *out[0])
+    ops.draft_children(logits, 0, 0, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, of_head, n, *out[0])
     assert_bits(logits, raw)
     of_slots = [torch.empty_like(t) for t in out[0]]  # the same logits, among others of their slots
     spread = torch.full((3 * R, logits.shape[1]), 7.0, device=device)
     spread[request.long() * 3 + 1] = logits
-    ops.draft_children(spread, 3, 1, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, n, *of_slots)
+    ops.draft_children(spread, 3, 1, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, of_head, n, *of_slots)
     unranked = torch.empty_like(out[0][0])
-    ops.draft_children(logits, 0, 0, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, n, unranked, None)
+    ops.draft_children(logits, 0, 0, ids, request, ints(position, device), ahead, f, i, stops, bias, seeds, noise, of_head, n, unranked, None)
     used = R if used is None else used
     assert torch.equal(of_slots[0][:used], out[0][0][:used]) and torch.equal(unranked[:used], out[0][0][:used])
     assert_bits(of_slots[1][:used], out[0][1][:used])
@@ -41,7 +42,10 @@ def children(logits, ids, vocab, params, k, noise, ahead, position, stops, bias,
     i[:, ops.HAS_PENALTY] = 0
     zeros = torch.zeros(R, vocab, dtype=torch.int32, device=device)
     ops.sample_transform(z, request, before, None, None, None, f, i, stops, bias, zeros, zeros.to(torch.uint8), None, None, n, ints(np.zeros(R), device))
-    ops.draft_topk(z, request, before, seeds, f, noise, n, torch.empty_like(z), *out[1])
+    temperature = f[request.long(), ops.TEMPERATURE][:, None]
+    foretold, scores = (temperature > 0) & (of_head and noise == ops.NOISE_SHARED), torch.empty_like(z)
+    ops.draft_topk(torch.where(foretold, z * SLOPE, z), request, before, seeds, f, noise, n, scores, *out[1])
+    ops.draft_topk(torch.where(foretold, scores * temperature, scores), request, before, seeds, f, -1, n, torch.empty_like(z), *out[1])
     return out
 
 
@@ -53,9 +57,9 @@ def own_ids(rng, vocab, columns):
     return torch.from_numpy(np.sort(rng.choice(vocab, columns, replace=False)))
 
 
-@pytest.mark.parametrize("noise", [-1, ops.NOISE_SHARED, ops.NOISE_DRAFT])
+@pytest.mark.parametrize("noise,of_head", [(-1, True), (ops.NOISE_SHARED, True), (ops.NOISE_SHARED, False), (ops.NOISE_DRAFT, True)])
 @pytest.mark.parametrize("vocab,columns,k", [(7, 5, 3), (130, 64, 1), (1000, 333, 10), (5003, 5002, 4), (49152, 8001, 64)])
-def test_children_are_those_of_the_separate_ops(device, vocab, columns, k, noise):
+def test_children_are_those_of_the_separate_ops(device, vocab, columns, k, noise, of_head):
     """Every filter, with bias and stops. Where fewer than k of the drafter's tokens are left, the separate ops go on with tokens it does not have; these are missing."""
     rng = np.random.default_rng(vocab + k)
     R = len(CASES)
@@ -66,7 +70,7 @@ def test_children_are_those_of_the_separate_ops(device, vocab, columns, k, noise
     bias[:, rng.random(vocab) < 0.1] = -INF
     bias[:, ids[0]] = 1.0
     stops, position = rng.choice(ids[1:].numpy(), (R, 2)), rng.integers(10, 16, R)
-    (token, score), (want, want_score) = children(logits.to(device), ids.to(device), vocab, CASES, k, noise, 2, position, stops, bias, used=R - 1)
+    (token, score), (want, want_score) = children(logits.to(device), ids.to(device), vocab, CASES, k, noise, 2, position, stops, bias, used=R - 1, of_head=of_head)
     there = (want >= 0) & torch.isin(want.long(), ids.to(device))
     assert torch.equal(token[:-1], torch.where(there, want, -1)[:-1])
     close(score[:-1], torch.where(there, want_score, -INF)[:-1])
@@ -99,6 +103,13 @@ def test_a_row_that_is_not_finite_has_no_children(device, params):
     close(score[4], want_score[4])
 
 
+def test_logits_whose_scores_would_be_infinite_have_no_children(device):
+    logits = torch.randn(2, 40)
+    logits[0, 3] = 3e38
+    (token, score), _ = children(logits.to(device), None, 40, [{}] * 2, 3, ops.NOISE_SHARED, 1, np.full(2, 20), np.full((2, 1), -1), torch.zeros(2, 40))
+    assert (token[0] == -1).all() and (score[0] == -INF).all() and (token[1] >= 0).all()
+
+
 def test_a_row_alone_has_the_children_it_has_among_many(device):
     rng = np.random.default_rng(3)
     ids, logits = own_ids(rng, 30000, 9000).to(device), torch.randn(40, 9000).to(device)
@@ -108,7 +119,7 @@ def test_a_row_alone_has_the_children_it_has_among_many(device):
         R = len(z)
         token, score = poisoned(R, 10, dtype=torch.int32, device=device), poisoned(R, 10, dtype=torch.float32, device=device)
         ops.draft_children(z, 0, 0, ids, ints(np.zeros(R), device), ints(np.full(R, 9), device), 1, f, i, ints([[-1]], device), torch.zeros(1, 30000, device=device),
-                           ints([5], device, torch.int64), ops.NOISE_SHARED, rows(R, device), token, score)
+                           ints([5], device, torch.int64), ops.NOISE_SHARED, True, rows(R, device), token, score)
         return token, score
 
     many = run(logits)
@@ -121,7 +132,7 @@ def test_a_wrong_argument_is_named(device):
     def call(k=2, noise=0, ids=torch.int64, slot_rows=0, level=0):
         f, i = tables([{}], device)
         ops.draft_children(torch.zeros(1, 3, device=device), slot_rows, level, torch.arange(3, device=device, dtype=ids), ints([0], device), ints([0], device), 1, f, i, ints([[-1]], device),
-                           torch.zeros(1, 9, device=device), ints([5], device, torch.int64), noise, rows(1, device), ints(np.zeros((1, k)), device), torch.zeros(1, k, device=device))
+                           torch.zeros(1, 9, device=device), ints([5], device, torch.int64), noise, True, rows(1, device), ints(np.zeros((1, k)), device), torch.zeros(1, k, device=device))
 
     call()
     for wrong, name in [(dict(k=65), "token"), (dict(noise=4), "noise"), (dict(ids=torch.int32), "ids"), (dict(slot_rows=2), "logits"), (dict(slot_rows=1, level=1), "logits")]:
