@@ -1,5 +1,5 @@
-// FP8 linear on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (three ways through K, pipelines, early start) and its epilogues, in steps of
-// 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
+// FP8 linear of up to 64 rows (of more: linear_fp8_many.cu) on Hopper's warpgroup tensor cores: the structure of linear_bf16.cu (ways through K, pipelines, early start) and its
+// epilogues, in steps of 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
 //
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
 // stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: the producer never waits for the layer before.
@@ -43,7 +43,7 @@ template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, type
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
-  static constexpr int parts = warpgroups > 2 ? 2 : 1;               // of the tokens, one after the other: registers for the sums of one
+  static constexpr int parts = warpgroups > 2 ? 2 : 1;  // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
   // What the other CTA of a pair sends: half of the fragments. Over the stages where it is large.
   static constexpr int inbox_bytes = pair ? fragments / 2 * fragment_bytes : 0;

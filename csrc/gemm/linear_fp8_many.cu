@@ -4,6 +4,8 @@
 // What bounds it is shared memory: operands of products on 64 tokens take all of its 128 bytes a cycle, on 128 tokens three quarters, copies a third more, and each load of tokens' scales
 // (64 bits a lane, two cycles) delays them. So products on as many tokens at a time as registers allow, beside as many sums again that are promoted. Alone on an SM two warpgroups take
 // 930 cycles for 128 outputs x 128 tokens x 128 columns, of which products are 512.
+#include <algorithm>
+
 #include "base/launch.h"
 #include "base/math.h"
 #include "base/tensor_map.h"
@@ -23,8 +25,7 @@ namespace {
 
 constexpr int kStepColumns = kScaleBlock, kRowBytes = kStepColumns;
 constexpr int kEnoughCtas = 90;  // fewer leave too much of the chip idle
-
-constexpr int kFirstTurn = 8;  // of the named barriers that give warpgroups their turn
+constexpr int kFirstTurn = 8;    // of the named barriers that give warpgroups their turn
 
 enum class Ways { kOne, kTurn, kPair };  // through K, as in linear_bf16.cu: one range, two in turn, a CTA for each of two
 
@@ -39,6 +40,8 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false> struct Tile 
   // Behind the warpgroups: the producer and the warps that make the rows' scales, who give registers to warpgroups that need more than an even share (of a quarter of the SM's, where every
   // fourth warp lives).
   static constexpr bool takes = tokens > 160 || units > 2;
+  // Warpgroups multiply one after the other, and the others promote meanwhile: in small tiles that costs more than it gains (down of the 8B shape at 128 rows 29.0 us instead of 27.1).
+  static constexpr bool ordered = takes;
   static constexpr int assistants = takes || tokens > 128 ? 3 : 1;
   static constexpr int even = units > 3 ? 96 : units > 2 ? 128 : 168, given = units > 3 ? 64 : 56, taken = units > 3 ? 104 : units > 2 ? 152 : 224;  // registers a thread
   static_assert(!takes || given + warpgroups * taken <= (warpgroups + 1) * even);
@@ -174,8 +177,8 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
     if constexpr (T::takes) ptx::take_registers<T::taken>();
     const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
     int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
-    if (T::takes && warpgroup == T::warpgroups - 1) ptx::named_barrier_arrive(kFirstTurn, 256);
-    ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
+    if (T::ordered && warpgroup == T::warpgroups - 1) ptx::named_barrier_arrive(kFirstTurn, 256);
+    ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
     if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -212,21 +215,22 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
           const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
           const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (part_tokens * kRowBytes));
           const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (part_tokens / 2) + lane % 4;
-          if (!present) {
+          if (!present) {  // its turn passes
+            static_assert(!T::splits || T::ordered);
             ptx::named_barrier(kFirstTurn + warpgroup, 256);
             ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
           } else
 #pragma unroll
             for (int i = 0; i < T::parts; ++i) {
-              if (T::takes) ptx::named_barrier(kFirstTurn + warpgroup, 256);
+              if (T::ordered) ptx::named_barrier(kFirstTurn + warpgroup, 256);
               ptx::wgmma_fence();
 #pragma unroll
               for (int k = 0; k < kStepColumns / 32; ++k) {
                 ptx::wgmma_e4m3(part, a + 2 * k, b + i * (part_tokens * kRowBytes >> 4) + 2 * k, k > 0);
-                if (T::takes && k == kStepColumns / 32 - 2) ptx::wgmma_commit();
+                if (T::ordered && k == kStepColumns / 32 - 2) ptx::wgmma_commit();
               }
               ptx::wgmma_commit();
-              if (T::takes) {  // the next one begins when the last product here has
+              if (T::ordered) {  // the next one begins when the last product here has
                 ptx::wgmma_wait<1>();
                 ptx::named_barrier_arrive(kFirstTurn + (warpgroup + 1) % T::warpgroups, 256);
               }
