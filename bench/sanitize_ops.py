@@ -183,7 +183,7 @@ def trees(k: Kit, dim: int, q_heads: int, lengths: list[int], table: Tensor, pag
     level = torch.arange(capacity, dtype=I32, device=k.device) % 3
     paths = torch.stack([level, torch.where(level > 0, 70 + level, -1), k.full(capacity, value=-1)], 1).contiguous()
     for words, lists in [(ancestors, None), (None, paths), (None, None)]:
-        ops.attention_plan(request, prefix, words, lists, num_rows, slots, q_heads, pools[0].shape[2], pools[0].dtype == ops.FP8, workspace.plan)
+        ops.attention_plan(request, prefix, words, lists, num_rows, slots, q_heads, pools[0].shape[2], table.shape[1] * page, pools[0].dtype == ops.FP8, workspace.plan)
         # Without paths a row sees its prefix only; a row of prefix 0 sees nothing and gives zeros.
         for window in (0, 20):
             out = k.out(capacity, q_heads, dim, dtype=dtype)

@@ -182,7 +182,7 @@ class Bench {
 
   // As a forward pass does once for all layers.
   static void plan(const AttentionParams& p) {
-    launch_attention_plan_cuda({p.row_request, p.row_prefix, p.ancestors, nullptr, p.num_rows, const_cast<int32_t*>(p.plan), p.rows, p.requests, p.q_heads, p.kv_heads, 0, p.kv_dtype == DType::kE4M3}, nullptr);
+    launch_attention_plan_cuda({p.row_request, p.row_prefix, p.ancestors, nullptr, p.num_rows, const_cast<int32_t*>(p.plan), p.rows, p.requests, p.q_heads, p.kv_heads, p.max_pages * p.page, 0, p.kv_dtype == DType::kE4M3}, nullptr);
     SPECRT_CUDA_CHECK(cudaDeviceSynchronize());
   }
 

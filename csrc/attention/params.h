@@ -56,21 +56,22 @@ struct AttentionPlanParams {
   const int32_t* paths;        // [R, path_depth] or null
   const int32_t* num_rows;
   int32_t* plan;               // [plan_ints(R)]
-  int rows, requests, q_heads, kv_heads, path_depth;
-  bool fp8;  // pools in e4m3
+  int rows, requests, q_heads, kv_heads, max_len, path_depth;  // max_len: positions that a row of the block table holds
+  bool fp8;                                                    // pools in e4m3
 };
 
 constexpr int kPlanHeader = 4, kPlanShare = 16, kPlanBlock = 12, kMostShares = 512;  // ints; shares: CTAs of tree attention
 constexpr int plan_ints(int rows) { return kPlanHeader + kPlanShare * kMostShares + (kPlanBlock + 1) * rows; }
 
-// CTAs of tree attention: a row each (decode.cu; `warpgroups` 0) where there is one a request and few of them and pools are wide, else 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
+// CTAs of tree attention: a row each (decode.cu; `warpgroups` 0) where there is one a request, few of them, none long and pools are wide (16384 positions: 37 us, the
+// others 28), else 64 query vectors of a KV head, or 128 where a request has as many and there are blocks of them enough, since a CTA reads K and V once for all of its own.
 // A function of the capacities.
 struct TreeShape {
   int warpgroups, blocks_per_sm, most_rows;
 };
-inline TreeShape tree_shape(int rows, int requests, int group_heads, int kv_heads, int path_depth, bool fp8) {
-  constexpr int kFew = 32, kEnough = 32;
-  if (!fp8 && rows <= requests && rows * kv_heads <= kFew) return {0, 1, 1};
+inline TreeShape tree_shape(int rows, int requests, int group_heads, int kv_heads, int max_len, int path_depth, bool fp8) {
+  constexpr int kFew = 32, kShort = 9216, kEnough = 32;
+  if (!fp8 && rows <= requests && rows * kv_heads <= kFew && max_len <= kShort) return {0, 1, 1};
   const int vectors = (rows + requests - 1) / (requests > 0 ? requests : 1) * group_heads;  // of a request
   const int warpgroups = !path_depth && vectors > 64 && requests * kv_heads * ((vectors + 127) / 128) >= kEnough ? 2 : 1;
   int most = warpgroups * 64 / group_heads;

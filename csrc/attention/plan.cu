@@ -163,7 +163,7 @@ template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_
 }  // namespace
 
 void launch_attention_plan_cuda(const AttentionPlanParams& p, void* stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth, p.fp8);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.max_len, p.path_depth, p.fp8);
   launch({dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), 1, true}, p.rows <= kNear ? attention_plan_kernel<true> : attention_plan_kernel<false>, p, shape.most_rows,
          most_ctas(shape));
 }

@@ -93,7 +93,7 @@ template <typename S> void launch_shape(const AttentionParams& p, const TreeShap
 }
 
 template <int D, typename KV> void launch_dim(const AttentionParams& p, cudaStream_t stream) {
-  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.path_depth, !std::is_same_v<KV, bf16>);
+  const TreeShape shape = tree_shape(p.rows, p.requests, p.q_heads / p.kv_heads, p.kv_heads, p.max_pages * p.page, p.path_depth, !std::is_same_v<KV, bf16>);
   if constexpr (std::is_same_v<KV, bf16>)
     if (shape.warpgroups == 0) return launch_decode_attention(p, shape, stream);
   shape.warpgroups == 2 ? launch_shape<Shape<D, 2, KV>>(p, shape, stream) : launch_shape<Shape<D, 1, KV>>(p, shape, stream);

@@ -44,7 +44,7 @@ void check_plan(Checker& check, int64_t ints, int64_t rows) {
 }
 
 void attention_plan(Tensor row_request, Tensor row_prefix, std::optional<Tensor> ancestors, std::optional<Tensor> paths, Tensor num_rows, int64_t requests,
-                    int64_t q_heads, int64_t kv_heads, bool fp8, Tensor plan) {
+                    int64_t q_heads, int64_t kv_heads, int64_t max_len, bool fp8, Tensor plan) {
   Checker check("attention_plan", row_request);
   Sym R("R"), depth("depth"), L("ints");
   check("row_request", row_request, {R}, {kI32});
@@ -56,11 +56,12 @@ void attention_plan(Tensor row_request, Tensor row_prefix, std::optional<Tensor>
   check("plan", plan, {L}, {kI32});
   check.aligned("plan", plan);
   check.require(requests > 0, "requests", "a positive number");
+  check.require(max_len >= 0, "max_len", "the number of positions that a row of the block table holds");
   check.require(kv_heads > 0 && q_heads % kv_heads == 0, "q_heads", "a multiple of the KV heads, " + std::to_string(kv_heads) + ", not " + std::to_string(q_heads));
   if (check.cuda()) check_plan(check, L, R);
   if (R == 0) return;
   const AttentionPlanParams p{in<int32_t>(row_request), in<int32_t>(row_prefix), in<int64_t>(ancestors), in<int32_t>(paths), in<int32_t>(num_rows), inout<int32_t>(plan),
-                              static_cast<int>(R), static_cast<int>(requests), static_cast<int>(q_heads), static_cast<int>(kv_heads),
+                              static_cast<int>(R), static_cast<int>(requests), static_cast<int>(q_heads), static_cast<int>(kv_heads), static_cast<int>(max_len),
                               paths.has_value() ? static_cast<int>(depth) : 0, fp8};
   SPECRT_LAUNCH(attention_plan, check, p);
 }

@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(specrt, m) {
   // attention
   m.def(
       "attention_plan(Tensor row_request, Tensor row_prefix, Tensor? ancestors, Tensor? paths, Tensor num_rows, int requests, int q_heads, int kv_heads"
-      ", bool fp8, Tensor(a!) plan) -> ()");
+      ", int max_len, bool fp8, Tensor(a!) plan) -> ()");
   m.def(
       "tree_attention(Tensor q, Tensor k_pool, Tensor v_pool, Tensor block_table, Tensor row_request"
       ", Tensor row_prefix, Tensor? ancestors, Tensor? paths, float scale, int window, Tensor num_rows"

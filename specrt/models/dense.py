@@ -144,7 +144,8 @@ class DenseModel:
         cos, sin, scale, flat = self.cos, self.sin, self._scale, attended.flatten(1)
         stream = features.get(0, residual)  # what the layer at hand reads
         if not batch.prefill:
-            ops.attention_plan(request, prefix, batch.ancestors, batch.paths, n, table.shape[0], self.config.num_heads, self.kv_heads, pool.fp8, batch.workspace.plan)
+            ops.attention_plan(request, prefix, batch.ancestors, batch.paths, n, table.shape[0], self.config.num_heads, self.kv_heads,
+                               table.shape[1] * pool.page_size, pool.fp8, batch.workspace.plan)
         ops.embedding(self.embedding, batch.token, self.layers[0].input_norm, n, stream, scaled, squares, early=not batch.prefill)
         for j, (layer, (k_pool, v_pool, *kv_scales)) in enumerate(zip(self.layers, pool.layers())):
             layer.qkv.normed(normed, n, qkv)

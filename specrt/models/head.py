@@ -146,8 +146,8 @@ class HeadModel(ABC):
         """The residual stream behind the last layer; with ``norm`` the first half of that RMSNorm of it too."""
         n, rows, c, eps = batch.num_rows, batch.rows, self.config.layers, self.eps
         if not batch.prefill:
-            ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads, pool.fp8,
-                               batch.workspace.plan)
+            ops.attention_plan(batch.request, batch.prefix, batch.ancestors, batch.paths, n, batch.block_table.shape[0], c.num_heads, self.kv_heads,
+                               batch.block_table.shape[1] * pool.page_size, pool.fp8, batch.workspace.plan)
         residual, x = self._enter(batch, feature, parent)
         allocate = torch.zeros if self.hidden_size % 256 else torch.empty  # what pads a row's sums is read
         squares = allocate(ops.squares_shape(rows, self.hidden_size), dtype=torch.float32, device=self.device)

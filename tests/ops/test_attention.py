@@ -95,7 +95,7 @@ class Case:
                 paths = paths.to(device)
             workspace = ops.attention_workspace(n + pad, q.shape[1], q.shape[2], table.shape[1] * self.page, device)
             workspace.partials.fill_(float("nan"))
-            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], k.dtype == ops.FP8, workspace.plan)
+            ops.attention_plan(request, prefix, ancestors, paths, rows(n, device), table.shape[0], q.shape[1], k.shape[1], table.shape[1] * self.page, k.dtype == ops.FP8, workspace.plan)
             ops.tree_attention(q, k, v, table, request, prefix, ancestors, paths, self.scale, self.window, rows(n, device), workspace.plan, workspace.partials, out,
                                self.k_scale, self.v_scale)
         assert torch.isnan(out[n:]).all(), "rows past num_rows were written"
@@ -204,7 +204,7 @@ def test_a_tree_row_has_the_bits_of_plain_decoding_and_of_prefill(device, dtype,
 @pytest.mark.parametrize("window", [0, 70])
 def test_one_row_a_request(device, pool, dim, kv_heads, group, window):
     """Of few requests CUDA gives each row CTAs of its own (csrc/attention/params.h, tree_shape). Beyond 2048 positions and 132 CTAs: groups of chunks, several jobs a CTA."""
-    prefixes = [1, 64, 255, 256, 1030, 2049, 4100, 9000]
+    prefixes = [1, 64, 255, 256, 1030, 2049, 4100, 8000]
     case = tree_case(torch.bfloat16, dim, prefixes, 6, kv_heads, group, page=32, window=window, **POOLS[pool])
     pick = [6 * b + b % 6 for b in range(len(prefixes))]
     for form in ("ancestors", "paths"):

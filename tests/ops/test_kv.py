@@ -172,10 +172,10 @@ def test_attention_after_the_commit_has_the_bits_of_the_tree_row(device, dtype, 
     tree, plain = (poisoned(1, 4, dim, dtype=dtype, device=device) for _ in range(2))
     zero, workspace = torch.zeros(1, dtype=torch.int32, device=device), ops.attention_workspace(1, 4, dim, 20 * page, device)
     word = torch.tensor([sum(1 << n for n in path)], device=device)
-    ops.attention_plan(zero, zero + prefix, word, None, rows(1, device), 1, 4, 2, kv_dtype == ops.FP8, workspace.plan)
+    ops.attention_plan(zero, zero + prefix, word, None, rows(1, device), 1, 4, 2, table.shape[1] * page, kv_dtype == ops.FP8, workspace.plan)
     ops.tree_attention(q, k[0], v[0], table, zero, zero + prefix, word, None, 0.125, 0, rows(1, device), workspace.plan, workspace.partials, tree)
     ops.kv_commit(k, v, table, zero + prefix, torch.tensor([path], dtype=torch.int32, device=device), zero + len(path))
-    ops.attention_plan(zero, zero + prefix + len(path), None, None, rows(1, device), 1, 4, 2, kv_dtype == ops.FP8, workspace.plan)
+    ops.attention_plan(zero, zero + prefix + len(path), None, None, rows(1, device), 1, 4, 2, table.shape[1] * page, kv_dtype == ops.FP8, workspace.plan)
     ops.tree_attention(q, k[0], v[0], table, zero, zero + prefix + len(path), None, None, 0.125, 0, rows(1, device), workspace.plan, workspace.partials, plain)
     assert_bits(plain, tree)
 
