@@ -182,14 +182,16 @@ def trees(k: Kit, dim: int, q_heads: int, lengths: list[int], table: Tensor, pag
     workspace = ops.attention_workspace(capacity, q_heads, dim, table.shape[1] * page, k.device)
     level = torch.arange(capacity, dtype=I32, device=k.device) % 3
     paths = torch.stack([level, torch.where(level > 0, 70 + level, -1), k.full(capacity, value=-1)], 1).contiguous()
-    for words, lists in [(ancestors, None), (None, paths), (None, None)]:
-        ops.attention_plan(request, prefix, words, lists, num_rows, slots, q_heads, pools[0].shape[2], table.shape[1] * page, pools[0].dtype == ops.FP8, workspace.plan)
-        # Without paths a row sees its prefix only; a row of prefix 0 sees nothing and gives zeros.
-        for window in (0, 20):
-            out = k.out(capacity, q_heads, dim, dtype=dtype)
-            ops.tree_attention(k.random(capacity, q_heads, dim, dtype=dtype), pools[0][1], pools[1][1], table, request, prefix, words, lists, 0.2, window, num_rows,
-                               workspace.plan, workspace.partials, out)
-            k.written(out, used)
+    # All rows, and then so few that each has CTAs of its own (no more than there are requests): several of one request among them.
+    for rows, requests, n in ((capacity, table, used), (2 * slots, table.repeat(2, 1), 2 * slots - 3)):
+        for words, lists in [(ancestors[:rows], None), (None, paths[:rows]), (None, None)]:
+            few = request[:rows], prefix[:rows], words, lists
+            ops.attention_plan(*few, k.ints(n), len(requests), q_heads, pools[0].shape[2], table.shape[1] * page, pools[0].dtype == ops.FP8, workspace.plan)
+            # Without paths a row sees its prefix only; a row of prefix 0 sees nothing and gives zeros.
+            for window in (0, 20):
+                out = k.out(rows, q_heads, dim, dtype=dtype)
+                ops.tree_attention(k.random(rows, q_heads, dim, dtype=dtype), pools[0][1], pools[1][1], requests, *few, 0.2, window, k.ints(n), workspace.plan, workspace.partials, out)
+                k.written(out, n)
     path = k.ints(0, 1, 3, 4, 7, 0, 0, 0, 0).repeat(slots, 1)
     ops.kv_commit(pools[0], pools[1], table, seq_lens, path, k.ints(5, 1, 0, 5, 4))
 

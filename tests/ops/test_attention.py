@@ -216,6 +216,32 @@ def test_one_row_a_request(device, pool, dim, kv_heads, group, window):
 
 
 @pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("form", ["ancestors", "paths", "none"])
+def test_few_rows_of_a_request_among_others(device, pool, form):
+    """No more rows than requests, but several of one; without paths a row that sees nothing too. The same rows where there are fewer requests."""
+    case = tree_case(torch.bfloat16, 64, [40, 300, 1030], 6, 2, 4, **POOLS[pool])
+    pick = [1, 6, 7, 9, 11, 12, 17]
+    if form == "none":
+        case.prefix, case.paths = [0, 0, 1, 2, 3, 4, *range(250, 256), *range(1020, 1026)], [[]] * 18
+    few = case.run(device, form, pick, spare=8)
+    assert_close(few, case.reference()[pick], TOLERANCE[torch.bfloat16])
+    assert_bits(few, case.run(device, form, pick))
+
+
+def test_more_rows_than_a_block_of_threads(device):
+    """CUDA plans 512 rows at a time, and more than those in memory rather than beside itself: runs of rows that cross 512 and 1024."""
+    nodes = 54
+    case = tree_case(torch.bfloat16, 64, [5 + b for b in range(20)], nodes, kv_heads=1, group=2)
+    tree = case.run(device, "ancestors")
+    assert_close(tree, case.reference(), TOLERANCE[torch.bfloat16])
+    assert_bits(case.run(device, "paths"), tree)
+    for r in [0, 500, 511, 512, 513, 1023, 1024, 1079]:
+        assert_bits(straightened(case, r).run(device, "none"), tree[r : r + 1])
+    prompt = Case(torch.randn(1100, 2, 64).to(torch.bfloat16), *([random_slots(1100, 1, 64, torch.bfloat16)] for _ in range(2)), [0] * 1100, [*range(1, 1101)], [[]] * 1100)
+    assert_bits(prompt.run(device, "none"), prompt.run(device, "prefill"))
+
+
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_trees_of_many_requests(device, dtype, pool):
     """So many that CUDA takes blocks of 128 vectors (csrc/attention/params.h, tree_shape)."""

@@ -76,7 +76,7 @@ def test_linear_fp8_matches_float64(device, out_dtype, m, n, k, blocks):
     assert_close(linear(x, packed, scale, bias, out_dtype), want + bias.double(), TOLERANCE[device, out_dtype])
 
 
-@pytest.mark.parametrize("n, k, blocks", [(100, 64, False), (576, 1008, True), (960, 4096, False), (5640, 272, True), (16400, 272, False)])
+@pytest.mark.parametrize("n, k, blocks", [(100, 64, False), (576, 1008, True), (960, 4096, False), (5640, 272, True), (16400, 272, False), (5760, 1536, False), (16512, 1536, True)])
 def test_a_row_does_not_depend_on_the_others(device, n, k, blocks):
     """Nor on who quantises it: on CUDA few rows the product itself does, beyond that a kernel of its own."""
     x, (values, scale), bias = torch.randn(300, k).to(BF16).to(device), weight(n, k, blocks, device), torch.randn(n, device=device)
