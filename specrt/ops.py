@@ -212,8 +212,8 @@ def attention_workspace(rows: int, q_heads: int, head_dim: int, max_len: int, de
 def attention_plan(row_request: Tensor, row_prefix: Tensor, ancestors: Tensor | None, paths: Tensor | None, num_rows: Tensor, requests: int, q_heads: int,
                    kv_heads: int, max_len: int, fp8: bool, plan: Tensor) -> None:
     """Before the calls of ``tree_attention`` that have these rows (all layers of a forward pass): divides the work. Shapes as there; ``requests`` is B, ``max_len``
-    max_pages * P, ``fp8`` whether the pools are float8_e4m3fn, ``plan`` int32 of attention_workspace. CUDA: not right before one of them, which reads the plan before its wait; a ``linear`` between the
-    two, as in every layer, or an op of torch's suffices (csrc/attention/params.h)."""
+    max_pages * P, ``fp8`` whether the pools are float8_e4m3fn (CUDA: the same as in those calls, or rows are left out), ``plan`` int32 of attention_workspace. CUDA: not right before
+    one of them, which reads the plan before its wait; a ``linear`` between the two, as in every layer, or an op of torch's suffices (csrc/attention/params.h)."""
     _C.attention_plan(row_request, row_prefix, ancestors, paths, num_rows, requests, q_heads, kv_heads, max_len, fp8, plan)
 
 
