@@ -1,4 +1,4 @@
-// Folds what runs of chunks left in the workspace (tree.cu): chunks ascending into their group, groups ascending into the total.
+// Folds what runs of chunks left in the workspace (tree.cu, decode.cu): chunks ascending into their group, groups ascending into the total.
 //
 // A team of warps a (row, head): a warp reads the chunks of a group at once, then the first one folds the groups. A piece of O a lane.
 #pragma once

@@ -9,6 +9,7 @@
 #include "attention/tree_job.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/tma.cuh"
 
 namespace specrt {
 namespace {
@@ -223,7 +224,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, DecodeShared<D>::bl
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         *reinterpret_cast<uint32_t*>(&shared.p[g + 8 * i][warp * 16 + n * 8 + 2 * t]) =
-            ptx::pack_bf16(ptx::ex2(s[n][2 * i] * scale - base), ptx::ex2(s[n][2 * i + 1] * scale - base));
+            ptx::pack_bf16(ptx::ex2(fma_rn(s[n][2 * i], scale, -base)), ptx::ex2(fma_rn(s[n][2 * i + 1], scale, -base)));
     }
     __syncthreads();
 

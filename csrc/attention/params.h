@@ -9,6 +9,7 @@
 // Reduction order (csrc/README.md, 4): tiles of 64 logical positions, chunks of 4 tiles, groups of 8 chunks. t = (q.k) * c with c = scale * log2 e * k_scale
 // rounded once. A chunk starts from (m, l, O) = (-inf, 0, 0); each of its tiles, ascending:
 //   m' = max(m, max t)   a = exp2(m - m')   p = exp2(t - m') rounded to q's dtype   l = l * a + sum p   O = O * a + P V
+// bf16 CUDA: p = exp2(fma(q.k, c, -m')), t being rounded for m' alone.
 // CPU and float32 CUDA: one fma chain over the visible positions, ascending, from the products l * a and O * a. bf16 CUDA: the products, then 4
 // mma.m16n8k16 ascending, V rows nobody sees zeroed. Fold of (m2, l2, O2) into (m, l, O): m' = max(m, m2), x = fma(x2, exp2(m2 - m'), x * exp2(m - m')): chunks
 // ascending into their group, groups ascending into the total, each from (-inf, 0, 0). A tile, chunk or group in which a row sees nothing is
@@ -32,10 +33,10 @@ struct AttentionParams {
   const void* k_pool;         // [pages, Hkv, P, D]
   const void* v_pool;         // [pages, Hkv, P, D]
   const int32_t* block_table; // [B, max_pages]
-  const int32_t* row_request; // [R]
+  const int32_t* row_request; // [R], those of a request together
   const int32_t* row_prefix;  // [R]
   const int64_t* ancestors;   // [R] or null: bit j = node j is on the path
-  const int32_t* paths;       // [R, path_depth] or null: nodes of the path, -1 ends it
+  const int32_t* paths;       // [R, path_depth] or null: nodes of the path, ascending, -1 ends it
   float scale, k_scale = 1.0f, v_scale = 1.0f;  // of the pools: 1 but for e4m3
   int window;                 // 0: none
   const int32_t* num_rows;

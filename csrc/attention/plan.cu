@@ -119,9 +119,9 @@ template <bool Near> __global__ void __launch_bounds__(kThreads) attention_plan_
     __syncthreads();
   }
 
-  // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work.
+  // Whole groups, or chunks? In units of a chunk's time: the longest CTA's work. To write, read and fold the parts of chunks takes as long again as the chunks.
   const int by_chunk = (all_chunks * p.kv_heads + slots - 1) / slots, by_group = (all_groups * p.kv_heads + slots - 1) / slots * most_chunks;
-  const int log_run = by_group <= by_chunk + by_chunk / 4 ? kLogGroup : 0;
+  const int log_run = by_group <= 2 * by_chunk - 1 ? kLogGroup : 0;
   if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(p.plan) = {count, log_run, log_run && all_whole, 0};
 
   // Jobs are shared out one each while there are CTAs for them, else to the CTA in whose part of all units they begin.

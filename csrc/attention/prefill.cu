@@ -298,6 +298,7 @@ template <int D> struct Consumer {
         wait(rest.full_k, ahead);
         wait_values(tile, run_first, run_last);
         chunk.start_scores(queries, shared + ahead.stage * L::tile_bytes);
+        if (!fresh) chunk.rescale(a);  // while those are made
         chunk.start_values(shared + L::values + at.stage * L::tile_bytes, ones, fresh);
         ptx::wgmma_wait<1>();
         ptx::wgmma_results(chunk.s);
@@ -320,12 +321,11 @@ template <int D> struct Consumer {
             has_total = true;
             group.reset();
           }
-        } else {
-          chunk.rescale(a);
         }
       }
       ptx::mbarrier_arrive(ptx::shared_address(&rest.empty_q));
       wait_values(tile, run_first, run_last);
+      if (!fresh) chunk.rescale(a);
       chunk.start_values(shared + L::values + at.stage * L::tile_bytes, ones, fresh);
       ptx::wgmma_wait<0>();
       ptx::wgmma_results(chunk.l);

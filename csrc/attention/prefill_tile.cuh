@@ -110,7 +110,7 @@ template <int D> struct PromptChunk {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[n][2 * i + c];
-          x = ptx::ex2(x * scale - base);
+          x = ptx::ex2(fma_rn(x, scale, -base));
         }
     }
   }

@@ -1,9 +1,9 @@
 // Decode, verify and draft-expansion attention, bf16 over bf16 or e4m3 pools, on Hopper.
 //
 // A job is a block of rows of one request, a KV head and a run of chunks of 256 positions (plan.cuh). Rows x query heads stand side by side as the 64 vectors of a
-// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_job.cuh) keeps the ring of stages full by tensor copies, one a page
+// warpgroup, or the 128 of two, so that K and V are read once for all of them. A producer warp (tree_producer.cuh) keeps the ring of stages full by tensor copies, one a page
 // (keys of paths: 16 bytes a lane); tiles of e4m3 pools are widened by the warps beside the producer before anybody else sees them (widen.cuh). While a tile's P V is on the
-// tensor cores, so are the next tile's scores.
+// tensor cores, so are the next tile's scores. (Making two warpgroups take turns on the tensor cores: 3 % slower.)
 //
 // From a block's common prefix on each row has keys of its own, its path's. Their scores are made for all rows at once, in the order of the nodes; the probabilities then are
 // picked in groups of 16 logical positions, and each row's group meets the V rows of its own path (row addresses of ldmatrix).
@@ -12,6 +12,7 @@
 //
 // Bytes: K and V once a block of rows (the blocks of a request share them through L2), D + 2 floats for each vector and run.
 #include "attention/tree_consumer.cuh"
+#include "attention/tree_producer.cuh"
 #include "ptx/registers.cuh"
 
 #include <type_traits>
@@ -79,7 +80,7 @@ tree_attention_kernel(const __grid_constant__ CUtensorMap k_pages, const __grid_
                        lane, scale};
   if (rest.consumers.jobs == 0) return;
   for (bool first = true;; first = false) {
-    consumer.begin(first, stages + S::queries);
+    consumer.begin(first);
     consumer.run();
     if (rest.consumers.jobs == 1) break;
   }

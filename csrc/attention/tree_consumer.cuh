@@ -3,10 +3,11 @@
 #include "attention/combine.cuh"
 #include "attention/tree_job.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/dependency.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
 
 namespace specrt {
-
-constexpr int kTurnBarrier = 4;  // of the first of two warpgroups
 
 // What a consumer warp does; index i = 0, 1 of two vectors a thread.
 template <typename S> struct Consumer {
@@ -20,6 +21,7 @@ template <typename S> struct Consumer {
   float scale;
   At at;  // K of the next tile
   Vectors<D> x;              // the chunk
+  uint32_t q[D / 16][4];     // of two warpgroups, the warp's queries: from shared memory they would take as much of its bandwidth as there is beside the tiles
   float run_m[2], run_l[2];  // the run of chunks before it; its O is kept in shared memory or in the workspace
 
   __device__ __forceinline__ int vector(int i) const { return warp * 16 + lane / 4 + 8 * i; }
@@ -28,48 +30,53 @@ template <typename S> struct Consumer {
   __device__ __forceinline__ void give(At place) const { ptx::mbarrier_arrive(ptx::shared_address(rest.empty + place.stage)); }
 
   // The next job, but for the first; and where they are not there yet its queries, and what its rows see. What is not the kernel before's comes before the wait.
-  __device__ __forceinline__ void begin(bool first, uint32_t all_queries) {
+  __device__ __forceinline__ void begin(bool first) {
     Job& job = rest.consumers;
     if (!first) {
       ptx::named_barrier(1, S::consumers);  // nobody works on the job before
       if (threadIdx.x == 0) job.advance(p);
       ptx::named_barrier(1, S::consumers);
     }
-    const bool other = first || job.piece == 0, paths = p.ancestors && job.chunk_end * kChunk > job.own_begin();
-    if (!other && !paths) return;
-    const int rows = job.block.rows, row_begin = job.block.begin, head_begin = job.kv_head * (p.q_heads / p.kv_heads), mine = row_begin + min(static_cast<int>(threadIdx.x), rows - 1);
-    if (other) {
-      const int len = plan_len(p.plan, p.rows, mine);
-      const long long word = p.ancestors ? __ldcg(reinterpret_cast<const long long*>(p.ancestors) + mine) : 0;
-      if (first) ptx::grid_dependency_wait();
-      // What lies in the place of a vector beyond the block's is multiplied, too: nobody reads that.
+    if (!first && job.piece > 0) return;
+    const int rows = job.block.rows, mine = warp * 16 + lane % 16, row = rest.row_of[mine];
+    const int from = (job.block.begin + row) * p.q_heads + job.kv_head * (p.q_heads / p.kv_heads) + rest.head_of[mine];
+    int len = 0;
+    uint64_t nodes = 0;
+    if (threadIdx.x < rows) {
+      len = plan_len(p.plan, p.rows, job.block.begin + threadIdx.x);
+      if (p.ancestors) nodes = __ldcg(reinterpret_cast<const unsigned long long*>(p.ancestors) + job.block.begin + threadIdx.x);
+    }
+    if (first) ptx::grid_dependency_wait();
+    // What lies in the place of a vector beyond the block's is multiplied, too: nobody reads that.
+    constexpr int kPieces = S::columns / 8;
+#pragma unroll
+    for (int i = 0; i < kPieces / 2; ++i) {
+      const int vector = (lane + 32 * i) / kPieces, piece = (lane + 32 * i) % kPieces, from_row = __shfl_sync(~0u, row < rows ? from : -1, vector);
+      if (from_row >= 0 && piece < D / 8)
+        ptx::cp_async_16(piece_address(queries, warp % 4 * 16 + vector, piece), static_cast<const bf16*>(p.q) + static_cast<int64_t>(from_row) * D + piece * 8, true);
+    }
+    ptx::cp_async_commit();
+    if (lane < 16) rest.vector_of[mine] = from;
+    if (threadIdx.x < rows) {
+      rest.len[threadIdx.x] = len;
+      rest.nodes[threadIdx.x] = nodes;
 #pragma unroll 1
-      for (int i = lane; i < 16 * (D / 8); i += 32) {
-        const int vector = warp * 16 + i / (D / 8), piece = i % (D / 8), row = rest.row_of[vector];
-        if (row >= rows) break;
-        const int64_t from = static_cast<int64_t>((row_begin + row) * p.q_heads + head_begin + rest.head_of[vector]) * D + piece * 8;
-        ptx::cp_async_16(piece_address(all_queries + vector / 64 * S::tile_bytes, vector % 64, piece), static_cast<const bf16*>(p.q) + from, true);
-      }
-      ptx::cp_async_commit();
-      if (threadIdx.x < rows) {
-        rest.len[threadIdx.x] = len;
-        rest.nodes[threadIdx.x] = static_cast<uint64_t>(word);
-      }
-      if (threadIdx.x < S::vectors) rest.vector_of[threadIdx.x] = (row_begin + rest.row_of[threadIdx.x]) * p.q_heads + head_begin + rest.head_of[threadIdx.x];
+      for (int d = 0; nodes; nodes &= nodes - 1) rest.node_at[threadIdx.x][d++] = static_cast<uint8_t>(__ffsll(static_cast<long long>(nodes)) - 1);
     }
-    if (paths) {
-      ptx::named_barrier(1, S::consumers);
-      for (int i = threadIdx.x; i < rows * 64; i += S::consumers) {
-        const uint64_t word = rest.nodes[i / 64];
-        const int node = i % 64;
-        if (word >> node & 1) rest.node_at[i / 64][__popcll(static_cast<long long>(word & ((1ull << node) - 1)))] = static_cast<uint8_t>(node);
-      }
-    }
-    if (other) {
-      ptx::cp_async_wait<0>();
+    ptx::cp_async_wait<0>();
+    if constexpr (S::warpgroups == 2) {
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) ptx::ldmatrix_x4(q[k], piece_address(queries, warp % 4 * 16 + lane % 16, 2 * k + lane / 16));
+    } else {
       ptx::async_proxy_fence();
     }
     ptx::named_barrier(1, S::consumers);
+  }
+
+  __device__ __forceinline__ void start_scores(float (&to)[8][4], uint32_t keys) const {
+    if constexpr (S::warpgroups == 2) x.start_scores(to, q, keys);
+    else x.start_scores(to, queries, keys);
   }
 
   // Of a warp's vectors, of this thread's: the row in the block, or beyond it.
@@ -97,6 +104,11 @@ template <typename S> struct Consumer {
         high[i] = row.high(tile, kTile);
       }
       x.mask(low, high, lane);
+    } else if constexpr (S::warpgroups == 2) {
+      // Code of its own: the compiler otherwise moves the exponentials behind the wait for the products they run beside. (One warpgroup has the other CTA's to run beside, and is better
+      // off with less code.)
+      x.template softmax<false>(scale, a);
+      return;
     }
     x.template softmax<true>(scale, a);
   }
@@ -117,7 +129,7 @@ template <typename S> struct Consumer {
 
   __device__ __forceinline__ void scores(float (&to)[8][4], At place) {
     wait(place);
-    x.start_scores(to, queries, stage_at(place));
+    start_scores(to, stage_at(place));
     ptx::wgmma_wait<0>();
     ptx::wgmma_results(to);
     give(place);
@@ -132,18 +144,15 @@ template <typename S> struct Consumer {
     x.m[0] = x.m[1] = SPECRT_MINUS_INF;
     softmax(job, tile, a);
     x.round();
-    // One warpgroup's products, then the other's, and in the meantime its softmax.
-    if (S::warpgroups == 2 && warp >= 4 && tile + kTile < end) ptx::named_barrier_arrive(kTurnBarrier, S::consumers);
 #pragma unroll 1
     for (; tile + kTile < end; tile += kTile) {
       const int coming = tile + kTile;
       const At values = at.after(1), ahead = at.after(2);
       wait(ahead);
       wait_values(values, job.first_seen - tile, job.block.prefix - tile);
-      if (S::warpgroups == 2) ptx::named_barrier(kTurnBarrier + warp / 4, S::consumers);
-      x.start_scores(x.s, queries, stage_at(ahead));
+      start_scores(x.s, stage_at(ahead));
+      if (!fresh) x.rescale(a);  // while those are made
       x.start_values(stage_at(values), ones, fresh);
-      if (S::warpgroups == 2 && (warp < 4 || coming + kTile < end)) ptx::named_barrier_arrive(kTurnBarrier + 1 - warp / 4, S::consumers);
       ptx::wgmma_wait<1>();
       ptx::wgmma_results(x.s);
       give(ahead);
@@ -158,10 +167,10 @@ template <typename S> struct Consumer {
       at = ahead;
       x.round();
       if (fresh) keep(job, tile / kChunk, tile / kChunk == begin / kChunk, m);
-      else x.rescale(a);
     }
     const At values = at.after(1);
     wait_values(values, job.first_seen - tile, job.block.prefix - tile);
+    if (!fresh) x.rescale(a);
     x.start_values(stage_at(values), ones, fresh);
     ptx::wgmma_wait<0>();
     ptx::wgmma_results(x.l);
@@ -223,8 +232,8 @@ template <typename S> struct Consumer {
     float s[8][4];
     if (slots) wait(keys);
     if (more) wait(keys_more);
-    x.start_scores(x.s, queries, stage_at(slots ? keys : keys_more));  // where there are no slots: of what nobody sees
-    x.start_scores(s, queries, stage_at(more ? keys_more : keys));
+    start_scores(x.s, stage_at(slots ? keys : keys_more));  // where there are no slots: of what nobody sees
+    start_scores(s, stage_at(more ? keys_more : keys));
     ptx::wgmma_wait<0>();
     ptx::wgmma_results(x.s);
     ptx::wgmma_results(s);
@@ -240,7 +249,7 @@ template <typename S> struct Consumer {
       x.softmax_own(s, more, seen, scale, lane, a);
       if (!fresh) x.rescale(a);  // of zeros otherwise
       x.round();
-      // The probabilities of what is not common, by place: see column().
+      // The probabilities of what is not common, by place.
       auto keep = [&](int column, const uint32_t (&p)[4]) {
 #pragma unroll
         for (int h = 0; h < 4; ++h) *reinterpret_cast<uint32_t*>(&own[lane / 4 + h % 2 * 8][column + h / 2 * 8 + lane % 4 * 2]) = p[h];

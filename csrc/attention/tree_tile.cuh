@@ -17,7 +17,7 @@ struct alignas(16) Visible {
 
 template <int D> struct Vectors : PromptChunk<D> {
   static constexpr int kColumns = kTileColumns<D>;
-  using PromptChunk<D>::s, PromptChunk<D>::p, PromptChunk<D>::m, PromptChunk<D>::l, PromptChunk<D>::o;
+  using PromptChunk<D>::start_scores, PromptChunk<D>::s, PromptChunk<D>::p, PromptChunk<D>::m, PromptChunk<D>::l, PromptChunk<D>::o;
 
   __device__ __forceinline__ void reset() {
     m[0] = m[1] = SPECRT_MINUS_INF;
@@ -27,6 +27,15 @@ template <int D> struct Vectors : PromptChunk<D> {
     for (auto& column : o)
 #pragma unroll
       for (float& x : column) x = 0.0f;
+  }
+
+  // to = Q K^T with Q in registers, asynchronously; one group of wgmmas.
+  __device__ __forceinline__ static void start_scores(float (&to)[8][4], const uint32_t (&q)[D / 16][4], uint32_t keys) {
+    const uint64_t b = ptx::wgmma_descriptor(keys);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) ptx::wgmma_rows(to, q[k], b + (k / 4 * (kBlockBytes >> 4) + k % 4 * 2), k > 0);
+    ptx::wgmma_commit();
   }
 
   // O += P V over the first `groups` < 4 groups of 16 keys of a tile. By the whole warpgroup.
@@ -65,7 +74,7 @@ template <int D> struct Vectors : PromptChunk<D> {
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) scores[n][e] = ptx::ex2(scores[n][e] * scale - base[e / 2]);
+        for (int e = 0; e < 4; ++e) scores[n][e] = ptx::ex2(fma_rn(scores[n][e], scale, -base[e / 2]));
     };
     float top[2] = {SPECRT_MINUS_INF, SPECRT_MINUS_INF}, base[2];
     mask(s, 0, top);
