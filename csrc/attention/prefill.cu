@@ -12,6 +12,7 @@
 #include "base/launch.h"
 #include "base/tensor_map.h"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
