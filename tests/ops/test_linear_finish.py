@@ -180,6 +180,20 @@ def test_residual(device, kind, m, n, k):
 
 
 @of_kinds
+@pytest.mark.parametrize("n", [1024, 5760, 16512])  # on CUDA: pairs, ranges in turn, one range
+def test_any_number_of_a_thousand_rows(device, kind, n):
+    m, k, dtype = 1000, kind.depth(72), kind.dtype
+    x, residual = random(m, k, dtype=dtype, device=device), random(m, n, dtype=dtype, device=device)
+    layer, every = Layer(kind, random(n, k, dtype=dtype, device=device)), poisoned(m, n, dtype=dtype, device=device)
+    layer.residual(x, residual, every)
+    for used in (0, 257, 700):
+        some = torch.full_like(residual, 7.0)
+        layer.residual(x, residual, some, used=used)
+        assert (some[used:] == 7).all()
+        assert_bits(some[:used], every[:used])
+
+
+@of_kinds
 def test_the_squares_sum_in_the_stated_order(device, kind):
     """Squares of small integers times powers of two are exact: only the additions round, and their order shows."""
     dtype = kind.dtype
