@@ -115,6 +115,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   auto output_of = [&](int group) { return T::splits ? group * 64 : (group * T::share + slot) * T::outputs; };
 
   if (threadIdx.x == 0) {
+#pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
@@ -161,9 +162,11 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     const int ahead = T::one_block || cluster % blocks == 0 ? min(steps, num_stages) : 0, units = units_of(output_of(first_group));
     const char* weight = weights_of(output_of(first_group));
     const bool producer = warp == 4 * T::warpgroups && lane == 0;
-    if (producer)
+    if (producer) {
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(weight, units, i, i);
+      ptx::prefetch_tensor_map(&x_map);
+    }
     __syncwarp();
     if (warp > 4 * T::warpgroups) {
       constexpr int all = T::pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
@@ -177,6 +180,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_tokens(row_of(0), i, i);
       const int further = ahead ? min(steps - ahead, kStepsToL2) : 0;
+#pragma unroll 1
       for (int u = 0; u < units && further > 0; ++u) ptx::bulk_prefetch_l2(weight + (static_cast<int64_t>(u) * all_steps + ahead) * kUnitBytes, further * kUnitBytes);
       const Walk walk = walk_of(T::one_block ? 0 : min(*p.num_rows, p.rows));
       produce<(T::share > 1)>(walk, ahead, steps, empty, num_stages, [&](int tile) {

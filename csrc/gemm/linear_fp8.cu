@@ -142,6 +142,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   };
 
   if (threadIdx.x == 0) {
+#pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, T::quantizes ? 1 + p.rows : 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
@@ -188,6 +189,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       const int ahead = T::one_block || cluster % blocks == 0 ? min(steps, num_stages) : 0;
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(weights_of(first_output), units_of(first_output), scale_bytes_of(0), i, i);
+      if (!T::quantizes) ptx::prefetch_tensor_map(&x_map);
       ptx::grid_dependency_wait();
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_tokens(0, scale_bytes_of(0), i, i);
@@ -214,8 +216,8 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     for (int tile = walk.first; tile < walk.end; tile += walk.step) {
       const int first_row = tile % walk.blocks * T::tokens, first_output = tile / walk.blocks * T::outputs + warpgroup * 64;
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
-      const float* weight_scale = fp8.weight_scale + static_cast<int64_t>(fp8.weight_blocks > 1 ? begin : 0) * p.out_features;
-      auto scale_at = [&](int half) { return __ldg(weight_scale + min(output + 8 * half, p.out_features - 1)); };
+      int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
+      auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
       float next[2] = {scale_at(0), scale_at(1)}, part[T::values / T::parts], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
@@ -224,7 +226,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       for (int step = 0; step < steps; ++step) {
         const float scale[2] = {next[0], next[1]};
         if (fp8.weight_blocks > 1 && step + 1 < steps) {
-          weight_scale += p.out_features;
+          scales_at += p.out_features;
           next[0] = scale_at(0);
           next[1] = scale_at(1);
         }

@@ -88,6 +88,7 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
   auto output_of = [&](int group) { return T::splits ? group * 64 : (group * T::share + slot) * T::outputs; };
 
   if (threadIdx.x == 0) {
+#pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);
@@ -134,6 +135,7 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
       const int output = output_of(first_group);
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(weights_of(output), units_of(output), scale_bytes_of(row_of(0)), i, i);
+      ptx::prefetch_tensor_map(&x_map);
     }
     __syncwarp();
     if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there

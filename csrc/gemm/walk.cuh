@@ -35,7 +35,7 @@ struct Ring {
 // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
 template <bool kShared, typename Copies>
 __device__ __forceinline__ void produce(const Walk& walk, int ahead, int steps, uint32_t empty, int stages, Copies&& copies) {
-  Ring ring{ahead % stages, ahead == stages ? 0 : 1};  // `empty` counts as complete the first time round
+  Ring ring{ahead == stages ? 0 : ahead, ahead == stages ? 0 : 1};  // `empty` counts as complete the first time round
   int step = ahead;
   for (int tile = walk.first; tile < walk.end; tile += walk.step, step = 0) {
     const auto copy = copies(tile);
