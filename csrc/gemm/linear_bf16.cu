@@ -115,7 +115,6 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   auto output_of = [&](int group) { return T::splits ? group * 64 : (group * T::share + slot) * T::outputs; };
 
   if (threadIdx.x == 0) {
-#pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups * T::share);

@@ -142,7 +142,6 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   };
 
   if (threadIdx.x == 0) {
-#pragma unroll 1
     for (int s = 0; s < num_stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, T::quantizes ? 1 + p.rows : 1);
       ptx::mbarrier_init(empty + 8 * s, 4 * T::warpgroups);
