@@ -53,7 +53,8 @@ def linears(k: Kit) -> None:
     cuda = torch.device(k.device).type == "cuda"
     # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
     few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
-    for rows, used, depth, outputs in [*few, (230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208)]:
+    last = (700, 300, 80, 5760 if cuda else 208, False)  # blocks of rows that nobody takes
+    for rows, used, depth, outputs in [*few, (230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208), last[:4]]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         packed = ops.pack_linear(weight)
         for dtype, b in [(BF16, bias), (F32, None)]:
@@ -77,7 +78,7 @@ def linears(k: Kit) -> None:
                 for out in (token, status) if logprob is None else (token, status, logprob):
                     k.written(out, used)
     few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
-    for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False)]:
+    for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False), last]:
         weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)
         for dtype in (BF16, F32):
             x, out = k.random(rows, depth, dtype=dtype), k.out(rows, outputs, dtype=dtype)

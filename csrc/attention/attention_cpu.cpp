@@ -7,7 +7,6 @@
 
 #include "attention/params.h"
 #include "attention/tile_cpu.h"
-#include "base/math.h"
 #include "base/parallel.h"
 
 namespace specrt {

@@ -12,6 +12,7 @@
 #include "base/launch.h"
 #include "base/tensor_map.h"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
 #include "ptx/tma.cuh"
@@ -241,15 +242,11 @@ template <int D> struct Consumer {
     for (int n = 0; n < D / 8; ++n) total[n * kConsumers] = make_float4(group.o[n][0], group.o[n][1], group.o[n][2], group.o[n][3]);
   }
 
-  // What the warpgroup's rows see of a job: some of them [first, last), all of them [all_first, all_last).
-  struct Seen {
-    int first, last, all_first, all_last;
-  };
-
   __device__ __forceinline__ void run(const Job& job, const uint32_t queries) {
     const int low_row = max(job.begin, warpgroup * 64), high_row = min(job.end, warpgroup * 64 + 64) - 1;
     const int run_first = first_seen(p, job.len), run_last = job.last();
     const bool any = low_row <= high_row && job.len_of(high_row) > 0;
+    // some of the warpgroup's rows see [first, last), all of them [all_first, all_last)
     const int first = first_seen(p, job.len_of(low_row)), last = job.len_of(high_row), all_first = first_seen(p, last), all_last = job.len_of(low_row);
     const int begin = any ? first / kTile * kTile : run_last, end = (last + kTile - 1) / kTile * kTile;
     pass(run_first / kTile * kTile, begin);

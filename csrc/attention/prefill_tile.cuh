@@ -4,7 +4,6 @@
 // A tile of Q, K or V in shared memory: blocks of [64 rows][64 columns], 128-byte rows swizzled (base/tensor_map.h). Columns from D on hold what does not matter.
 #pragma once
 #include "attention/row.cuh"
-#include "ptx/mma.cuh"
 #include "ptx/wgmma_registers.cuh"
 
 namespace specrt {

@@ -1,4 +1,4 @@
-// What a row sees, where its keys lie, and the fold of partial results: shared by all attention kernels.
+// What a row sees, and the fold of partial results: shared by all attention kernels.
 #pragma once
 #include "attention/params.h"
 #include "base/check.h"
@@ -33,32 +33,6 @@ __device__ __forceinline__ int path_length(const int32_t* path, int depth, int& 
     }
   }
   return length;
-}
-
-__device__ __forceinline__ Row describe_row(const AttentionParams& p, int r) {
-  Row row;
-  row.prefix = row.len = __ldcg(p.row_prefix + r);  // from L2, as it may be before the wait (params.h)
-  if (p.ancestors) row.len += __popcll(__ldcg(reinterpret_cast<const long long*>(p.ancestors) + r));
-  int last;
-  if (p.paths) row.len += path_length(p.paths + static_cast<int64_t>(r) * p.path_depth, p.path_depth, last);
-  if (p.window > 0) row.first = max(0, row.len - p.window);
-  return row;
-}
-
-// Slot of a logical position of row r.
-__device__ __forceinline__ int slot_of(const AttentionParams& p, int r, const Row& row, int position) {
-  const int d = position - row.prefix;
-  if (d < 0) return position;
-  if (p.paths) return row.prefix + p.paths[static_cast<int64_t>(r) * p.path_depth + d];
-  uint64_t word = static_cast<uint64_t>(p.ancestors[r]);
-  for (int i = 0; i < d; ++i) word &= word - 1;
-  return row.prefix + __ffsll(static_cast<long long>(word)) - 1;
-}
-
-// Offset of a slot's first element in the pools, for one KV head. A page has 16, 32 or 64 slots.
-__device__ __forceinline__ int64_t slot_offset(const AttentionParams& p, int request, int kv_head, int slot) {
-  const int64_t page = p.block_table[static_cast<int64_t>(request) * p.max_pages + (slot >> (__ffs(p.page) - 1))];
-  return ((page * p.kv_heads + kv_head) * p.page + (slot & (p.page - 1))) * p.head_dim;
 }
 
 // The two factors of a fold (params.h); m becomes the new maximum.

@@ -31,7 +31,6 @@ SPECRT_HD float select(bool c, float a, float b) {
 }
 
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 
 // 2^f on [-1/2, 1/2] by the Taylor series of e^(f ln 2) to degree 7 (truncation 2e-9).
 SPECRT_HD float exp2_fraction(float f) {

@@ -4,7 +4,6 @@
 
 #include "base/parallel.h"
 #include "gemm/kernels_cpu.h"
-#include "gemm/params.h"
 
 namespace specrt {
 

@@ -86,16 +86,16 @@ template <int tokens> struct ChooseShared {
 };
 
 // What an extra warp does (epilogue.cuh, assist): how the tokens [begin, end) of each tile are to be chosen.
-template <typename Shared>
-__device__ __forceinline__ void assist_choice(const LinearParams& p, Shared& shared, int first_tile, int tile_step, int tiles, int blocks, int begin, int end) {
+template <typename Shared, typename WalkOf>
+__device__ __forceinline__ void assist_choice(const LinearParams& p, Shared& shared, WalkOf&& walk_of, int begin, int end) {
   constexpr int tokens = sizeof(shared.row) / sizeof(RowChoice);
   const int lane = threadIdx.x % 32;
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows);
+  const auto walk = walk_of(rows);
   int parity = 1, rows_before = -1;
-  for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    const int first_row = tile % blocks * tokens;
-    if (first_row > 0 && first_row >= rows) continue;
+  for (int tile = walk.first; tile < walk.end; tile += walk.step) {
+    const int first_row = tile % walk.blocks * tokens;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
     for (int t = begin + lane; t < min(end, rows - first_row); t += 32) {
       shared.row[t] = row_choice(p, first_row + t);

@@ -78,11 +78,10 @@ template <int kLoads> __device__ __forceinline__ void make_scales(const LinearPa
   }
 }
 
-// What an extra warp does for a CTA that takes the tiles first_tile, first_tile + tile_step, ... of `tiles` (`blocks` of rows, the first from base, for each of outputs), `outputs` wide
-// and the first from first_output: 1 / rms of the tokens [begin, end) of each, and what the epilogue reads from memory, asked for early. T: of next_weight.
-template <typename T, int kLoads, typename Shared>
-__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, int first_tile, int tile_step, int tiles, int blocks, int base, int begin,
-                                       int end) {
+// What an extra warp does for a CTA that takes the tiles walk_of(rows) (walk.cuh), `outputs` wide and the first from first_output, rows from `base` on: 1 / rms of the tokens [begin, end) of
+// each, and what the epilogue reads from memory, asked for early. T: of next_weight.
+template <typename T, int kLoads, typename Shared, typename WalkOf>
+__device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, int first_output, int outputs, WalkOf&& walk_of, int base, int begin, int end) {
   constexpr int tokens = sizeof(shared.scale) / sizeof(float), sector = 32 / sizeof(T);
   const int lane = threadIdx.x % 32;
   if (p.next_weight) {  // nobody has read it before
@@ -92,10 +91,10 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
   if (!p.squares) return;
   ptx::grid_dependency_wait();
   const int rows = min(*p.num_rows, p.rows);
+  const auto walk = walk_of(rows);
   int parity = 1, made = -1;  // made: for which rows
-  for (int tile = first_tile; tile < tiles; tile += tile_step) {
-    const int first_row = base + tile % blocks * tokens;
-    if (first_row > base && first_row >= rows) continue;
+  for (int tile = walk.first; tile < walk.end; tile += walk.step) {
+    const int first_row = base + tile % walk.blocks * tokens;
     ptx::mbarrier_wait(ptx::shared_address(&shared.empty), parity);
     if (first_row != made) make_scales<kLoads>(p, shared.scale, first_row, begin, end, rows);
     made = first_row;
@@ -104,7 +103,7 @@ __device__ __forceinline__ void assist(const LinearParams& p, Shared& shared, in
   }
 }
 
-// SiLU of the gate rounded to T, rounded to T. In bfloat16 the approximate reciprocal gives the bits of the division for every gate there is (all 65536 of them: test_linear_finish.py).
+// SiLU of the gate rounded to T, rounded to T. In bfloat16 the approximate reciprocal gives the bits of the division for every gate there is (test_linear_finish.py goes through all 65536).
 template <typename T> __device__ __forceinline__ float rounded_silu(float gate) {
   gate = to_float(round_to<T>(gate));
   const float d = 1.0f + exp_rn(-gate);

@@ -24,11 +24,11 @@
 #include <type_traits>
 
 #include "base/launch.h"
-#include "base/math.h"
 #include "base/tensor_map.h"
 #include "gemm/choose.cuh"
 #include "gemm/kernels_cuda.h"
 #include "gemm/staged.cuh"
+#include "gemm/walk.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -64,6 +64,7 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool c
   static constexpr int even = warpgroups > 3 ? 96 : 168, given = warpgroups > 3 ? 64 : 56, taken = warpgroups > 3 ? 104 : 224;  // registers a thread: what so many threads can have
   static_assert(!takes || 128 * given + 128 * warpgroups * taken <= (128 + 128 * warpgroups) * even);
   static constexpr int threads = 128 * warpgroups + 32 + 32 * assistants;
+  static constexpr bool one_block = pair ? tokens != 128 : ways == Ways::kOne && tokens < 256;  // it never has more rows (the choice at the end of this file)
   static constexpr int box = splits ? tokens : tokens / share;  // the tokens a CTA brings
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
   static constexpr int own = fragments / 2, fragment_bytes = 16 * 128 * warpgroups;  // of a pair, each finishes half of the fragments of 8 tokens
@@ -73,7 +74,7 @@ template <int warpgroups_, int tokens_, Ways ways_, bool splits_ = false, bool c
   // Whether the wgmmas of a step overlap with those of the next: worth a stage of memory only where they take long, and less where many warpgroups take turns.
   static constexpr int lag = (tokens > 64 && warpgroups < 4) || ways == Ways::kTurn;
   // So few registers (64, or at most 96) that CTAs of attention find room beside them: as CTAs an SM for the compiler.
-  static constexpr int few_registers = splits ? 1 : tokens <= 16 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
+  static constexpr int few_registers = splits ? 1 : tokens <= 32 ? (warpgroups == 1 ? 5 : 3) : tokens <= 64 ? (warpgroups == 1 ? 4 : 2) : 1;
   static constexpr bool staged = tokens > 32 && !chooses;  // the way out, by shared memory
   static constexpr bool many = tokens > 64 || splits;    // arithmetic and the tokens' way from L2 count too: deep pipelines gain more than an early start
 
@@ -101,11 +102,17 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = T::cluster > 1 ? ptx::cluster_rank() : 0, slot = T::share > 1 ? rank : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = T::pair && rank == 1 ? middle : 0, steps = T::pair && rank == 0 ? middle : all_steps - begin;
-  // A tile: of the cluster. A pair has one. Where the tokens are split, tiles count units: every cluster has the same number of them but for one, and takes them by `warpgroups`.
+  // Tiles (walk.cuh) are the cluster's; a pair has one. Where the tokens are split, they count units: every cluster has the same number of them but for one, and takes them by `warpgroups`.
   const int units_all = (p.out_features + 63) / 64, cluster = blockIdx.x / T::cluster, clusters = gridDim.x / T::cluster;
-  const int blocks = T::splits ? 1 : (p.rows + T::tokens - 1) / T::tokens;
-  const int tiles = T::splits ? units_all * (cluster + 1) / clusters : blocks * ((units_all + T::share * T::warpgroups - 1) / (T::share * T::warpgroups));
-  const int first_tile = T::splits ? units_all * cluster / clusters : cluster, tile_step = T::splits ? T::warpgroups : clusters;
+  const int blocks = T::one_block ? 1 : (p.rows + T::tokens - 1) / T::tokens, first_group = T::splits ? units_all * cluster / clusters : cluster / blocks;
+  const int end_group = T::splits ? units_all * (cluster + 1) / clusters : (units_all + T::share * T::warpgroups - 1) / (T::share * T::warpgroups);
+  auto walk_of = [&](int rows) -> Walk {
+    if (T::one_block) return {first_group, end_group, T::splits ? T::warpgroups : clusters, 1};
+    if (T::pair) return {cluster, cluster % blocks * T::tokens < max(rows, 1) ? cluster + 1 : 0, 1, blocks};
+    return walk_of_rows(cluster, clusters, end_group, blocks, max(1, (rows + T::tokens - 1) / T::tokens));
+  };
+  auto row_of = [&](int block) { return (T::splits ? slot : block) * T::tokens; };
+  auto output_of = [&](int group) { return T::splits ? group * 64 : (group * T::share + slot) * T::outputs; };
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -123,10 +130,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 
   if (warp >= 4 * T::warpgroups) {
     if constexpr (T::takes) ptx::give_registers<T::given>();
-    auto row_of = [&](int tile) { return T::splits ? slot * T::tokens : tile % blocks * T::tokens; };
-    auto output_of = [&](int tile) { return T::splits ? tile * 64 : (tile / blocks * T::share + slot) * T::outputs; };
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
-    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (T::splits ? tiles : units_all) - first_output / 64)); };
+    auto units_of = [&](int first_output) { return max(0, min(T::warpgroups, (T::splits ? end_group : units_all) - first_output / 64)); };
     // Weights that pass once would displace from L2 what the next kernels need: their code, and what this one writes. Those that two blocks of tokens read must not go first (256 rows
     // so: 7.3 ms instead of 6.9, though the layers by themselves are as fast).
     auto copy_weights = [&](const char* weight, int units, int step, int s) {
@@ -153,55 +158,37 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       else ptx::tma_load(to, &x_map, column, row, full + 8 * s, keep);
     };
     // The first block of rows always runs: its weights may come before the number of rows is known.
-    const int ahead = first_tile < tiles && (T::splits || row_of(first_tile) == 0) ? min(steps, num_stages) : 0;
-    const int units = units_of(output_of(first_tile));
-    const char* weight = weights_of(output_of(first_tile));
+    const int ahead = T::one_block || cluster % blocks == 0 ? min(steps, num_stages) : 0, units = units_of(output_of(first_group));
+    const char* weight = weights_of(output_of(first_group));
     const bool producer = warp == 4 * T::warpgroups && lane == 0;
-    if (producer)
+    if (producer) {
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_weights(weight, units, i, i);
+      ptx::prefetch_tensor_map(&x_map);
+    }
     __syncwarp();
     if (warp > 4 * T::warpgroups) {
       constexpr int all = T::pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int first = T::pair ? rank * all : 0, begin = first + (warp - 4 * T::warpgroups - 1) * each, end = min(begin + each, first + all);
-      if constexpr (T::chooses) assist_choice(p, tail, first_tile, tile_step, tiles, blocks, begin, end);
-      else assist<bf16, T::many && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), begin, end);
+      if constexpr (T::chooses) assist_choice(p, tail, walk_of, begin, end);
+      else assist<bf16, T::many && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_group), T::outputs, walk_of, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
     if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
     if (producer) {
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_tokens(row_of(first_tile), i, i);
+      for (int i = 0; i < ahead; ++i) copy_tokens(row_of(0), i, i);
       const int further = ahead ? min(steps - ahead, kStepsToL2) : 0;
+#pragma unroll 1
       for (int u = 0; u < units && further > 0; ++u) ptx::bulk_prefetch_l2(weight + (static_cast<int64_t>(u) * all_steps + ahead) * kUnitBytes, further * kUnitBytes);
-      int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
-      for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
-        const int first_row = row_of(tile), units = units_of(output_of(tile));
-        if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
-        const char* weight = weights_of(output_of(tile));
-        const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : -1;
-        if (start == steps) ptx::launch_dependents();  // all are on their way
-#pragma unroll 1
-        for (; step < steps; ++step) {
-          if (step == start) ptx::launch_dependents();
-          ptx::mbarrier_wait(empty + 8 * s, parity);
+      const Walk walk = walk_of(T::one_block ? 0 : min(*p.num_rows, p.rows));
+      produce<(T::share > 1)>(walk, ahead, steps, empty, num_stages, [&](int tile) {
+        const int output = output_of(tile / walk.blocks), row = row_of(tile % walk.blocks), units = units_of(output);
+        return [&, row, units, weight = weights_of(output)](int step, int s) {
           copy_weights(weight, units, step, s);
-          copy_tokens(first_row, step, s);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
-        }
-      }
-      if (T::share > 1)  // the other's last arrivals at these barriers come before this CTA ends
-#pragma unroll 1
-        for (int i = 0; i < num_stages; ++i) {
-          ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
-        }
+          copy_tokens(row, step, s);
+        };
+      });
     }
     __syncwarp();
     if (T::cluster > 1 && !T::own_inbox) ptx::cluster_arrive_relaxed();
@@ -209,7 +196,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
   } else {
     if constexpr (T::takes) ptx::take_registers<T::taken>();
     const int warpgroup = warp / 4;
-    int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
+    Ring ring{0, 0};  // the stage in use, over all tiles; in bit 1 of its parity that of the scales' barrier
     auto release = [&](int stage) {  // this warp is done with it
       if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * stage);
       if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * stage);
@@ -217,10 +204,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
     if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = min(*p.num_rows, p.rows);
-    int cta;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));  // read anew: the compiler would keep first_tile for both branches, and spill it
-    for (int tile = T::splits ? first_tile : cta / T::cluster; tile < tiles; tile += tile_step) {
-      if (tile % blocks > 0 && tile % blocks * T::tokens >= rows) continue;
+    const Walk walk = walk_of(rows);
+    for (int tile = walk.first; tile < walk.end; tile += walk.step) {
       constexpr bool turn = T::ways == Ways::kTurn;
       float sum[T::values], first_sum[turn ? T::values - T::kept : 1] = {};  // zeros: or the compiler keeps the last tile's through the epilogue
       float4* const kept = reinterpret_cast<float4*>(shared + kept_at) + threadIdx.x;
@@ -237,36 +222,33 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
         const int range_steps = turn ? (range == 0 ? middle : steps - middle) : steps;
 #pragma unroll 1
         for (int step = 0; step < range_steps; ++step) {
-          ptx::mbarrier_wait(full + 8 * s, parity & 1);
-          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-          if (!T::splits || tile + warpgroup < tiles) {
+          ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity & 1);
+          const uint64_t a = ptx::wgmma_descriptor(stages + ring.stage * T::stage_bytes + warpgroup * kUnitBytes);
+          const uint64_t b = ptx::wgmma_descriptor(stages + ring.stage * T::stage_bytes + T::weight_bytes);
+          if (!T::splits || tile + warpgroup < walk.end) {
             ptx::wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kStepColumns / 16; ++k) ptx::wgmma_bf16(sum, a + 2 * k, b + 2 * k);
             ptx::wgmma_commit();
             ptx::wgmma_wait<T::lag>();
           }
-          if (T::lag == 0) release(s);
-          else if (step > 0 || (range > 0 && middle > 0)) release((s == 0 ? num_stages : s) - 1);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
+          if (T::lag == 0) release(ring.stage);
+          else if (step > 0 || (range > 0 && middle > 0)) release((ring.stage == 0 ? num_stages : ring.stage) - 1);
+          ring.advance(num_stages);
         }
         ptx::wgmma_wait<0>();
       }
-      if (T::lag && steps > 0) release((s == 0 ? num_stages : s) - 1);
-      const int first_row = T::splits ? slot * T::tokens : tile % blocks * T::tokens;
-      const int first_output = (T::splits ? tile : (tile / blocks * T::share + slot) * T::warpgroups) * 64 + warpgroup * 64;
-      const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
+      if (T::lag && steps > 0) release((ring.stage == 0 ? num_stages : ring.stage) - 1);
+      const int row = row_of(tile % walk.blocks);
+      const int first_output = output_of(tile / walk.blocks) + warpgroup * 64;
+      const typename T::Ending epilogue{p, tail, warpgroup, row, rows, first_output};
       if (T::chooses || p.squares) {
-        ptx::mbarrier_wait(scales_made, parity >> 1);
-        parity ^= 2;
+        ptx::mbarrier_wait(scales_made, ring.parity >> 1);
+        ring.parity ^= 2;
       }
       if constexpr (T::pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
-        const int present = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
+        const int present = (min(rows - row, T::tokens) + 7) / 8;  // fragments with a token in use
         const int lower = min(present, T::own), upper = present - lower, awaited = rank == 0 ? lower : upper, sent = present - awaited;
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
         if (!T::own_inbox) ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
@@ -310,11 +292,11 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
         }
         if constexpr (T::staged) {
-          if (!T::splits || tile + warpgroup < tiles) epilogue.finish(0, sum);
+          if (!T::splits || tile + warpgroup < walk.end) epilogue.finish(0, sum);
         } else {
           uint2 stream = epilogue.residual(0);
           for_each_fragment<T::many ? 2 : 1>(sum, [&](int j, float (&d)[4]) {
-            if (first_row + 8 * j >= rows) return;
+            if (row + 8 * j >= rows) return;
             const uint2 next = epilogue.residual(8 * (j + 1));
             epilogue.finish(8 * j, d, stream);
             stream = next;
@@ -334,7 +316,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
 
 template <typename T> void launch_tile(const LinearParams& p, cudaStream_t stream) {
   const CUtensorMap x = tensor_map_bf16(p.x, p.rows, p.in_features, T::box);
-  const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = num_sms();
+  const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs), sms = multiprocessors();
   const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, sms / T::cluster));
   const int budget = T::many ? (ctas <= sms || T::warpgroups > 2 ? kWholeBytes : kHalfBytes) : few_bytes(T::tokens);
   int stages = 1;
@@ -345,8 +327,8 @@ template <typename T> void launch_tile(const LinearParams& p, cudaStream_t strea
 template <int warpgroups, Ways ways> void launch_few(const LinearParams& p, cudaStream_t stream) {
   if (p.rows <= 16) launch_tile<Tile<warpgroups, 16, ways>>(p, stream);
   else if (p.rows <= 32) launch_tile<Tile<warpgroups, 32, ways>>(p, stream);
-  else if (p.rows <= 64) launch_tile<Tile<warpgroups, 64, ways>>(p, stream);
-  else launch_tile<Tile<warpgroups, 128, ways>>(p, stream);
+  else if (p.rows <= 64 || ways == Ways::kOne) launch_tile<Tile<warpgroups, 64, ways>>(p, stream);
+  else launch_tile<Tile<warpgroups, 128, Ways::kPair>>(p, stream);
 }
 
 void launch_choice(const LinearParams& p, cudaStream_t stream) {
@@ -364,7 +346,7 @@ void launch_choice(const LinearParams& p, cudaStream_t stream) {
 void linear_bf16_cuda(const LinearParams& p, cudaStream_t stream) {
   require_hopper("linear", "bfloat16");
   if (p.finish == Finish::kChoose) return launch_choice(p, stream);
-  const int sms = num_sms();
+  const int sms = multiprocessors();
   auto pairs = [&](int warpgroups) { return ceil_div(p.out_features, 64 * warpgroups) * ceil_div(p.rows, 128); };
   constexpr int kEnoughCtas = 90;  // of 132 SMs: fewer than that read slower, even at 64 outputs a CTA
   if (num_ranges(p.out_features) == 1) {

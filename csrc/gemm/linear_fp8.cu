@@ -4,14 +4,14 @@
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
 // stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: the producer never waits for the layer before.
 // Bytes: the weights once per block of tokens; x and its scales once per block of weight rows (from L2).
-#include <type_traits>
+#include <algorithm>
 
 #include "base/launch.h"
-#include "base/math.h"
 #include "base/tensor_map.h"
 #include "gemm/epilogue.cuh"
 #include "gemm/kernels_cuda.h"
 #include "gemm/quantize.cuh"
+#include "gemm/walk.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/dependency.cuh"
@@ -42,6 +42,7 @@ template <int warpgroups_, int tokens_, Ways ways, bool quantizes_ = false, type
   // So few that CTAs of attention find room beside them.
   static constexpr int registers = tokens <= 16 ? 64 : tokens <= 32 ? 72 : tokens > 64 ? 168 : warpgroups > 2 ? 80 : 96;
   static constexpr int weight_bytes = warpgroups * kUnitBytes, stage_bytes = weight_bytes + tokens * kRowBytes;
+  static constexpr bool one_block = tokens <= 64;  // it never has more rows
   static constexpr int values = tokens / 2, fragments = tokens / 8;  // of the tile, a thread
   static constexpr int parts = warpgroups > 2 ? 2 : 1;  // of the tokens, one after the other: registers for the sums of one
   static constexpr int fragment_bytes = 16 * 128 * warpgroups;
@@ -133,8 +134,12 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = pair ? __shfl_sync(0xffffffffu, ptx::cluster_rank(), 0) : 0;
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = pair && rank == 1 ? middle : 0, steps = pair && rank == 0 ? middle : all_steps - begin;
-  const int blocks = (p.rows + T::tokens - 1) / T::tokens, tiles = blocks * ((p.out_features + T::outputs - 1) / T::outputs);
-  const int first_tile = blockIdx.x / T::cluster, tile_step = gridDim.x / T::cluster;  // of a pair: one tile
+  const int groups = (p.out_features + T::outputs - 1) / T::outputs, cluster = blockIdx.x / T::cluster, clusters = gridDim.x / T::cluster;  // of a pair: one tile (walk.cuh)
+  const int blocks = T::one_block ? 1 : (p.rows + T::tokens - 1) / T::tokens, first_output = cluster / blocks * T::outputs;
+  auto walk_of = [&](int rows) -> Walk {
+    if (T::one_block) return {cluster, groups, clusters, 1};
+    return walk_of_rows(cluster, clusters, groups, blocks, max(1, (rows + T::tokens - 1) / T::tokens));
+  };
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -152,70 +157,49 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
   if (warp >= 4 * T::warpgroups) {
     if (T::quantizes && warp > 4 * T::warpgroups + 1) {
       const Pipeline pipeline{shared + T::weight_bytes, T::stage_bytes, reinterpret_cast<float*>(shared + (scales - stages)), T::tokens, shared + ring_at, full, empty, num_stages};
-      quantize_tokens(p, pipeline, begin, steps, (tiles - first_tile + tile_step - 1) / tile_step, warp - 4 * T::warpgroups - 2);
+      quantize_tokens(p, pipeline, begin, steps, (groups - cluster + clusters - 1) / clusters, warp - 4 * T::warpgroups - 2);
     } else if (warp > 4 * T::warpgroups) {
       const int half = T::tokens / 2;
-      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_tile / blocks * T::outputs, T::outputs, first_tile, tile_step, tiles, blocks, 0, rank * half, pair ? (rank + 1) * half : T::tokens);
+      assist<typename T::Activation, (T::tokens <= 16 ? 1 : 2)>(p, tail, first_output, T::outputs, walk_of, 0, rank * half, pair ? (rank + 1) * half : T::tokens);
     } else if (lane == 0) {
       // Every CTA reads x. Few rows' weights pass once, and would displace from L2 what the next kernels need: their code above all.
       const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();
       const int pitch = scale_pitch(p.rows);
-      bool waited = false;
-      int s = 0, parity = 1;  // the stage to fill, over all tiles; of its `empty` barrier, which counts as complete the first time round
-      for (int tile = first_tile; tile < tiles; tile += tile_step) {
-        const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs;
-        const int units = min(T::warpgroups, (p.out_features - first_output + 63) / 64), scale_bytes = min(T::tokens, pitch - first_row) * 4;
-        const char* weight = static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes;
-        // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
-        auto copy_weights = [&](int step, int s) {
-          ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
+      auto weights_of = [&](int output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(output / 64) * all_steps + begin) * kUnitBytes; };
+      auto units_of = [&](int output) { return min(T::warpgroups, (p.out_features - output + 63) / 64); };
+      auto scale_bytes_of = [&](int first_row) { return min(T::tokens, pitch - first_row) * 4; };
+      // Loops as they stand: unrolled, the way to the first copy is through cold instructions (epilogue.cuh).
+      auto copy_weights = [&](const char* weight, int units, int scale_bytes, int step, int s) {
+        ptx::mbarrier_arrive_expect(full + 8 * s, units * kUnitBytes + (T::quantizes ? 0 : T::tokens * kRowBytes + scale_bytes));
 #pragma unroll 1
-          for (int u = 0; u < units; ++u) {
-            const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
-            const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
-            if (T::tokens <= 64) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
-            else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
-          }
-        };
-        auto copy_tokens = [&](int step, int s) {
-          ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
-          ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
-        };
-        int step = 0;
-        if (!waited) {
-          const int ahead = first_row == 0 ? min(steps, num_stages) : 0;  // the first block of rows always runs: weights may come before the number of rows is known
-#pragma unroll 1
-          for (int i = 0; i < ahead; ++i) copy_weights(i, i);
-          if constexpr (!T::quantizes) {
-            ptx::grid_dependency_wait();
-#pragma unroll 1
-            for (int i = 0; i < ahead; ++i) copy_tokens(i, i);
-          }
-          step = ahead;
-          s = ahead % num_stages;
-          parity = ahead == num_stages ? 0 : 1;
-          waited = true;
+        for (int u = 0; u < units; ++u) {
+          const uint32_t to = stages + s * T::stage_bytes + u * kUnitBytes;
+          const char* from = weight + (static_cast<int64_t>(u) * all_steps + step) * kUnitBytes;
+          if (T::tokens <= 64) ptx::bulk_load(to, from, kUnitBytes, full + 8 * s, pass);
+          else ptx::bulk_load(to, from, kUnitBytes, full + 8 * s);
         }
-        if (first_row > 0 && first_row >= *p.num_rows) continue;
-        // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
-        const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
-        auto start_next = [&] {
-          if (T::quantizes) ptx::grid_dependency_wait();  // of few steps, no stage may ever have been full: nobody here may have waited yet (ptx/dependency.cuh)
-          ptx::launch_dependents();
-        };
-        if (start == steps) start_next();  // all are on their way
+      };
+      auto copy_tokens = [&](int first_row, int scale_bytes, int step, int s) {
+        if (T::quantizes) return;
+        ptx::tma_load(stages + s * T::stage_bytes + T::weight_bytes, &x_map, (begin + step) * kStepColumns, first_row, full + 8 * s, keep);
+        ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
+      };
+      // The first block of rows always runs: its weights may come before the number of rows is known.
+      const int ahead = T::one_block || cluster % blocks == 0 ? min(steps, num_stages) : 0;
 #pragma unroll 1
-        for (; step < steps; ++step) {
-          ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (step == start) start_next();
-          copy_weights(step, s);
-          if (!T::quantizes) copy_tokens(step, s);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
-        }
-      }
+      for (int i = 0; i < ahead; ++i) copy_weights(weights_of(first_output), units_of(first_output), scale_bytes_of(0), i, i);
+      if (!T::quantizes) ptx::prefetch_tensor_map(&x_map);
+      ptx::grid_dependency_wait();
+#pragma unroll 1
+      for (int i = 0; i < ahead; ++i) copy_tokens(0, scale_bytes_of(0), i, i);
+      const Walk walk = walk_of(T::one_block ? 0 : min(*p.num_rows, p.rows));
+      produce<false>(walk, ahead, steps, empty, num_stages, [&](int tile) {
+        const int output = tile / walk.blocks * T::outputs, row = tile % walk.blocks * T::tokens;
+        return [&, row, weight = weights_of(output), units = units_of(output), scale_bytes = scale_bytes_of(row)](int step, int s) {
+          copy_weights(weight, units, scale_bytes, step, s);
+          copy_tokens(row, scale_bytes, step, s);
+        };
+      });
     }
     __syncwarp();
     if (pair) {
@@ -224,15 +208,15 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     }
   } else {
     const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0);
-    int s = 0, parity = 0, scales_parity = 0;  // the stage in use, over all tiles
-    ptx::grid_dependency_wait();               // nothing is lost: there are no tokens before
+    Ring ring{0, 0};  // the stage in use, over all tiles; in bit 1 of its parity that of the scales' barrier
+    ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
-    for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      const int first_row = tile % blocks * T::tokens, first_output = tile / blocks * T::outputs + warpgroup * 64;
-      if (first_row > 0 && first_row >= rows) continue;
+    const Walk walk = walk_of(rows);
+    for (int tile = walk.first; tile < walk.end; tile += walk.step) {
+      const int first_row = tile % walk.blocks * T::tokens, first_output = tile / walk.blocks * T::outputs + warpgroup * 64;
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
-      const float* weight_scale = fp8.weight_scale + static_cast<int64_t>(fp8.weight_blocks > 1 ? begin : 0) * p.out_features;
-      auto scale_at = [&](int half) { return __ldg(weight_scale + min(output + 8 * half, p.out_features - 1)); };
+      int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
+      auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
       float next[2] = {scale_at(0), scale_at(1)}, part[T::values / T::parts], sum[T::values];
 #pragma unroll
       for (int i = 0; i < T::values; ++i) sum[i] = 0.0f;
@@ -241,14 +225,14 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
       for (int step = 0; step < steps; ++step) {
         const float scale[2] = {next[0], next[1]};
         if (fp8.weight_blocks > 1 && step + 1 < steps) {
-          weight_scale += p.out_features;
+          scales_at += p.out_features;
           next[0] = scale_at(0);
           next[1] = scale_at(1);
         }
-        ptx::mbarrier_wait(full + 8 * s, parity);
-        const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + warpgroup * kUnitBytes);
-        const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes);
-        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + lane % 4;
+        ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity & 1);
+        const uint64_t a = ptx::wgmma_descriptor(stages + ring.stage * T::stage_bytes + warpgroup * kUnitBytes);
+        const uint64_t b = ptx::wgmma_descriptor(stages + ring.stage * T::stage_bytes + T::weight_bytes);
+        const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + ring.stage * T::tokens / 2 + lane % 4;
 #pragma unroll
         for (int i = 0; i < T::parts; ++i) {
           ptx::wgmma_fence();
@@ -266,15 +250,14 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
           }
         }
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(empty + 8 * s);  // this warp is done with the stage
-        if (++s == num_stages) {
-          s = 0;
-          parity ^= 1;
-        }
+        if (lane == 0) ptx::mbarrier_arrive(empty + 8 * ring.stage);  // this warp is done with the stage
+        ring.advance(num_stages);
       }
       const typename T::Ending epilogue{p, tail, warpgroup, first_row, rows, first_output};
-      if (p.squares) ptx::mbarrier_wait(scales_made, scales_parity);
-      scales_parity ^= 1;
+      if (p.squares) {
+        ptx::mbarrier_wait(scales_made, ring.parity >> 1);
+        ring.parity ^= 2;
+      }
       if constexpr (pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
         constexpr int own = T::fragments / 2;
@@ -325,7 +308,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
 template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t stream) {
   const LinearParams& p = fp8.linear;
   const CUtensorMap x = T::quantizes ? CUtensorMap{} : tensor_map_e4m3(p.x, p.rows, p.in_features, T::tokens);
-  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = num_sms();
+  const int tiles = ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::outputs), sms = multiprocessors();
   const int ctas = T::pair ? 2 * tiles : std::min(tiles, sms);
   constexpr int kSmallBytes = 91000;  // 64 rows of a layer that narrows: two an SM (o 8.7 us instead of 9.7)
   const int budget = T::tokens > 64 ? kWholeBytes : T::tokens > 32 && p.out_features <= p.in_features ? kSmallBytes : few_bytes(T::tokens);

@@ -7,10 +7,10 @@
 #include <algorithm>
 
 #include "base/launch.h"
-#include "base/math.h"
 #include "base/tensor_map.h"
 #include "gemm/kernels_cuda.h"
 #include "gemm/staged.cuh"
+#include "gemm/walk.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/dependency.cuh"
 #include "ptx/mbarrier.cuh"
@@ -36,6 +36,7 @@ template <int units_, int tokens_, Ways ways, bool splits_ = false> struct Tile 
   // A warpgroup has a unit of outputs; two have half of the tokens of one each where it would be alone: one multiplies while the other promotes.
   static constexpr int beside = units == 1 ? 2 : 1, warpgroups = units * beside;
   static constexpr int cluster = 2, share = pair ? 1 : 2;       // share: CTAs that bring their tokens together, or their weights
+  static constexpr bool one_block = pair ? tokens != 128 : ways == Ways::kOne && tokens < 256;  // it never has more rows (the choice at the end of this file)
   static constexpr int box = splits ? tokens : tokens / share;  // the tokens a CTA brings
   // Behind the warpgroups: the producer and the warps that make the rows' scales, who give registers to warpgroups that need more than an even share (of a quarter of the SM's, where every
   // fourth warp lives).
@@ -74,13 +75,17 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = __shfl_sync(0xffffffffu, ptx::cluster_rank(), 0);
   const int all_steps = (p.in_features + kStepColumns - 1) / kStepColumns, middle = all_steps / 2;  // where the second of two ranges begins
   const int begin = pair && rank == 1 ? middle : 0, steps = pair && rank == 0 ? middle : all_steps - begin;
-  // A tile: of the cluster. A pair has one. Where the tokens are split, tiles count units: every cluster has the same number of them but for one, and takes them by `units`.
+  // Tiles (walk.cuh) are the cluster's; a pair has one. Where the tokens are split, they count units: every cluster has the same number of them but for one, and takes them by `units`.
   const int slot = T::share > 1 ? rank : 0, units_all = (p.out_features + 63) / 64, cluster = blockIdx.x / T::cluster, clusters = gridDim.x / T::cluster;
-  const int blocks = T::splits ? 1 : (p.rows + T::tokens - 1) / T::tokens;
-  const int tiles = T::splits ? units_all * (cluster + 1) / clusters : blocks * ((units_all + T::share * T::units - 1) / (T::share * T::units));
-  const int first_tile = T::splits ? units_all * cluster / clusters : cluster, tile_step = T::splits ? T::units : clusters;
-  auto row_of = [&](int tile) { return T::splits ? slot * T::tokens : tile % blocks * T::tokens; };
-  auto output_of = [&](int tile) { return T::splits ? tile * 64 : (tile / blocks * T::share + slot) * T::outputs; };
+  const int blocks = T::one_block ? 1 : (p.rows + T::tokens - 1) / T::tokens, first_group = T::splits ? units_all * cluster / clusters : cluster / blocks;
+  const int end_group = T::splits ? units_all * (cluster + 1) / clusters : (units_all + T::share * T::units - 1) / (T::share * T::units);
+  auto walk_of = [&](int rows) -> Walk {
+    if (T::one_block) return {first_group, end_group, T::splits ? T::units : clusters, 1};
+    if (T::pair) return {cluster, cluster % blocks * T::tokens < max(rows, 1) ? cluster + 1 : 0, 1, blocks};
+    return walk_of_rows(cluster, clusters, end_group, blocks, max(1, (rows + T::tokens - 1) / T::tokens));
+  };
+  auto row_of = [&](int block) { return (T::splits ? slot : block) * T::tokens; };
+  auto output_of = [&](int group) { return T::splits ? group * 64 : (group * T::share + slot) * T::outputs; };
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < num_stages; ++s) {
@@ -102,7 +107,7 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
     const uint64_t keep = ptx::evict_last_policy(), pass = ptx::evict_first_policy();  // of x, which every CTA reads; of weights that pass once
     const int pitch = scale_pitch(p.rows);
     auto weights_of = [&](int first_output) { return static_cast<const char*>(p.weight) + (static_cast<int64_t>(first_output / 64) * all_steps + begin) * kUnitBytes; };
-    auto units_of = [&](int first_output) { return max(0, min(T::units, (T::splits ? tiles : units_all) - first_output / 64)); };
+    auto units_of = [&](int first_output) { return max(0, min(T::units, (T::splits ? end_group : units_all) - first_output / 64)); };
     auto scale_bytes_of = [&](int first_row) { return min(T::tokens, pitch - first_row) * 4; };
     // Loops as they stand: see epilogue.cuh.
     auto copy_weights = [&](const char* weight, int units, int scale_bytes, int step, int s) {
@@ -124,51 +129,31 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
       ptx::bulk_load(scales + s * T::tokens * 4, fp8.x_scale + static_cast<int64_t>(begin + step) * pitch + first_row, scale_bytes, full + 8 * s);
     };
     // The first block of rows always runs: its weights may come before the number of rows is known.
-    const int ahead = first_tile < tiles && (T::splits || row_of(first_tile) == 0) ? min(steps, num_stages) : 0;
+    const int ahead = T::one_block || cluster % blocks == 0 ? min(steps, num_stages) : 0;
     if (producer) {
-      const int first_output = output_of(first_tile);
+      const int output = output_of(first_group);
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_weights(weights_of(first_output), units_of(first_output), scale_bytes_of(row_of(first_tile)), i, i);
+      for (int i = 0; i < ahead; ++i) copy_weights(weights_of(output), units_of(output), scale_bytes_of(row_of(0)), i, i);
+      ptx::prefetch_tensor_map(&x_map);
     }
     __syncwarp();
     if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
     if (warp > 4 * T::warpgroups) {
       constexpr int all = pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int first = pair ? rank * all : 0, from = first + (warp - 4 * T::warpgroups - 1) * each;
-      assist<bf16, 4>(p, tail, output_of(first_tile), T::outputs, first_tile, tile_step, tiles, blocks, row_of(0), from, min(from + each, first + all));
+      assist<bf16, 4>(p, tail, output_of(first_group), T::outputs, walk_of, row_of(0), from, min(from + each, first + all));
     } else if (producer) {
       ptx::grid_dependency_wait();
 #pragma unroll 1
-      for (int i = 0; i < ahead; ++i) copy_tokens(row_of(first_tile), scale_bytes_of(row_of(first_tile)), i, i);
-      int step = ahead, s = ahead % num_stages, parity = ahead == num_stages ? 0 : 1;  // the stage to fill, over all tiles; `empty` counts as complete the first time round
-      for (int tile = first_tile; tile < tiles; tile += tile_step, step = 0) {
-        const int first_row = row_of(tile), first_output = output_of(tile), units = units_of(first_output), scale_bytes = scale_bytes_of(first_row);
-        if (!T::splits && first_row > 0 && first_row >= *p.num_rows) continue;
-        const char* weight = weights_of(first_output);
-        // The next kernel may start when the last loads are on their way: earlier, it would only hold registers and shared memory.
-        const int start = tile + tile_step >= tiles ? max(step, steps - num_stages) : steps + 1;
-        if (start == steps) ptx::launch_dependents();  // all are on their way
-#pragma unroll 1
-        for (; step < steps; ++step) {
-          ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (step == start) ptx::launch_dependents();
+      for (int i = 0; i < ahead; ++i) copy_tokens(row_of(0), scale_bytes_of(row_of(0)), i, i);
+      const Walk walk = walk_of(T::one_block ? 0 : min(*p.num_rows, p.rows));
+      produce<(T::share > 1)>(walk, ahead, steps, empty, num_stages, [&](int tile) {
+        const int output = output_of(tile / walk.blocks), row = row_of(tile % walk.blocks);
+        return [&, row, weight = weights_of(output), units = units_of(output), scale_bytes = scale_bytes_of(row)](int step, int s) {
           copy_weights(weight, units, scale_bytes, step, s);
-          copy_tokens(first_row, scale_bytes, step, s);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
-        }
-      }
-      if (T::share > 1)  // the other's last arrivals at these barriers come before this CTA ends
-#pragma unroll 1
-        for (int i = 0; i < num_stages; ++i) {
-          ptx::mbarrier_wait(empty + 8 * s, parity);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
-        }
+          copy_tokens(row, scale_bytes, step, s);
+        };
+      });
     }
     __syncwarp();
     ptx::cluster_arrive_relaxed();
@@ -176,15 +161,16 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
   } else {
     if constexpr (T::takes) ptx::take_registers<T::taken>();
     const int warpgroup = __shfl_sync(0xffffffffu, warp / 4, 0), unit = T::beside > 1 ? 0 : warpgroup, half = T::beside > 1 ? warpgroup : 0;  // half: of the tokens
-    int s = 0, parity = 0;  // the stage in use, over all tiles; the parity of its barrier, and in bit 1 that of the scales'
+    Ring ring{0, 0};  // the stage in use, over all tiles; in bit 1 of its parity that of the scales' barrier
+    // The first turn is given here, and the last of all to nobody: what has arrived at a barrier when its CTA ends goes with it.
     if (T::ordered && warpgroup == T::warpgroups - 1) ptx::named_barrier_arrive(kFirstTurn, 256);
     ptx::grid_dependency_wait();  // nothing is lost: there are no tokens before
     if (T::share > 1 && !T::splits) ptx::cluster_wait();
     const int rows = __shfl_sync(0xffffffffu, min(*p.num_rows, p.rows), 0);
-    for (int tile = first_tile; tile < tiles; tile += tile_step) {
-      const int first_row = row_of(tile), first_output = output_of(tile) + unit * 64;
-      if (!T::splits && first_row > 0 && first_row >= rows) continue;
-      const bool present = !T::splits || tile + unit < tiles;  // this warpgroup has outputs
+    const Walk walk = walk_of(rows);
+    for (int tile = walk.first; tile < walk.end; tile += walk.step) {
+      const int row = row_of(tile % walk.blocks), first_output = output_of(tile / walk.blocks) + unit * 64;
+      const bool present = !T::splits || tile + unit < walk.end;  // this warpgroup has outputs
       const int output = first_output + warp % 4 * 16 + lane / 4;  // of this thread's fragments, and 8 further on
       int scales_at = fp8.weight_blocks > 1 ? begin * p.out_features : 0;  // of the weights, the next step's
       auto scale_at = [&](int half) { return __ldg(fp8.weight_scale + (scales_at + min(output + 8 * half, p.out_features - 1))); };
@@ -211,10 +197,10 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
             next[0] = scale_at(0);
             next[1] = scale_at(1);
           }
-          ptx::mbarrier_wait(full + 8 * s, parity & 1);
-          const uint64_t a = ptx::wgmma_descriptor(stages + s * T::stage_bytes + unit * kUnitBytes);
-          const uint64_t b = ptx::wgmma_descriptor(stages + s * T::stage_bytes + T::weight_bytes + half * (part_tokens * kRowBytes));
-          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + s * T::tokens / 2 + half * (part_tokens / 2) + lane % 4;
+          ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity & 1);
+          const uint64_t a = ptx::wgmma_descriptor(stages + ring.stage * T::stage_bytes + unit * kUnitBytes);
+          const uint64_t b = ptx::wgmma_descriptor(stages + ring.stage * T::stage_bytes + T::weight_bytes + half * (part_tokens * kRowBytes));
+          const float2* x_scale = reinterpret_cast<const float2*>(shared + (scales - stages)) + ring.stage * T::tokens / 2 + half * (part_tokens / 2) + lane % 4;
           if (!present) {  // its turn passes
             static_assert(!T::splits || T::ordered);
             ptx::named_barrier(kFirstTurn + warpgroup, 256);
@@ -245,12 +231,9 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
               }
             }
           __syncwarp();
-          if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * s);  // this warp is done with the stage
-          if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * s);
-          if (++s == num_stages) {
-            s = 0;
-            parity ^= 1;
-          }
+          if (T::share > 1 && lane < T::share) ptx::mbarrier_arrive_of(lane, empty + 8 * ring.stage);  // this warp is done with the stage
+          if (T::share == 1 && lane == 0) ptx::mbarrier_arrive(empty + 8 * ring.stage);
+          ring.advance(num_stages);
         }
       }
       if constexpr (T::turn) {
@@ -259,15 +242,15 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
 #pragma unroll
         for (int i = T::kept; i < T::values; ++i) sum[i] = first_sum[i - T::kept] + sum[i];
       }
-      const typename T::Ending epilogue{p, tail, unit, first_row, rows, first_output};
+      const typename T::Ending epilogue{p, tail, unit, row, rows, first_output};
       if (p.squares) {
-        ptx::mbarrier_wait(scales_made, parity >> 1);
-        parity ^= 2;
+        ptx::mbarrier_wait(scales_made, ring.parity >> 1);
+        ring.parity ^= 2;
       }
       if constexpr (pair) {
         // Rank 0 has the sum of the first range, rank 1 that of the second. Rank 0 finishes the first half of the tokens.
         constexpr int own = T::fragments / 2;
-        const int in_use = (min(rows - first_row, T::tokens) + 7) / 8;  // fragments with a token in use
+        const int in_use = (min(rows - row, T::tokens) + 7) / 8;  // fragments with a token in use
         const int awaited = rank == 0 ? min(in_use, own) : max(in_use - own, 0);
         if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(received, awaited * T::fragment_bytes);
         ptx::cluster_arrive_relaxed();  // this CTA is done with its stages
@@ -312,7 +295,7 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
   const LinearParams& p = fp8.linear;
   const CUtensorMap x = tensor_map_e4m3(p.x, p.rows, p.in_features, T::box);
   const int tiles = T::splits ? ceil_div(p.out_features, 64) : ceil_div(p.rows, T::tokens) * ceil_div(p.out_features, T::share * T::outputs);
-  const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, num_sms() / T::cluster));
+  const int ctas = T::cluster * (T::pair ? tiles : std::min(tiles, multiprocessors() / T::cluster));
   int stages = 1;
   while (T::shared_bytes(stages + 1) <= kWholeBytes) ++stages;
   launch({dim3(ctas), dim3(T::threads), T::shared_bytes(stages), stream, T::cluster, true}, linear_fp8_many_kernel<T>, x, fp8, stages);
@@ -322,7 +305,7 @@ template <typename T> void launch_tile(const LinearFp8Params& fp8, cudaStream_t 
 
 void linear_fp8_many_cuda(const LinearFp8Params& fp8, cudaStream_t s) {
   const LinearParams& p = fp8.linear;
-  const int sms = num_sms();
+  const int sms = multiprocessors();
   auto pairs = [&](int units) { return 2 * ceil_div(p.out_features, 64 * units) * ceil_div(p.rows, 128); };
   if (num_ranges(p.out_features) == 1) {
     if (p.rows <= 128) launch_tile<Tile<2, 128, Ways::kOne>>(fp8, s);

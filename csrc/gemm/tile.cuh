@@ -1,7 +1,5 @@
 // What the linear kernels on warpgroup tensor cores share: the sizes of their pipelines, and the store of a fragment.
 #pragma once
-#include <algorithm>
-
 #include "base/check.h"
 #include "base/types.h"
 
@@ -17,13 +15,6 @@ constexpr int few_bytes(int tokens) { return tokens > 32 ? 140000 : 160000; }
 static_assert(2 * (few_bytes(64) + (1 << 10)) > 228 << 10, "not two an SM");
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-inline int num_sms() {
-  int card = 0, count = 0;
-  SPECRT_CUDA_CHECK(cudaGetDevice(&card));
-  SPECRT_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, card));
-  return count;
-}
 
 // Refuses any but Hopper's instruction set, naming the op.
 inline void require_hopper(const char* op, const char* dtype) {

@@ -1,7 +1,6 @@
 // Passes over a row by one block. Every function must be called by all threads of the block, and returns the same value to all of them.
 // Results have no order (maxima of ranks, integer sums) or the order of params.h (log-sum-exp), so they do not depend on the number of threads.
 #pragma once
-#include "base/check.h"
 #include "sample/token.h"
 
 namespace specrt {

@@ -1,6 +1,4 @@
 // sample_blocks: a block of threads a row. What is read is a thousandth of the logits, and the sum over the blocks is one chain (params.h): the time is a launch's.
-#include <algorithm>
-
 #include "base/launch.h"
 #include "ptx/dependency.cuh"
 #include "sample/token.h"

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "base/noise.h"
 #include "tree/rules.h"
 

@@ -1,6 +1,5 @@
 // What a thread block of the tree kernels does together.
 #pragma once
-#include "base/types.h"
 
 namespace specrt {
 
