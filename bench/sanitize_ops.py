@@ -27,7 +27,7 @@ class Kit:
     """Inputs and poisoned outputs on one device."""
 
     def __init__(self, device: str):
-        self.device = device
+        self.device, self.cuda = device, torch.device(device).type == "cuda"
         self.generator = torch.Generator().manual_seed(5)
 
     def random(self, *shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -50,11 +50,11 @@ class Kit:
 
 
 def linears(k: Kit) -> None:
-    cuda = torch.device(k.device).type == "cuda"
+    cuda = k.cuda
     # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
     few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
-    last = (700, 300, 80, 5760 if cuda else 208, False)  # blocks of rows that nobody takes
-    for rows, used, depth, outputs in [*few, (230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208), last[:4]]:
+    many = [(230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208), (700, 300, 80, 5760 if cuda else 208)]  # the last: blocks without rows
+    for rows, used, depth, outputs in [*few, *many]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         packed = ops.pack_linear(weight)
         for dtype, b in [(BF16, bias), (F32, None)]:
@@ -67,9 +67,13 @@ def linears(k: Kit) -> None:
         ops.linear(x, ops.pack_linear(weight), bias, k.ints(used), out)
         k.written(out, used)
         finishes(k, (x, ops.pack_linear(k.random(48, 35)), k.random(48)), rows, used, 48, F32)
+
+
+def choices(k: Kit) -> None:
+    """lm_head that chooses the tokens."""
     for rows, used, outputs in [(1, 1, 48), (16, 13, 16304), (30, 29, 16304), (51, 43, 16304), (130, 77, 16304), (130, 127, 1000), (260, 257, 16304)]:
         for dtype in (BF16, F32):
-            x, weight = k.random(rows, 1352, dtype=dtype), k.random(outputs if cuda else 208, 1352, dtype=dtype)
+            x, weight = k.random(rows, 1352, dtype=dtype), k.random(outputs if k.cuda else 208, 1352, dtype=dtype)
             request, temperature = torch.arange(rows, dtype=I32, device=k.device) % 2, k.full(2, 6, value=0.0, dtype=F32)
             temperature[1] = 0.8
             for logprob in (None, k.out(rows)):
@@ -77,8 +81,13 @@ def linears(k: Kit) -> None:
                 ops.linear_sample(x, ops.pack_linear(weight), len(weight), k.ints(used), request, request, k.ints(3, 4, dtype=I64), temperature, token, status, logprob)
                 for out in (token, status) if logprob is None else (token, status, logprob):
                     k.written(out, used)
+
+
+def fp8_linears(k: Kit) -> None:
+    cuda = k.cuda
     few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
-    for rows, used, depth, outputs, blocks in [*few, (51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False), last]:
+    many = [(51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False), (700, 300, 80, 5760 if cuda else 208, False)]
+    for rows, used, depth, outputs, blocks in [*few, *many]:
         weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)
         for dtype in (BF16, F32):
             x, out = k.random(rows, depth, dtype=dtype), k.out(rows, outputs, dtype=dtype)
@@ -307,13 +316,19 @@ def drafting(k: Kit) -> None:
     assert size.tolist() == [64, 6, 10]
 
 
+PARTS = (linears, choices, fp8_linears, row_wise, paged, sampling, drafting)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    kit = Kit(parser.parse_args().device)
-    for part in (linears, row_wise, paged, sampling, drafting):
-        part(kit)
-        print(part.__name__, "passed", flush=True)
+    parser.add_argument("--part", choices=[part.__name__ for part in PARTS], help="only this one: racecheck takes minutes, and several processes share the time")
+    args = parser.parse_args()
+    kit = Kit(args.device)
+    for part in PARTS:
+        if args.part in (None, part.__name__):
+            part(kit)
+            print(part.__name__, "passed", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,5 +53,5 @@ def test_the_sanitizer_sees_every_op():
 
 
 def test_the_sanitizer_run_passes_on_the_cpu():
-    for part in (sanitize_ops.linears, sanitize_ops.row_wise, sanitize_ops.paged, sanitize_ops.sampling, sanitize_ops.drafting):
+    for part in sanitize_ops.PARTS:
         part(sanitize_ops.Kit("cpu"))
