@@ -87,8 +87,9 @@ EAGLE3 = [Shape(**flags) for flags in FLAGS] + [
     Shape(use_aux=False), Shape(use_aux=False, norm_output=True), Shape(layers=3), Shape(layers=2, norm_before_residual=True, fc_norm=True, norm_output=True), Shape(qk_norm=True, layers=2),
     Shape(bias=True, fc_bias=True), Shape(own_embedding=True), Shape(draft=None), Shape(draft=None, own_lm_head=False), Shape(num_aux=2), Shape(heads=2, kv_heads=1, head_dim=96),
     Shape(hidden=192, own_embedding=True), Shape(theta=500000.0)]
-EAGLE = [Shape("eagle"), Shape("eagle", fc_bias=True), Shape("eagle", input_norms=True), Shape("eagle", own_embedding=True, fc_bias=True), Shape("eagle", layers=2)]
+EAGLE = [Shape("eagle"), Shape("eagle", fc_bias=True), Shape("eagle", input_norms=True), Shape("eagle", input_norms=True, fc_bias=True), Shape("eagle", own_embedding=True, fc_bias=True), Shape("eagle", layers=2)]
 
+PEAGLE = [Shape("peagle", **flags) for flags in FLAGS]
 MTP = [Shape("mtp"), Shape("mtp", bias=True), Shape("mtp", qk_norm=True, heads=2, kv_heads=1)]
 
 
@@ -144,7 +145,7 @@ def test_an_fp8_head_stays_near(device, tmp_path, dtype):
     assert 1e-3 < relative_error(narrow, wide) < 0.15
 
 
-@pytest.mark.parametrize("s", [Shape("peagle", layers=3, norm_output=True), Shape("peagle", fc_norm=True, draft=None), Shape("peagle", norm_before_fc=True, own_embedding=True)], ids=name_of)
+@pytest.mark.parametrize("s", [*PEAGLE, Shape("peagle", layers=3, norm_output=True), Shape("peagle", fc_norm=True, draft=None), Shape("peagle", norm_before_fc=True, own_embedding=True)], ids=name_of)
 def test_mask_slots_of_one_pass_are_those_of_the_formulas(device, tmp_path, s):
     model, tensors = load_head(open_head(str(random_head(tmp_path, s))), target_of(device)), head_tensors(s)
     run, reference, past = HeadRun(model), reference_of(s, tensors), []
