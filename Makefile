@@ -83,10 +83,9 @@ gpu-invariance: $(VENV)/.test $(VENV)/.model
 	$(PY) bench/exactness.py --requests 80 --tokens 256
 	$(PY) bench/exactness.py --requests 64 --tokens 128 --model llama-8b-random
 
-# a process a part, as each takes minutes
-SANITIZED := linears choices fp8_linears row_wise paged sampling drafting
+# a process a part, as some take minutes
 gpu-memcheck gpu-racecheck: gpu-%: $(VENV)/.run
-	printf '%s\n' $(SANITIZED) | PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2 xargs -P 8 -I{} compute-sanitizer --tool $* --error-exitcode 1 $(PY) bench/sanitize_ops.py --part {}
+	$(PY) -c 'from bench.sanitize_ops import PARTS; print(*(part.__name__ for part in PARTS), sep="\n")' | PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=2 xargs -P 8 -I{} compute-sanitizer --tool $* --error-exitcode 1 $(PY) bench/sanitize_ops.py --part {}
 
 gpu-evidence: $(VENV)/.run
 	$(MAKE) bench SPECRT_CUDA=ON SPECRT_ARCH=$$($(PY) requirements/card.py)

@@ -20,6 +20,7 @@ import specrt.weights  # noqa: E402
 from bench.results import Results, card  # noqa: E402
 from bench.shapes import SHAPES  # noqa: E402
 from specrt.draft import DRAFTERS  # noqa: E402
+from specrt.heads import shipped_for  # noqa: E402
 from specrt.models.config import ModelConfig  # noqa: E402
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make  # noqa: E402
 from tests.kit.replay import ReplayDrafter  # noqa: E402
@@ -42,7 +43,6 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "mtp chain": (dict(method="mtp", num_speculative_tokens=3), {}),
     "mtp tree": (dict(method="mtp", **TREE), dict(page_size=16)),
 }
-SHIPPED = ("eagle3", "mtp")  # heads of SmolLM2
 
 
 def main() -> int:
@@ -81,7 +81,7 @@ def main() -> int:
     for name, (spec, extra) in VARIANTS.items():
         if a.variants and not any(text in name for text in a.variants):
             continue
-        if spec["method"] in SHIPPED and random_weights:
+        if spec["method"] in ("eagle3", "mtp") and not shipped_for(a.model, spec["method"]):
             continue
         if spec["method"] == "draft_model":
             if random_weights:
