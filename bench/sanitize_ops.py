@@ -71,9 +71,9 @@ def linears(k: Kit) -> None:
 
 def choices(k: Kit) -> None:
     """lm_head that chooses the tokens."""
-    for rows, used, outputs in [(1, 1, 48), (16, 13, 16304), (30, 29, 16304), (51, 43, 16304), (130, 77, 16304), (130, 127, 1000), (260, 257, 16304)]:
+    for rows, used, depth, outputs in [(1, 1, 1352, 48), (16, 13, 1352, 4000), (30, 29, 72, 16304), (51, 43, 1352, 4000), (130, 77, 72, 16304), (130, 127, 1352, 1000), (260, 257, 72, 16304)]:
         for dtype in (BF16, F32):
-            x, weight = k.random(rows, 1352, dtype=dtype), k.random(outputs if k.cuda else 208, 1352, dtype=dtype)
+            x, weight = k.random(rows, depth, dtype=dtype), k.random(outputs if k.cuda else 208, depth, dtype=dtype)
             request, temperature = torch.arange(rows, dtype=I32, device=k.device) % 2, k.full(2, 6, value=0.0, dtype=F32)
             temperature[1] = 0.8
             for logprob in (None, k.out(rows)):
@@ -192,9 +192,10 @@ def trees(k: Kit, dim: int, q_heads: int, lengths: list[int], table: Tensor, pag
     workspace = ops.attention_workspace(capacity, q_heads, dim, table.shape[1] * page, k.device)
     level = torch.arange(capacity, dtype=I32, device=k.device) % 3
     paths = torch.stack([level, torch.where(level > 0, 70 + level, -1), k.full(capacity, value=-1)], 1).contiguous()
+    chains = (2 << node.clamp(min=0).long()) - 1
     # All rows, and then so few that each has CTAs of its own (no more than there are requests): several of one request among them.
     for rows, requests, n in ((capacity, table, used), (2 * slots, table.repeat(2, 1), 2 * slots - 3)):
-        for words, lists in [(ancestors[:rows], None), (None, paths[:rows]), (None, None)]:
+        for words, lists in [(ancestors[:rows], None), (chains[:rows], None), (None, paths[:rows]), (None, None)]:
             few = request[:rows], prefix[:rows], words, lists
             ops.attention_plan(*few, k.ints(n), len(requests), q_heads, pools[0].shape[2], table.shape[1] * page, pools[0].dtype == ops.FP8, workspace.plan)
             # Without paths a row sees its prefix only; a row of prefix 0 sees nothing and gives zeros.

@@ -45,9 +45,9 @@ template <typename S> struct Producer {
   }
 
   // A tile of paths, of which entry lane + 32 i is row rows[i] of the pool, if not negative: by half warps, as so few bytes each would take the copy engine 40 cycles a copy.
-  // Lanes beyond a slot's last piece copy that one, too.
+  // Copies arrive at the barrier by themselves, too: what racecheck follows.
   __device__ void own(const void* pool, const int (&rows)[2]) {
-    const int s = stage(), piece = min(lane % 16, S::slot_pieces - 1), first = lane / 16;
+    const int s = stage(), piece = lane % 16, first = lane / 16;
     uint32_t to = piece_address(stages + s * S::tile_bytes + S::Tile::at, first, piece);
     const char* const from = static_cast<const char*>(pool) + 16 * piece;
 #pragma unroll 1
@@ -57,9 +57,10 @@ template <typename S> struct Producer {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const int row = __shfl_sync(~0u, mine, begin % 32 + first + i);
-        if (row >= 0) ptx::cp_async_16((to ^ (i * 16)) + i * 128, from + static_cast<int64_t>(row) * (16 * S::slot_pieces), true);
+        if (row >= 0 && piece < S::slot_pieces) ptx::cp_async_16((to ^ (i * 16)) + i * 128, from + static_cast<int64_t>(row) * (16 * S::slot_pieces), true);
       }
     }
+    ptx::cp_async_arrive(full + 8 * s);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::async_proxy_fence();  // for those who multiply

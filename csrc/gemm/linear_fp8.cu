@@ -2,7 +2,7 @@
 // epilogues, in steps of 128 e4m3 columns. A step's sum starts from zero in the tensor cores and is promoted to fp32 registers at once (params.h has the order). K % 16 == 0.
 //
 // Few rows come as bfloat16 and every CTA quantises them for itself: four more warps write each step's tokens and their scales where the copies would bring them. A kernel of its own would
-// stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: the producer never waits for the layer before.
+// stand between two layers, and cost more than to do the same on every SM. The weights' way is free of all that: as many as there are stages come before the layer before has ended.
 // Bytes: the weights once per block of tokens; x and its scales once per block of weight rows (from L2).
 #include <algorithm>
 

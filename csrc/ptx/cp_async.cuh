@@ -17,4 +17,7 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // Waits until at most `pending` of the latest groups are unfinished; this thread then sees what it copied.
 template <int pending> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
 
+// The phase of a barrier (mbarrier.cuh) waits for all copies that this thread has asked for, too: an arrival more is expected, and comes with them.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) { asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(barrier) : "memory"); }
+
 }  // namespace specrt::ptx

@@ -1,5 +1,6 @@
 """Paged attention against a float64 reference, and the promise that a row's bits depend on that row alone."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -121,6 +122,10 @@ def random_tree(nodes: int, chain: float = 0.5) -> list[list[int]]:
         parent = node - 1 if torch.rand(()) < chain else int(torch.randint(node, ()))
         paths.append([*paths[parent], node])
     return paths
+
+
+def chain_of(nodes: int) -> list[list[int]]:
+    return [list(range(n + 1)) for n in range(nodes)]
 
 
 def tree_case(dtype, dim, prefixes, nodes, kv_heads=2, group=3, **more) -> Case:
@@ -297,15 +302,53 @@ def test_prefill_has_the_same_bits_however_the_prompt_is_cut(device, dtype, wind
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_nan_of_the_row_itself_reaches_only_the_rows_that_see_it(device, pool):
-    case = tree_case(torch.bfloat16, 64, [100], 4, **POOLS[pool])
-    case.paths = [[0], [0, 1], [0, 1, 2], [0, 3]]
-    clean = case.run(device, "ancestors")
-    case.slot_v[0][102] = float("nan")
+@pytest.mark.parametrize("form", ["ancestors", "paths"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize(
+    "prefix, paths, bad, window, column",
+    [(100, [[0], [0, 1], [0, 1, 2], [0, 3]], 2, 0, 1), (100, chain_of(4), 2, 0, 0), (120, chain_of(12), 7, 0, -1), (250, chain_of(14), 9, 0, 1), (64, chain_of(14), 0, 0, 1), (100, chain_of(12), -3, 8, 1),
+     (100, [[0], [0, 1], [0, 1, 2], [0, 3], [0, 1, 2, 4]], -1, 4, 1)],
+)
+def test_a_value_that_is_not_finite_reaches_only_the_rows_that_see_it(device, pool, form, value, prefix, paths, bad, window, column):
+    """In a chain, in a tree, and, `bad` < 0, in a committed slot that some rows' window has passed. (A finite one of any size does no harm either.)"""
+    if pool == "fp8" and not math.isnan(value):
+        pytest.skip("e4m3 has no such value")
+    case = tree_case(torch.bfloat16, 96, [prefix], len(paths), window=window, **POOLS[pool])
+    case.paths = paths
+    clean = case.run(device, form)
+    case.slot_v[0][prefix + bad, :, column] = value
     case.__post_init__()
-    dirty = case.run(device, "ancestors")
-    assert torch.isnan(dirty[2]).all()
-    assert_bits(dirty[[0, 1, 3]], clean[[0, 1, 3]])
+    dirty = case.run(device, form)
+    for r in range(len(paths)):
+        if prefix + bad not in case.slots_of(r):
+            assert_bits(dirty[r], clean[r])
+        elif not math.isfinite(value):
+            assert not torch.isfinite(dirty[r][:, column]).any()
+        assert_bits(case.run(device, form, [r])[0], dirty[r])
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("window", [0, 8, 70])
+def test_long_chains_of_many_requests(device, pool, window):
+    """As test_large_trees_of_many_requests; what they see ends in the middle of groups of 16, tiles, chunks and groups of chunks."""
+    nodes = 40
+    case = tree_case(torch.bfloat16, head_dim(device, 32), [0, 5, 100, 120, 250, 600, 1025, 2030], nodes, kv_heads=4, group=2, window=window, **POOLS[pool])
+    case.paths = chain_of(nodes) * 8
+    chains = case.run(device, "ancestors")
+    assert_close(chains, case.reference(), TOLERANCE[torch.bfloat16])
+    assert_bits(case.run(device, "paths"), chains)
+    for r in range(0, 8 * nodes, 13):
+        assert_bits(straightened(case, r).run(device, "none"), chains[r : r + 1])
+
+
+def test_paths_that_are_no_tree(device):
+    """Rows of one request whose longest path leaves no node out, but another one does."""
+    case = tree_case(torch.bfloat16, 64, [100], 4)
+    case.paths = [[0], [0, 1], [0, 1, 2], [0, 2]]
+    for form in ("ancestors", "paths"):
+        together = case.run(device, form)
+        for r in range(4):
+            assert_bits(straightened(case, r).run(device, "none"), together[r : r + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
