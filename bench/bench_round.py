@@ -71,7 +71,7 @@ class Case:
 @dataclass(frozen=True)
 class Judged:
     case: Case
-    figure: str  # "round" or its phase "propose" (ms), "host" or "idle" (us)
+    figure: str  # "round", its phase "propose", or "drafter", that and "commit", which has the head read what was accepted (ms); "host" or "idle" (us)
     peer_value: float | None = None  # ms
 
 
@@ -91,7 +91,9 @@ ROWS = {
     "eagle3_tree60_b1": Judged(Case("llama-8b", 1, 256, 60, True, 3.2, head="eagle3", head_quantization="fp8", topk=10), "round"),
     "eagle3_draft_step_bf16": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="eagle3"), "propose"),
     "eagle3_draft_step_fp8": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="eagle3", head_quantization="fp8"), "propose"),
+    "eagle3_drafter_b1": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="eagle3"), "drafter"),
     "peagle_chain4_b1": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="peagle"), "round"),
+    "peagle_drafter_b1": Judged(Case("llama-8b", 1, 256, 5, acceptance=3.2, head="peagle"), "drafter"),
     "mimo7b_mtp_round_b1": Judged(Case("mimo-7b", 1, 256, 2, acceptance=1.8, head="mtp"), "round"),
     "mimo7b_decode_step_b1": Judged(Case("mimo-7b", 1, 256), "round"),
 }
@@ -383,8 +385,10 @@ def measure(name: str, bench: Bench, target: Any, bandwidth: float) -> dict[str,
     if judged.figure == "round":
         values, scale, unit = bench.device_times()["round"], 1e3, "ms"
         floor = round_bytes(target, judged.case, bench.head) / bandwidth * scale
-    elif judged.figure == "propose":
-        values, scale, unit = bench.device_times()["propose"], 1e3, "ms"
+    elif judged.figure in ("propose", "drafter"):
+        times = bench.device_times()
+        values = times["propose"] if judged.figure == "propose" else [a + b for a, b in zip(times["propose"], times["commit"])]
+        scale, unit = 1e3, "ms"
     else:
         values, scale, unit = blocks(bench.host_times()[0] if judged.figure == "host" else bench.idle_times()), 1e6, "us"
     import torch

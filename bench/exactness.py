@@ -9,19 +9,26 @@ and too few of them; tokens and logprobs are compared with ==. Free pages hold N
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 import specrt.llm  # noqa: E402
 import specrt.weights  # noqa: E402
 from bench.results import Results, card  # noqa: E402
 from bench.shapes import SHAPES  # noqa: E402
 from specrt.draft import DRAFTERS  # noqa: E402
-from specrt.heads import shipped_for  # noqa: E402
+from specrt.heads import shipped, shipped_for  # noqa: E402
 from specrt.models.config import ModelConfig  # noqa: E402
+from specrt.train.new_head import write_new_head  # noqa: E402
+from specrt.train.settings import Settings  # noqa: E402
+from specrt.weights import open_checkpoint  # noqa: E402
 from tests.invariance.matrix import answers, assert_same, cases, coverage, make  # noqa: E402
 from tests.kit.replay import ReplayDrafter  # noqa: E402
 from tests.kit.tiny import random_checkpoint  # noqa: E402
@@ -42,7 +49,26 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "eagle3 tree of 60": (dict(method="eagle3", num_steps=8, eagle_topk=10, num_draft_tokens=60), dict(page_size=16)),
     "mtp chain": (dict(method="mtp", num_speculative_tokens=3), {}),
     "mtp tree": (dict(method="mtp", **TREE), dict(page_size=16)),
+    "peagle chain": (dict(method="peagle", num_speculative_tokens=4), {}),
+    "peagle tree": (dict(method="peagle", **TREE), dict(page_size=16)),
+    "medusa chain": (dict(method="medusa", num_speculative_tokens=3), dict(chunk=37)),
+    "medusa tree": (dict(method="medusa", num_steps=3, eagle_topk=4, num_draft_tokens=24), {}),
+    "layerskip chain": (dict(method="layerskip", exit_layer=20, num_speculative_tokens=4), dict(page_size=32)),
+    "layerskip tree": (dict(method="layerskip", exit_layer=20, **TREE), {}),
 }
+
+
+def write_heads(folder: Path, model: str) -> dict[str, str]:
+    """Heads of the methods of which none ships, method -> folder. They accept something although nobody trained them: the EAGLE-3 head that ships as P-EAGLE's, whose first draft it makes,
+    and MEDUSA's blocks before they have learned anything, which repeat what the target has just said."""
+    source = shipped()[f"{model}-eagle3"]
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    tensors = {name.replace("midlayer.", "layers.0."): t for name, t in tensors.items()} | {"mask_hidden": tensors["fc.weight"].new_zeros(1, 1, tensors["fc.weight"].shape[1])}
+    (folder / "peagle").mkdir()
+    (folder / "peagle" / "config.json").write_text(json.dumps(config | {"architectures": ["PEagleDraftModel"], "mask_token_id": 0}))
+    save_file(tensors, folder / "peagle" / "model.safetensors")
+    write_new_head(folder / "medusa", Settings.make(dict(method="medusa", model=model, data=("none",), output=str(folder))), open_checkpoint(model), None)
+    return {method: str(folder / method) for method in ("peagle", "medusa")}
 
 
 def main() -> int:
@@ -56,6 +82,13 @@ def main() -> int:
     parser.add_argument("--alone", type=int, default=4, help="requests also generated alone")
     parser.add_argument("--variants", nargs="*", default=None, metavar="TEXT", help="only the variants that contain one of these")
     a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        compare(a, Path(folder))
+    return 0
+
+
+def compare(a: argparse.Namespace, folder: Path) -> None:
+    """folder: for heads that are made here."""
     random_weights = a.model == "llama-8b-random"
     if random_weights:
         checkpoint = random_checkpoint(ModelConfig.from_hf(SHAPES["llama-8b"]), device=a.device)
@@ -64,6 +97,9 @@ def main() -> int:
     plain = make(a.model, max_batch_size=a.requests, **settings)
     vocab = plain._engine.vocab_size
     batch = cases(a.requests, vocab, (1, 15, 17, 63, 64, 100, 250, 257, 300, 130), a.tokens)
+    heads = {method: name for method in ("eagle3", "mtp") if (name := shipped_for(a.model, method))}
+    if heads:
+        heads |= write_heads(folder, a.model)
     started = time.perf_counter()
     want = answers(plain, batch, together=True)
     print(f"plain, {a.requests} together: {time.perf_counter() - started:.1f} s", flush=True)
@@ -81,8 +117,10 @@ def main() -> int:
     for name, (spec, extra) in VARIANTS.items():
         if a.variants and not any(text in name for text in a.variants):
             continue
-        if spec["method"] in ("eagle3", "mtp") and not shipped_for(a.model, spec["method"]):
+        if spec["method"] in ("eagle3", "mtp", "peagle", "medusa") and not heads:
             continue
+        if spec["method"] in heads:
+            spec = {**spec, "model": heads[spec["method"]]}
         if spec["method"] == "draft_model":
             if random_weights:
                 continue  # a second 8B model adds nothing that SmolLM2 does not show
@@ -116,7 +154,6 @@ def main() -> int:
               f"{time.perf_counter() - started:.1f} s", flush=True)
     results.write()
     print(f"{sum(compared.values())} tokens compared, none differs -> {results.path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -108,12 +108,20 @@ def test_cards_have_files_of_their_own():
 
 def test_limits():
     row = {"value": 10.0, "floor": 9.0, "peer_value": 8.0}
-    assert Limit("share", 0.9).holds(row) and not Limit("share", 0.91).holds(row)
-    assert Limit("peer", 0.8).holds(row) and not Limit("peer", 0.81).holds(row)
-    assert Limit("read", 1.0, 1.0).holds(row) and not Limit("read", 1.0, 0.9).holds(row)
-    assert Limit("value", 10).holds(row) and not Limit("value", 9.9).holds(row)
+    assert Limit("share", 0.9).holds(row, {}) and not Limit("share", 0.91).holds(row, {})
+    assert Limit("peer", 0.8).holds(row, {}) and not Limit("peer", 0.81).holds(row, {})
+    assert Limit("read", 1.0, 1.0).holds(row, {}) and not Limit("read", 1.0, 0.9).holds(row, {})
+    assert Limit("value", 10).holds(row, {}) and not Limit("value", 9.9).holds(row, {})
     bare = {"value": 1.0, "floor": None, "peer_value": None}
-    assert not any(Limit(kind, 0.0, 9.0).holds(bare) for kind in ("share", "peer", "read"))
+    assert not any(Limit(kind, 0.0, 9.0).holds(bare, {}) for kind in ("share", "peer", "read"))
+
+
+def test_a_limit_that_is_another_row():
+    row, other = ({"value": value, "floor": None, "peer_value": None, "digest": "d", "date": "today"} for value in (6.0, 10.0))
+    assert Limit("row", 0.6, of="other").holds(row, {"other": other}) and not Limit("row", 0.59, of="other").holds(row, {"other": other})
+    assert not Limit("row", 0.6, of="other").holds(row, {}), "not measured"
+    assert not any(Limit("row", 0.6, of="other").holds(row, {"other": other | change}) for change in ({"digest": "e"}, {"date": "yesterday"})), "other kernels, or another day"
+    assert all(limit.of in bench_round.ROWS for limits in JUDGED.values() for limit in limits if limit.kind == "row")
 
 
 PROGRAM = """#!/bin/sh
