@@ -20,7 +20,7 @@ from typing import Any, Iterator
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import training  # noqa: E402
-from bench.results import FOLDER, ROOT, Results, card, csrc_digest, rooms_of  # noqa: E402
+from bench.results import FOLDER, ROOT, Results, card, csrc_digest, of_cuda, rooms_of  # noqa: E402
 from bench.sdpa import peer  # noqa: E402
 
 README = ROOT / "bench" / "README.md"
@@ -159,9 +159,9 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": None, "rows": []}
 
 
-def stale(row: dict[str, Any]) -> bool:
+def stale(row: dict[str, Any], cuda: bool = True) -> bool:
     """Whether the kernels that the row depends on have changed since it was measured."""
-    return row["digest"] != csrc_digest(rooms_of(row["name"]))
+    return row["digest"] != csrc_digest(rooms_of(row["name"]), cuda)
 
 
 def complaints(content: dict[str, Any]) -> list[str]:
@@ -240,7 +240,7 @@ def main() -> int:
             return 1 if found else 0
         for path in sorted(FOLDER.glob("*.json")):
             rows = load(path)["rows"]
-            print(f"{path.name}: {sum(stale(row) for row in rows)} of {len(rows)} rows are stale")
+            print(f"{path.name}: {sum(stale(row, of_cuda(path.name)) for row in rows)} of {len(rows)} rows are stale")
     return 0
 
 

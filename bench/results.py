@@ -29,14 +29,19 @@ def rooms_of(name: str) -> tuple[str, ...] | None:
     return tuple(sorted({*EVERY, *ROOMS[max(fitting, key=len)]})) if fitting else None
 
 
-def csrc_digest(rooms: tuple[str, ...] | None = None) -> str:
-    """sha256 over the paths and contents of every source under csrc/, or of these rooms of it, in order of their paths; 16 hex digits."""
+def csrc_digest(rooms: tuple[str, ...] | None = None, cuda: bool = True) -> str:
+    """sha256 over the paths and contents of every source under csrc/, or of these rooms of it, in order of their paths; 16 hex digits. Without cuda: of what the CPU's kernels are made of."""
     digest = hashlib.sha256()
-    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", *((".cu", ".cuh") if cuda else ())}]
     for path in sorted(p for p in sources if rooms is None or p.relative_to(ROOT / "csrc").parts[0] in rooms):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def of_cuda(file: str) -> bool:
+    """Whether the rows of a results file, by its name, belong to CUDA's kernels."""
+    return not Path(file).stem.endswith("cpu")
 
 
 def commit() -> str:
@@ -77,6 +82,7 @@ class Results:
 
     def __init__(self, file: str, device: str = "cpu", machine_name: str | None = None, unique: tuple[str, ...] = ("name", "shape", "peer")):
         self.path, self.machine, self.unique = FOLDER / file, machine_name or machine(device), unique
+        self._cuda = of_cuda(file)
         self._common = {"commit": commit(), "date": date.today().isoformat()}
         self.rows: list[dict[str, Any]] = []
 
@@ -90,7 +96,7 @@ class Results:
                    note: str | None = None) -> dict[str, Any]:
         """``ratio`` is value / peer_value; ``floor``: the least that the bytes moved allow (a time), share_of_floor = floor / value."""
         row = {"name": name, "shape": shape, "value": value, "unit": unit, "floor": floor, "share_of_floor": floor / value if floor else None, "peer": peer, "peer_value": peer_value,
-               "ratio": value / peer_value if peer_value else None, "spread": spread, "note": note, "digest": csrc_digest(rooms_of(name)), **self._common}
+               "ratio": value / peer_value if peer_value else None, "spread": spread, "note": note, "digest": csrc_digest(rooms_of(name), self._cuda), **self._common}
         self.rows.append(row)
         return row
 

@@ -99,6 +99,12 @@ def test_a_digest_is_of_its_rooms(tmp_path, monkeypatch):
     (tmp_path / "csrc" / "sample" / "a.cu").write_text("2")
     after = [csrc_digest(rooms) for rooms in (rooms_of("linear_"), rooms_of("sampling_"), None)]
     assert [a == b for a, b in zip(before, after)] == [True, False, False]
+    assert csrc_digest() != csrc_digest(cuda=False)
+    cpu = csrc_digest(cuda=False)
+    (tmp_path / "csrc" / "sample" / "a.cuh").write_text("1")
+    assert csrc_digest(cuda=False) == cpu and csrc_digest() != after[2]
+    (tmp_path / "csrc" / "base" / "a.h").write_text("2")
+    assert csrc_digest(cuda=False) != cpu
 
 
 def test_cards_have_files_of_their_own():
