@@ -226,8 +226,8 @@ class PEagleModel(Eagle3Model):
 
 
 class MtpModel(HeadModel):
-    """MTP as MiMo has it: a projection of the normed state and the normed embedding, in this order, one decoder layer, a final norm whose output is the lm_head's input and
-    the next slot's feature (drafters.md 7)."""
+    """MTP of dense models: a projection of the normed state and the normed embedding (MiMo; in speculators' form the embedding is first), one decoder layer, a final norm whose
+    output is the lm_head's input and the next slot's feature (drafters.md 7)."""
 
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
@@ -235,7 +235,7 @@ class MtpModel(HeadModel):
 
     def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = self.new(batch.rows, self.hidden_size)
-        self.fc(self._joined(batch, feature, parent, self._token_norm, self._hidden_norm, feature_first=True), batch.num_rows, residual)
+        self.fc(self._joined(batch, feature, parent, self._token_norm, self._hidden_norm, feature_first=not self.config.embedding_first), batch.num_rows, residual)
         return residual, self.normed(residual, self.layers[0].input_norm, batch.num_rows)
 
 

@@ -79,13 +79,14 @@ def open_head(model: str) -> Head:
     modules = {int(match[1]) for name in source.names() if (match := _MTP.fullmatch(name))}
     if modules - {0}:
         raise ValueError(f"{folder} holds {len(modules)} MTP modules, which is not supported; it must be one (mtp_layers.0), which is applied again for every further token")
-    tensors = _Unfused(RenamedSource(source, mtp_name if modules else canonical_name))
+    whole = "model.embed_tokens.weight" in source.names()
+    tensors = _Unfused(RenamedSource(source, canonical_name if not modules else mtp_name if whole else lambda name: mtp_name(name) or name))
     shapes = {name: tensors.shape(name) for name in tensors.names()}
     try:
         config = head_config(read_json(folder / "config.json"), shapes)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    if not modules and "model.embed_tokens.weight" in source.names():
+    if whole and not modules:
         raise ValueError(f"{folder} holds a language model, and no draft head or MTP module")
     _check_tensors(config, tensors, str(folder))
     head = Head(str(model), folder, config, tensors)

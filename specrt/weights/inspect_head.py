@@ -12,7 +12,7 @@ from specrt.weights.head_fit import fit
 from specrt.weights.medusa import fit_medusa, open_medusa
 
 _KINDS = {"eagle": "EAGLE-1/2 head", "eagle3": "EAGLE-3 head", "peagle": "P-EAGLE head", "mtp": "MTP module"}
-_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms")
+_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms", "embedding_first")
 
 
 def head_lines(path: str | Path, target: Checkpoint | None) -> list[tuple[str, str]]:

@@ -222,7 +222,7 @@ def test_a_broken_head_is_refused_by_tensor(tmp_path, change, match):
 @pytest.mark.parametrize("s, config, match", [
     (EAGLE, original_config(EAGLE) | {"bias": False}, "bias = false, but tensor 'fc.bias' is there"), (replace(EAGLE, fc_bias=False), plain_config(EAGLE, bias=True), "bias = true.*missing"),
     (S, speculators_config(S, speculators_model_type="peagle"), "P-EAGLE head are missing: 'mask_hidden'"), (S, speculators_config(S, speculators_model_type="dflash"), "DFlash"),
-    (S, speculators_config(S, speculators_model_type="mtp"), "speculators_model_type = 'mtp' is not supported"),
+    (S, speculators_config(S, speculators_model_type="hydra"), "speculators_model_type = 'hydra' is not supported; supported: 'eagle3', 'peagle', 'mtp'"),
     (S, speculators_config(S, transformer_layer_config=None), "transformer_layer_config must be an object"),
     (S, original_config(S) | {"hidden_size": 256}, "has shape .* hidden_size 256"), (S, original_config(S) | {"num_hidden_layers": 2}, "'layers.1"), (S, [], "must hold an object"),
     (S, original_config(S) | {"eagle_aux_hidden_state_layer_ids": ["2"]}, "must be a list of integers"), (S, original_config(S, [1, 2]) | {"num_aux_hidden_states": 3}, "num_aux_hidden_states = 3"),
