@@ -33,8 +33,8 @@ from specrt.train.target import PAGE, TargetRows
 from specrt.train.vocabulary import coverage, draft_vocabulary
 from specrt.weights.checkpoint import open_checkpoint
 from specrt.weights.head import Head, open_head
-from specrt.weights.head_fit import fit
-from specrt.weights.medusa import MedusaHead, fit_medusa, open_medusa
+from specrt.weights.head_fit import fit, fit_medusa
+from specrt.weights.medusa import MedusaHead, open_medusa
 
 _STATE = "train.pt"
 _SHOWN = 20  # steps between losses shown

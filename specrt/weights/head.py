@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specrt.text.tokenizer import Tokenizer
 from specrt.weights.checkpoint import locate_folder
 from specrt.weights.head_config import HeadConfig, head_config
 from specrt.weights.hf import RenamedSource, open_folder_tensors, read_json
@@ -39,13 +38,24 @@ class Head:
     def own_embedding(self) -> bool:
         return "embed_tokens.weight" in self.tensors.names()
 
-    def with_norm_output(self, norm_output: bool | None) -> Head:
-        """With the flag overridden (no tensor shows it, and some trainers wrote it wrongly). ValueError for a head that has no such flag."""
-        if norm_output is None:
-            return self
-        if not self.config.like_eagle3:
-            raise ValueError(f"norm_output = {norm_output} has no meaning for head {self.origin!r}, which is no EAGLE-3 head; leave it out")
-        return replace(self, config=replace(self.config, norm_output=norm_output))
+    def overridden(self, layer_ids: tuple[int, ...] | None = None, norm_output: bool | None = None, mask_token_id: int | None = None) -> Head:
+        """With what the user knows better than config.json: boundaries; norm_output (no tensor shows it, and some trainers wrote it wrongly); the mask token. ValueError for what
+        the head does not have."""
+        c, changed = self.config, {}
+        if layer_ids is not None:
+            if c.final_feature or len(layer_ids) != c.num_aux:
+                raise ValueError(f"eagle_aux_hidden_state_layer_ids = {list(layer_ids)}: head {self.origin!r} takes "
+                                 + ("the target's last state, not captured layers; leave it out" if c.final_feature else f"{c.num_aux} captured layers"))
+            changed |= {"layer_ids": layer_ids, "ids_read": "given"}
+        if norm_output is not None:
+            if not c.like_eagle3:
+                raise ValueError(f"norm_output = {norm_output} has no meaning for head {self.origin!r}, which is no EAGLE-3 head; leave it out")
+            changed["norm_output"] = norm_output
+        if mask_token_id is not None:
+            if c.family != "peagle":
+                raise ValueError(f"mask_token_id = {mask_token_id} has no meaning for head {self.origin!r}, which is no P-EAGLE head; leave it out")
+            changed["mask_token_id"] = mask_token_id
+        return replace(self, config=replace(c, **changed))
 
     def target_ids(self) -> Tensor | None:
         """int64 [D], ascending: the target's id of each draft token; None where they are the same. (d2t holds offsets.)"""
@@ -53,10 +63,6 @@ class Head:
             return None
         d2t = self.tensors.get("d2t").long()
         return d2t + torch.arange(d2t.numel())
-
-    def tokenizer(self) -> Tokenizer | None:
-        """Heads rarely have one: of the target they were trained for."""
-        return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").is_file() else None
 
 
 def is_head(folder: Path) -> bool:

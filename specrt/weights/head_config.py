@@ -61,11 +61,11 @@ class HeadConfig:
         """The feature is the target's final-normed state instead of boundaries as they are."""
         return not self.like_eagle3 or not self.use_aux
 
-    def boundaries(self, target_layers: int, override: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    def boundaries(self, target_layers: int) -> tuple[int, ...]:
         """The residual-stream boundaries (j: what enters layer j, L: what leaves the last) that the head wants of a target with L layers."""
         if self.final_feature:
             return (target_layers,)
-        return override or self.layer_ids or (2, target_layers // 2, target_layers - 3)
+        return self.layer_ids or (2, target_layers // 2, target_layers - 3)
 
 
 def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:

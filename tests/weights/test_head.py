@@ -161,7 +161,7 @@ def test_layer_ids_become_boundaries(tmp_path, config, want):
     head = opened(tmp_path, config=config)
     assert head.config.boundaries(12) == want
     fit(head, TARGET, "t")
-    assert head.config.boundaries(12, (0, 3, 4)) == (0, 3, 4)
+    assert head.overridden((0, 3, 4)).config.boundaries(12) == (0, 3, 4)
 
 
 def test_a_head_without_captured_layers(tmp_path):
@@ -182,17 +182,17 @@ def test_more_captured_layers_than_the_default_names(tmp_path):
     head = opened(tmp_path, config=original_config(s, num_aux_hidden_states=4), tensors=head_tensors(s))
     with pytest.raises(ValueError, match="num_aux_hidden_states = 4, and there are no eagle_aux_hidden_state_layer_ids"):
         fit(head, TARGET, "t")
-    assert fit(head, TARGET, "t", layer_ids=(2, 5, 7, 9)) == []
+    assert fit(head.overridden((2, 5, 7, 9)), TARGET, "t") == []
 
 
 def test_layer_ids_that_are_given(tmp_path):
     head = opened(tmp_path, config=original_config(S, [1, 6, 12]))
-    assert fit(head, TARGET, "t", layer_ids=(1, 6, 12)) == []
+    assert fit(head.overridden((1, 6, 12)), TARGET, "t") == []
     for ids, match in (((1, 6), "3 captured layers"), ((1, 6, 13), r"\(given\)"), ((6, 1, 2), "must ascend")):
         with pytest.raises(ValueError, match=match):
-            fit(head, TARGET, "t", layer_ids=ids)
+            fit(head.overridden(ids), TARGET, "t")
     with pytest.raises(ValueError, match="takes the target's last state"):
-        fit(open_head(str(random_head(tmp_path / "e", EAGLE))), TARGET, "t", layer_ids=(1, 6, 9))
+        open_head(str(random_head(tmp_path / "e", EAGLE))).overridden((1, 6, 9))
 
 
 # ------------------------------------------------------------------------------------------------ broken heads
@@ -344,6 +344,40 @@ def test_inspect_says_what_a_head_is_and_whether_it_fits(tmp_path):
     assert "made for org/target" in speculators and "num_speculative_tokens 3" in speculators
     with pytest.raises(ValueError, match="'fc.weight' has 384 input columns"):
         describe(head, write_folder(tmp_path / "wide", {**CONFIGS["llama"], "num_hidden_layers": 12, "hidden_size": 256}))
+
+
+def test_inspect_takes_what_the_user_knows_better(tmp_path, capsys):
+    target = str(write_folder(tmp_path / "target", {**CONFIGS["llama"], "num_hidden_layers": 12}))
+    head = str(random_head(tmp_path / "head", Shape("peagle", norm_output=True), [2, 6, 11], seed=1))
+
+    def said(*flags) -> dict[str, str]:
+        assert main(["inspect", head, "--target", target, *flags]) == 0
+        lines = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+        return {key: "\n".join(value.strip() for other, value in lines if other == key) for key, _ in lines}
+
+    plain, given = said(), said("--layer-ids", "1", "6", "12", "--no-norm-output", "--mask-token-id", "9")
+    assert plain["features"] == "boundaries [2, 6, 11] (eagle_config's [2, 6, 11], boundaries)" and given["features"] == "boundaries [1, 6, 12] (given)"
+    assert (plain["captures"], given["captures"]) == ("boundaries [2, 6, 11] of 12 layers", "boundaries [1, 6, 12] of 12 layers")
+    assert (plain["mask token"], given["mask token"]) == ("7", "9") and (plain["flags"], given["flags"]) == ("norm_output", "none")
+    assert "captures boundary 11" in plain["warning"] and "captures boundary" not in given["warning"]
+    for flags, message in ((["--layer-ids", "1", "6"], "3 captured layers"), (["--layer-ids", "1", "6", "13"], r"[1, 6, 13] (given); they must be from 0 to the target's 12"),
+                           (["--mask-token-id", "300"], "mask_token_id = 300, the target has 300 tokens")):
+        assert main(["inspect", head, "--target", target, *flags]) == 2
+        assert message in capsys.readouterr().err
+    for other, flags, message in ((str(random_head(tmp_path / "e", EAGLE)), ["--norm-output"], "norm_output = True has no meaning"),
+                                  (str(random_head(tmp_path / "three", S)), ["--mask-token-id", "3"], "mask_token_id = 3 has no meaning"),
+                                  (target, ["--layer-ids", "1"], "is no draft head, which has no such setting")):
+        assert main(["inspect", other, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+def test_a_rollout_takes_the_overrides_too(tmp_path, capsys):
+    target = write_folder(tmp_path / "target", {**CONFIGS["llama"], "num_hidden_layers": 3})
+    head = random_head(tmp_path / "head", S, [0, 1, 9])
+    flags = ["inspect", str(head), "--target", str(target), "--rollout", "4"]
+    assert main(flags) == 2 and "[0, 1, 9]" in capsys.readouterr().err
+    assert main([*flags, "--layer-ids", "0", "1", "2"]) == 0 and "of 4 rounds" in capsys.readouterr().out
 
 
 def test_inspect_runs_a_rollout(tmp_path, capsys):
