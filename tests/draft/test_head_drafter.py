@@ -37,7 +37,7 @@ def engine(folders, s: Shape, shape: dict, **settings) -> tuple[LLM, HeadDrafter
 
 
 SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True), "mtp": Shape("mtp"),
-          "peagle": Shape("peagle", layers=2, norm_before_fc=True)}
+          "peagle": Shape("peagle", layers=2, norm_before_fc=True), "window": Shape(layers=2, window=6)}
 
 
 @pytest.fixture(scope="module", params=SHAPES)

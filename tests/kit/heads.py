@@ -154,7 +154,7 @@ def write_head(folder: Path, config: dict[str, Any], tensors: Tensors, form: str
 
 def random_head(folder: Path, s: Shape, ids: list[int] | None = None, seed: int = 0) -> Path:
     """A head in its family's original form, or what of its shape only speculators' has."""
-    if s.embedding_first:
+    if s.embedding_first or s.window:
         return write_head(folder, speculators_config(s), {name.removeprefix("model."): t for name, t in head_tensors(s, seed).items()})
     return write_head(folder, original_config(s, ids), head_tensors(s, seed), "bin" if s.family == "eagle" else "safetensors")
 
