@@ -60,8 +60,7 @@ class HeadWeights:
     def lm_head(self) -> Linear | Fp8Linear:
         if self.config.own_lm_head:
             return self.linear(["lm_head"])
-        tied = self.config.like_eagle3 and self.config.tie_word_embeddings and self.head.own_embedding
-        return self.linear(["embed_tokens"]) if tied else self.target.lm_head
+        return self.linear(["embed_tokens"]) if self.head.tied else self.target.lm_head
 
 
 class HeadModel(ABC):
@@ -77,10 +76,10 @@ class HeadModel(ABC):
         self.fc = weights.linear(["fc"]) if self.config.fc_inputs else None
         self.norm = weights.optional("norm")
         self.lm_head = weights.lm_head()
-        ids = weights.head.target_ids()
+        ids = weights.head.target_ids() if self.config.own_lm_head else None
         #: int64 [D], ascending: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
-        self.vocab = self.config.draft_vocab_size
+        self.vocab = self.lm_head.out_features  # the target's may be padded otherwise than the head's config says
         #: Of a slot whose feature is not known: what ``combine`` takes instead of the boundaries, side by side.
         self.missing: Tensor | None = None
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5

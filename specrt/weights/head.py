@@ -38,6 +38,12 @@ class Head:
     def own_embedding(self) -> bool:
         return "embed_tokens.weight" in self.tensors.names()
 
+    @property
+    def tied(self) -> bool:
+        """Its own embedding is its lm_head."""
+        c = self.config
+        return c.like_eagle3 and c.tie_word_embeddings and self.own_embedding and not c.own_lm_head
+
     def overridden(self, layer_ids: tuple[int, ...] | None = None, norm_output: bool | None = None, mask_token_id: int | None = None) -> Head:
         """With what the user knows better than config.json: boundaries; norm_output (no tensor shows it, and some trainers wrote it wrongly); the mask token. ValueError for what
         the head does not have."""

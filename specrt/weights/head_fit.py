@@ -86,7 +86,7 @@ def _check_widths(head: Head, target: ModelConfig) -> None:
                          f"= {c.num_aux * wide}")
     if c.like_eagle3 and not c.use_aux and h != wide:
         raise ValueError(f"head {head.origin!r}: use_aux_hidden_state is false, so hidden_size = {h} must be the target's, {wide}")
-    shared = [name for name, own in (("embed_tokens.weight", head.own_embedding), ("lm_head.weight", c.own_lm_head or c.tie_word_embeddings)) if not own]
+    shared = [name for name, own in (("embed_tokens.weight", head.own_embedding), ("lm_head.weight", c.own_lm_head or head.tied)) if not own]
     if shared and h != wide:
         raise ValueError(f"head {head.origin!r}: there is no tensor '{shared[0]}', so the target's is used, but hidden_size = {h} and the target's hidden size is {wide}")
 
@@ -96,10 +96,10 @@ def _check_vocabulary(head: Head, target: ModelConfig, same_tokens: bool) -> Non
     if ours != theirs and not same_tokens:
         raise ValueError(f"head {head.origin!r}: vocab_size = {ours}, the target has {theirs} tokens; they must be equal (a padded vocabulary is accepted if the head comes with the "
                          "target's tokenizer)")
-    ids = head.target_ids()
+    ids, own = head.target_ids(), head.config.own_lm_head or head.tied
     last = head.config.draft_vocab_size - 1 if ids is None else int(ids[-1])
-    if last >= theirs:
-        raise ValueError(f"head {head.origin!r}: its last draft token is {last} (tensor 'd2t'), the target has {theirs} tokens")
+    if own and last >= theirs:
+        raise ValueError(f"head {head.origin!r}: its last draft token is {last} ({'draft_vocab_size' if ids is None else 'tensor ' + repr('d2t')}), the target has {theirs} tokens")
     mask = head.config.mask_token_id
     if mask is not None and mask >= theirs:
         raise ValueError(f"head {head.origin!r}: mask_token_id = {mask}, the target has {theirs} tokens")

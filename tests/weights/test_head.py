@@ -292,6 +292,11 @@ def test_a_padded_vocabulary_is_accepted_with_the_targets_tokenizer(tmp_path, ta
         fit(open_head(str(folder)), padded, "t", target_tokenizer)
     with_tokenizer(folder, tiny_tokenizer())
     fit(open_head(str(folder)), padded, "t", target_tokenizer)
+    folder = write_head(tmp_path / "all", original_config(Shape(draft=None)), head_tensors(Shape(draft=None)))
+    with_tokenizer(folder, tiny_tokenizer())
+    with pytest.raises(ValueError, match="last draft token is 299 .draft_vocab_size., the target has 270 tokens"):
+        fit(open_head(str(folder)), ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12, "vocab_size": 270}), "t", target_tokenizer)
+    folder = tmp_path / "h"
     with pytest.raises(ValueError, match="last draft token is .*'d2t'.* the target has 270 tokens"):
         fit(open_head(str(folder)), ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12, "vocab_size": 270}), "t", target_tokenizer)
 
