@@ -115,7 +115,8 @@ def original_config(s: Shape, ids: list[int] | None = None, **more: Any) -> dict
     if s.family == "mtp":
         return plain_config(s, rope_theta=s.theta, num_nextn_predict_layers=1) | ({"model_type": "mimo", "architectures": ["MiMoForCausalLM"]} if s.bias else {}) | more
     if s.family == "eagle":
-        return plain_config(s) | ({} if s.fc_bias else {"bias": False}) | ({"add_para_norm": True} if s.input_norms else {}) | more
+        return plain_config(s) | ({} if s.fc_bias else {"bias": False}) | ({"add_para_norm": True} if s.input_norms else {}) | (
+            {} if s.target_hidden == s.hidden else {"target_hidden_size": s.target_hidden}) | more
     config = plain_config(s) | {"rope_theta": s.theta}
     if s.draft is not None:
         config["draft_vocab_size"] = s.draft

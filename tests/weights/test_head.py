@@ -130,6 +130,8 @@ def test_peagle(tmp_path, more, want):
     config = {k: v for k, v in speculators_config(PEAGLE, mask_token_id=3).items() if k != "norm_before_residual"}
     other = open_head(str(write_head(tmp_path / "flat", config, flat)))
     assert (other.config.family, other.config.mask_token_id, other.config.norm_before_residual) == ("peagle", 3, False)
+    with pytest.raises(ValueError, match="mask_token_id = 300, the target has 300 tokens"):
+        fit(open_head(str(write_head(tmp_path / "outside", original_config(PEAGLE, mask_token_id=300), head_tensors(PEAGLE)))), TARGET, "t")
     with pytest.raises(ValueError, match=r"'mask_hidden' has shape \[2, 384\]"):
         open_head(str(write_head(tmp_path / "wrong", config, flat | {"mask_hidden": torch.ones(2, 384)})))
 
@@ -265,7 +267,12 @@ def test_no_head_at_all(tmp_path):
     (S, {"vocab_size": 320}, "vocab_size = 300, the target has 320 tokens"), (EAGLE, {"vocab_size": 280}, "vocab_size = 300, the target has 280 tokens"),
     (replace(S, use_aux=False), {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}, "use_aux_hidden_state is false, so hidden_size = 128 must be the target's, 256"),
     (Shape(hidden=192), {}, "no tensor 'embed_tokens.weight', so the target's is used, but hidden_size = 192"),
-    (Shape(hidden=192, own_embedding=True, own_lm_head=False, draft=None), {}, "no tensor 'lm_head.weight', so the target's is used")])
+    (Shape(hidden=192, own_embedding=True, own_lm_head=False, draft=None), {}, "no tensor 'lm_head.weight', so the target's is used"),
+    (PEAGLE, {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}, "'fc.weight' has 384 input columns; it must have 3 captured layers"),
+    (PEAGLE, {"vocab_size": 320}, "vocab_size = 300, the target has 320 tokens"), (PEAGLE, {"num_hidden_layers": 4}, r"boundaries \[2, 2, 1\] .*must ascend"),
+    (Shape("eagle", hidden=192), {}, "no tensor 'embed_tokens.weight', so the target's is used"),
+    (Shape("eagle", hidden=192, own_embedding=True), {}, "no tensor 'lm_head.weight', so the target's is used, but hidden_size = 192 and the target's hidden size is 128"),
+    (Shape("mtp", hidden=192), {}, "'input_proj.weight' has 384 input columns; it must have hidden_size 192 .* = 320")])
 def test_a_head_that_does_not_fit_is_refused(tmp_path, s, target, match):
     with pytest.raises(ValueError, match=match):
         fit(opened(tmp_path, s=s), ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12, **target}), "t")
