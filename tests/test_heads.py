@@ -136,3 +136,13 @@ def test_heads_that_ship_draft_and_change_nothing(plain):
     for name in heads.shipped():
         said, drafts = generated({"method": name.rpartition("-")[2]})
         assert said == plain and all(drafts), name
+
+
+@pytest.mark.parametrize("method, flags, good", [("eagle3", [], True), ("mtp", [], True), ("eagle3", ["--layer-ids", "0", "1", "2"], False)], ids=["eagle3", "mtp", "wrong-layers"])
+def test_a_rollout_finds_nothing_wrong_with_a_head_that_ships(capsys, method, flags, good):
+    """And does with the same head on other layers of the target."""
+    if f"{TARGET}-{method}" not in heads.shipped():
+        pytest.skip("not in this repository")
+    assert main(["inspect", f"{TARGET}-{method}", "--target", TARGET, "--rollout", "24", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "first draft right in" in out and ("warning: below 30%" not in out) == good, out

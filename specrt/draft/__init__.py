@@ -45,31 +45,29 @@ def _head(family: str) -> Callable[..., Drafter]:
             raise (error if config.model else ValueError(f"speculative_config['model'] is missing, and the target holds no MTP module: {error}{what_ships()}")) from None
         if head.config.family != family:
             raise ValueError(f"speculative_config['method'] = {family!r}, but {model!r} is a head of method {head.config.family!r}")
-        head = head.with_norm_output(config.norm_output)
-        found = fit(head, target.config, target_name, tokenizer, config.eagle_aux_hidden_state_layer_ids)
+        head = head.overridden(config.eagle_aux_hidden_state_layer_ids, config.norm_output, config.mask_token_id)
+        found = fit(head, target.config, target_name, tokenizer)
         if model != shipped_for(target_name, family):  # what a head of the package is worth to its target has been measured
             for warning in found:
                 warnings.warn(f"head {model!r}: {warning}", stacklevel=2)
-        boundaries = head.config.boundaries(target.num_layers, config.eagle_aux_hidden_state_layer_ids)
+        boundaries, mask = head.config.boundaries(target.num_layers), head.config.mask_token_id
         if family != "peagle":
             return HeadDrafter(load_head(head, target, config.quantization), boundaries, **growth(config))
-        mask = head.config.mask_token_id if config.mask_token_id is None else config.mask_token_id
         if mask is None:
             raise ValueError(f"head {model!r}: its config.json has no mask_token_id; give speculative_config['mask_token_id'], the id it was trained with")
-        if mask >= target.config.vocab_size:
-            raise ValueError(f"head {model!r}: mask_token_id = {mask}, the target has {target.config.vocab_size} tokens")
         return PEagleDrafter(load_head(head, target, config.quantization), boundaries, mask, **growth(config))
 
     return factory
 
 
-def _medusa(config: Any, *, target: Any, target_name: str = "", **_: Any) -> Drafter:
+def _medusa(config: Any, *, target: Any, tokenizer: Any, target_name: str = "", **_: Any) -> Drafter:
     from specrt.draft.medusa import MedusaDrafter
     from specrt.models.medusa import MedusaModel
-    from specrt.weights.medusa import fit_medusa, open_medusa
+    from specrt.weights.head_fit import fit_medusa
+    from specrt.weights.medusa import open_medusa
 
     head = open_medusa(config.model)
-    for warning in fit_medusa(head, target.config, target_name):
+    for warning in fit_medusa(head, target.config, target_name, tokenizer):
         warnings.warn(f"head {config.model!r}: {warning}", stacklevel=2)
     if config.max_depth > head.num_heads:
         key = "num_steps" if config.is_tree else "num_speculative_tokens"

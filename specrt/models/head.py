@@ -60,8 +60,7 @@ class HeadWeights:
     def lm_head(self) -> Linear | Fp8Linear:
         if self.config.own_lm_head:
             return self.linear(["lm_head"])
-        tied = self.config.like_eagle3 and self.config.tie_word_embeddings and self.head.own_embedding
-        return self.linear(["embed_tokens"]) if tied else self.target.lm_head
+        return self.linear(["embed_tokens"]) if self.head.tied else self.target.lm_head
 
 
 class HeadModel(ABC):
@@ -77,10 +76,10 @@ class HeadModel(ABC):
         self.fc = weights.linear(["fc"]) if self.config.fc_inputs else None
         self.norm = weights.optional("norm")
         self.lm_head = weights.lm_head()
-        ids = weights.head.target_ids()
+        ids = weights.head.target_ids() if self.config.own_lm_head else None
         #: int64 [D], ascending: the target's id of each token of the head's vocabulary; None = the same ids.
         self.target_ids = None if ids is None else ids.to(target.device)
-        self.vocab = self.config.draft_vocab_size
+        self.vocab = self.lm_head.out_features  # the target's may be padded otherwise than the head's config says
         #: Of a slot whose feature is not known: what ``combine`` takes instead of the boundaries, side by side.
         self.missing: Tensor | None = None
         self._target_norm, self._target_eps, self._scale = target.norm, target.config.rms_norm_eps, c.head_dim**-0.5
@@ -226,8 +225,8 @@ class PEagleModel(Eagle3Model):
 
 
 class MtpModel(HeadModel):
-    """MTP as MiMo has it: a projection of the normed state and the normed embedding, in this order, one decoder layer, a final norm whose output is the lm_head's input and
-    the next slot's feature (drafters.md 7)."""
+    """MTP of dense models: a projection of the normed state and the normed embedding (MiMo; in speculators' form the embedding is first), one decoder layer, a final norm whose
+    output is the lm_head's input and the next slot's feature (drafters.md 7)."""
 
     def __init__(self, weights: HeadWeights):
         super().__init__(weights)
@@ -235,7 +234,7 @@ class MtpModel(HeadModel):
 
     def _enter(self, batch: RowBatch, feature: Tensor, parent: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = self.new(batch.rows, self.hidden_size)
-        self.fc(self._joined(batch, feature, parent, self._token_norm, self._hidden_norm, feature_first=True), batch.num_rows, residual)
+        self.fc(self._joined(batch, feature, parent, self._token_norm, self._hidden_norm, feature_first=not self.config.embedding_first), batch.num_rows, residual)
         return residual, self.normed(residual, self.layers[0].input_norm, batch.num_rows)
 
 

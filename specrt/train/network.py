@@ -187,7 +187,8 @@ class HeadNetwork(nn.Module):
             hidden = first.hidden_norm(feature)
             x, residual = torch.cat([first.input_layernorm(embedded), hidden], -1), hidden if self.config.norm_before_residual else feature
         else:
-            residual = self.fc(torch.cat([self.hidden_layernorm(feature), self.token_layernorm(embedded)], -1))
+            pair = self.hidden_layernorm(feature), self.token_layernorm(embedded)
+            residual = self.fc(torch.cat(pair[::-1] if self.config.embedding_first else pair, -1))
             x = first.input_layernorm(residual)
         for i, layer in enumerate(self.layers):
             residual = layer(layer.input_layernorm(residual) if i else x, residual, keys[i], cos, sin, slot)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import tempfile
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, islice
@@ -33,11 +35,13 @@ from specrt.train.target import PAGE, TargetRows
 from specrt.train.vocabulary import coverage, draft_vocabulary
 from specrt.weights.checkpoint import open_checkpoint
 from specrt.weights.head import Head, open_head
-from specrt.weights.head_fit import fit
-from specrt.weights.medusa import MedusaHead, fit_medusa, open_medusa
+from specrt.weights.head_fit import fit, fit_medusa
+from specrt.weights.medusa import MedusaHead, open_medusa
 
 _STATE = "train.pt"
 _SHOWN = 20  # steps between losses shown
+_SAVED = 600.0  # seconds of training that an interruption may cost, at most
+_LEAST_COVERAGE = 0.97  # of the answers' tokens (training.md 8)
 
 
 class Trainer:
@@ -66,7 +70,7 @@ class Trainer:
         self.head = self._open_head(source)
         target = DenseModel.load(source, self.dtype, self.device)
         ids = self.head.target_ids()
-        self.coverage = 1.0 if ids is None else coverage(self.samples, ids)
+        self.coverage = self._covered(ids)
         self.network = self._network(target, source).to(self.device)
         layers = target.num_layers
         self.rows = TargetRows(target, self.head.config.boundaries(layers) if isinstance(self.head, Head) else (layers,), ids)
@@ -74,6 +78,7 @@ class Trainer:
         self.total = sum(map(len, self._plans))
         self.optimiser = Optimiser(self.network, s.weight_decay, fused=self.device.type == "cuda")
         self.step, self.best, self.worse = 0, 0.0, 0
+        self._since: list[dict[str, Tensor]] = []  # what the steps since the last measurement measured
         if self._state is not None:
             self._restore(self._state)
         else:
@@ -94,13 +99,20 @@ class Trainer:
         head = open_medusa(folder) if medusa else open_head(folder)
         if isinstance(head, Head) and head.config.family != s.family:
             raise ValueError(f"init_from: {folder!r} is a head of method {head.config.family!r}, and the method is {s.method!r}")
-        if isinstance(head, MedusaHead):
-            fit_medusa(head, c, s.model)
-            if s.unroll > head.num_heads:
-                raise ValueError(f"unroll = {s.unroll}, and {folder!r} has {head.num_heads} heads")
-        else:
-            fit(head, c, s.model)
+        found = fit_medusa(head, c, s.model) if isinstance(head, MedusaHead) else fit(head, c, s.model)
+        if isinstance(head, MedusaHead) and s.unroll > head.num_heads:
+            raise ValueError(f"unroll = {s.unroll}, and {folder!r} has {head.num_heads} heads")
+        for warning in found if s.init_from else ():
+            warnings.warn(f"head {folder!r}: {warning}", stacklevel=3)
         return head
+
+    def _covered(self, ids: Tensor | None) -> float:
+        """The share of the answers' tokens that the head can draft."""
+        share = 1.0 if ids is None else coverage(self.samples, ids)
+        if share < _LEAST_COVERAGE:
+            which, instead = ("a new draft_vocab_size", "a larger one") if self.settings.init_from is None else (f"head {self.settings.init_from!r}", "a new head, with these answers' tokens")
+            warnings.warn(f"{which}: the draft vocabulary of {len(ids)} tokens covers {share:.1%} of the answers' tokens, and the others are never drafted; {instead} would draft more", stacklevel=3)
+        return share
 
     def _network(self, target: DenseModel, source: Any) -> nn.Module:
         eps = target.config.rms_norm_eps
@@ -170,26 +182,28 @@ class Trainer:
 
     def run(self, report: Callable[[dict[str, Any]], None] = lambda row: None, advance: Callable[[int, float | None], None] = lambda steps, loss: None,
             stop_after: int | None = None) -> float:
-        """Trains to the end, or until measurements get no better; returns the best acceptance length. report gets every row of the log, advance the steps done and now and then
-        the loss; stop_after: steps of this call."""
+        """Trains to the end, or until measurements get no better; returns the best acceptance length. The state is saved after every measurement, and every ten minutes between them.
+        report gets every row of the log, advance the steps done and now and then the loss; stop_after: steps of this call."""
         s = self.settings
         ends = set(range(s.eval_every, self.total, s.eval_every)) if s.eval_every else {sum(map(len, self._plans[: e + 1])) for e in range(s.epochs)}
         ends.add(self.total)
         advance(self.step, None)
         last = self.total if stop_after is None else min(self.step + stop_after, self.total)
-        since: list[dict[str, Tensor]] = []
+        saved = time.monotonic()
         while self.step < last and self.worse < s.patience:
-            since.append(self.train_step())
-            advance(1, float(since[-1]["loss"]) if self.step % _SHOWN == 0 else None)  # reading it waits for the device
+            self._since.append(self.train_step())
+            advance(1, float(self._since[-1]["loss"]) if self.step % _SHOWN == 0 else None)  # reading it waits for the device
             if self.step in ends:
-                self._measure(since, report)
-                since = []
+                self._measure(report)
+            if self.step in ends or time.monotonic() - saved >= _SAVED:
                 self.save()
+                saved = time.monotonic()
         self.save()
         return self.best
 
-    def _measure(self, since: list[dict[str, Tensor]], report: Callable[[dict[str, Any]], None]) -> None:
-        mean = {name: torch.stack([m[name] for m in since]).mean(0).tolist() for name in since[0]}
+    def _measure(self, report: Callable[[dict[str, Any]], None]) -> None:
+        mean = {name: values.mean(0).tolist() for name, values in self._stacked().items()}
+        self._since = []
         with tempfile.TemporaryDirectory() as folder:
             write_head(Path(folder), self.head, self.network, self.dtype)
             found = measure(Path(folder), self.settings, self.held_out, str(self.device), self.max_positions)
@@ -214,8 +228,12 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------- stop and go on
 
+    def _stacked(self) -> dict[str, Tensor]:
+        return {name: torch.stack([m[name] for m in self._since]) for name in (self._since[0] if self._since else ())}
+
     def save(self) -> None:
-        state = {"settings": asdict(self.settings), "step": self.step, "best": self.best, "worse": self.worse, "network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state = {"settings": asdict(self.settings), "step": self.step, "best": self.best, "worse": self.worse, "since": self._stacked(), "network": self.network.state_dict(),
+                 "optimiser": self.optimiser.state_dict()}
         torch.save(state, self.output / f"{_STATE}.part")
         os.replace(self.output / f"{_STATE}.part", self.output / _STATE)
 
@@ -238,3 +256,5 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.best, self.worse = state["step"], state["best"], state["worse"]
+        since = {name: values.to(self.device).unbind() for name, values in state["since"].items()}
+        self._since = [dict(zip(since, row)) for row in zip(*since.values())]

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specrt.text.tokenizer import Tokenizer
 from specrt.weights.checkpoint import locate_folder
 from specrt.weights.head_config import HeadConfig, head_config
 from specrt.weights.hf import RenamedSource, open_folder_tensors, read_json
@@ -39,13 +38,30 @@ class Head:
     def own_embedding(self) -> bool:
         return "embed_tokens.weight" in self.tensors.names()
 
-    def with_norm_output(self, norm_output: bool | None) -> Head:
-        """With the flag overridden (no tensor shows it, and some trainers wrote it wrongly). ValueError for a head that has no such flag."""
-        if norm_output is None:
-            return self
-        if not self.config.like_eagle3:
-            raise ValueError(f"norm_output = {norm_output} has no meaning for head {self.origin!r}, which is no EAGLE-3 head; leave it out")
-        return replace(self, config=replace(self.config, norm_output=norm_output))
+    @property
+    def tied(self) -> bool:
+        """Its own embedding is its lm_head."""
+        c = self.config
+        return c.like_eagle3 and c.tie_word_embeddings and self.own_embedding and not c.own_lm_head
+
+    def overridden(self, layer_ids: tuple[int, ...] | None = None, norm_output: bool | None = None, mask_token_id: int | None = None) -> Head:
+        """With what the user knows better than config.json: boundaries; norm_output (no tensor shows it, and some trainers wrote it wrongly); the mask token. ValueError for what
+        the head does not have."""
+        c, changed = self.config, {}
+        if layer_ids is not None:
+            if c.final_feature or len(layer_ids) != c.num_aux:
+                raise ValueError(f"eagle_aux_hidden_state_layer_ids = {list(layer_ids)}: head {self.origin!r} takes "
+                                 + ("the target's last state, not captured layers; leave it out" if c.final_feature else f"{c.num_aux} captured layers"))
+            changed |= {"layer_ids": layer_ids, "ids_read": "given"}
+        if norm_output is not None:
+            if not c.like_eagle3:
+                raise ValueError(f"norm_output = {norm_output} has no meaning for head {self.origin!r}, which is no EAGLE-3 head; leave it out")
+            changed["norm_output"] = norm_output
+        if mask_token_id is not None:
+            if c.family != "peagle":
+                raise ValueError(f"mask_token_id = {mask_token_id} has no meaning for head {self.origin!r}, which is no P-EAGLE head; leave it out")
+            changed["mask_token_id"] = mask_token_id
+        return replace(self, config=replace(c, **changed))
 
     def target_ids(self) -> Tensor | None:
         """int64 [D], ascending: the target's id of each draft token; None where they are the same. (d2t holds offsets.)"""
@@ -53,10 +69,6 @@ class Head:
             return None
         d2t = self.tensors.get("d2t").long()
         return d2t + torch.arange(d2t.numel())
-
-    def tokenizer(self) -> Tokenizer | None:
-        """Heads rarely have one: of the target they were trained for."""
-        return Tokenizer.from_folder(self.path) if (self.path / "tokenizer.json").is_file() else None
 
 
 def is_head(folder: Path) -> bool:
@@ -79,13 +91,14 @@ def open_head(model: str) -> Head:
     modules = {int(match[1]) for name in source.names() if (match := _MTP.fullmatch(name))}
     if modules - {0}:
         raise ValueError(f"{folder} holds {len(modules)} MTP modules, which is not supported; it must be one (mtp_layers.0), which is applied again for every further token")
-    tensors = _Unfused(RenamedSource(source, mtp_name if modules else canonical_name))
+    whole = "model.embed_tokens.weight" in source.names()
+    tensors = _Unfused(RenamedSource(source, canonical_name if not modules else mtp_name if whole else lambda name: mtp_name(name) or name))
     shapes = {name: tensors.shape(name) for name in tensors.names()}
     try:
         config = head_config(read_json(folder / "config.json"), shapes)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    if not modules and "model.embed_tokens.weight" in source.names():
+    if whole and not modules:
         raise ValueError(f"{folder} holds a language model, and no draft head or MTP module")
     _check_tensors(config, tensors, str(folder))
     head = Head(str(model), folder, config, tensors)

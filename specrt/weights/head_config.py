@@ -1,4 +1,4 @@
-"""HeadConfig: what an EAGLE head or MTP module is, read from the config.json of any of its formats (EAGLE, SpecForge, speculators; MiMo)."""
+"""HeadConfig: what an EAGLE head or MTP module is, read from the config.json of any of its formats (EAGLE, SpecForge, MiMo, speculators)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class HeadConfig:
     boundaries to capture, None = the default for the target (``boundaries``); ids_read: how they were read.
 
     eagle3, peagle: use_aux (False: the only feature is the target's final-normed state, and there is no fc), num_aux boundaries of target_hidden_size each. Flags as in
-    drafters.md 3 and 4: norm_before_residual, fc_norm, norm_before_fc, norm_output. eagle: input_norms (HASS: norms on embedding and feature before fc). peagle: mask_token_id,
-    None where the config does not say. verifier, verifier_architectures, suggested_tokens: what a speculators config says of its target and draft length."""
+    drafters.md 3 and 4: norm_before_residual, fc_norm, norm_before_fc, norm_output. eagle: input_norms (HASS: norms on embedding and feature before fc). mtp: embedding_first
+    (input_proj's columns; speculators, after Qwen), else the feature is first (MiMo). peagle: mask_token_id, None where the config does not say. verifier, verifier_architectures, suggested_tokens: what a speculators config says of its target and draft length."""
 
     family: str
     form: str
@@ -30,6 +30,7 @@ class HeadConfig:
     tie_word_embeddings: bool = False
     fc_bias: bool = False
     input_norms: bool = False
+    embedding_first: bool = False
     use_aux: bool = True
     num_aux: int = 3
     layer_ids: tuple[int, ...] | None = None
@@ -60,11 +61,11 @@ class HeadConfig:
         """The feature is the target's final-normed state instead of boundaries as they are."""
         return not self.like_eagle3 or not self.use_aux
 
-    def boundaries(self, target_layers: int, override: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    def boundaries(self, target_layers: int) -> tuple[int, ...]:
         """The residual-stream boundaries (j: what enters layer j, L: what leaves the last) that the head wants of a target with L layers."""
         if self.final_feature:
             return (target_layers,)
-        return override or self.layer_ids or (2, target_layers // 2, target_layers - 3)
+        return self.layer_ids or (2, target_layers // 2, target_layers - 3)
 
 
 def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
@@ -74,12 +75,13 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
     if not isinstance(raw, dict):
         raise ValueError(f"config.json must hold an object, got {type(raw).__name__}")
     _refuse_others(raw)
-    if "token_layernorm.weight" in shapes:
-        return _mtp(raw, shapes)
     speculators = "speculators_model_type" in raw or "speculators_config" in raw
     inner = raw.get("transformer_layer_config") if speculators else raw.get("model") if raw.get("model_type") == "eagle" else raw
     if not isinstance(inner, dict):
         raise ValueError(f"{'transformer_layer_config' if speculators else 'model'} must be an object, got {inner!r:.100}")
+    if raw.get("speculators_model_type") == "mtp" or (not speculators and "token_layernorm.weight" in shapes):
+        config = _mtp(inner, shapes, speculators)
+        return _with_speculators(config, raw) if speculators else config
     layers = _layers(inner, shapes)
     form = "speculators" if speculators else "SpecForge" if "LlamaForCausalLMEagle3" in (raw.get("architectures") or []) else "EAGLE"
     family = _family(layers.hidden_size, shapes)
@@ -97,9 +99,9 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
 def _refuse_others(raw: dict[str, Any]) -> None:
     kind = raw.get("speculators_model_type")
     if kind in _OTHER_ALGORITHMS:
-        raise ValueError(f"this is a {_OTHER_ALGORITHMS[kind]} head, which is not supported yet; supported: EAGLE, EAGLE-3, P-EAGLE")
-    if kind not in (None, "eagle3", "peagle"):
-        raise ValueError(f"speculators_model_type = {kind!r} is not supported; supported: 'eagle3', 'peagle'")
+        raise ValueError(f"this is a {_OTHER_ALGORITHMS[kind]} head, which is not supported yet; supported: EAGLE, EAGLE-3, P-EAGLE, MTP")
+    if kind not in (None, "eagle3", "peagle", "mtp"):
+        raise ValueError(f"speculators_model_type = {kind!r} is not supported; supported: 'eagle3', 'peagle', 'mtp'")
 
 
 def _family(hidden: int, shapes: dict[str, tuple[int, ...]]) -> str:
@@ -133,10 +135,10 @@ def _layers(inner: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> ModelC
     return replace(config, **has, windows=tuple(window if k == "sliding_attention" else 0 for k in kinds))
 
 
-def _mtp(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
-    """One decoder layer of the kind that config.json says, in the target's own folder or in one of its own."""
-    layers = _layers({key: value for key, value in raw.items() if key not in ("num_hidden_layers", "layer_types")}, shapes)
-    return HeadConfig("mtp", "MiMo", layers, layers.hidden_size, layers.vocab_size, own_lm_head=False, norm_output=True)
+def _mtp(inner: dict[str, Any], shapes: dict[str, tuple[int, ...]], speculators: bool) -> HeadConfig:
+    """One decoder layer of the target's kind, whose config says how many layers and of which types the *target* has."""
+    layers = _layers({key: value for key, value in inner.items() if key not in ("num_hidden_layers", "layer_types")}, shapes)
+    return HeadConfig("mtp", "speculators" if speculators else "MiMo", layers, layers.hidden_size, layers.vocab_size, own_lm_head=False, norm_output=True, embedding_first=speculators)
 
 
 def _eagle(common: dict[str, Any], raw: dict[str, Any]) -> HeadConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from specrt.heads import shipped, shipped_for
 from specrt.models.config import ModelConfig
@@ -18,13 +19,16 @@ from specrt.weights.medusa import is_medusa
 _SCALE_OVER = {"tensor": "tensor", "channel": "output channel", "block": "block of 128 x 128"}
 
 
-def describe(path: str | Path, target: str | Path | None = None) -> str:
-    """A description of a checkpoint or draft head in lines of "key  value"; with ``target`` also whether it can draft for that model.
+def describe(path: str | Path, target: str | Path | None = None, **overrides: Any) -> str:
+    """A description of a checkpoint or draft head in lines of "key  value"; with ``target`` also whether it can draft for that model. overrides: of ``Head.overridden``.
 
     ValueError if either cannot be opened, or if the draft does not fit its target (another tokenizer, a head of another shape)."""
     method = head_method(path)
+    if overrides and method in (None, "medusa"):
+        raise ValueError(f"{', '.join(overrides)}: '{path}' is {'no draft head' if method is None else 'MEDUSA heads'}, which has no such setting; leave it out")
     if method is not None:
-        lines = (medusa_lines if method == "medusa" else head_lines)(path, None if target is None else open_checkpoint(target))
+        opened = None if target is None else open_checkpoint(target)
+        lines = medusa_lines(path, opened) if method == "medusa" else head_lines(path, opened, overrides)
     else:
         checkpoint = open_checkpoint(path)
         lines = _model(checkpoint) + _weights(checkpoint) + _text(checkpoint)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from specrt.text.tokenizer import Tokenizer
 from specrt.weights.checkpoint import Checkpoint
 from specrt.weights.head import Head, open_head
 from specrt.weights.head_config import HeadConfig
-from specrt.weights.head_fit import fit
-from specrt.weights.medusa import fit_medusa, open_medusa
+from specrt.weights.head_fit import fit, fit_medusa
+from specrt.weights.medusa import open_medusa
 
 _KINDS = {"eagle": "EAGLE-1/2 head", "eagle3": "EAGLE-3 head", "peagle": "P-EAGLE head", "mtp": "MTP module"}
-_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms")
+_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms", "embedding_first")
 
 
-def head_lines(path: str | Path, target: Checkpoint | None) -> list[tuple[str, str]]:
-    """(key, value) pairs; with ``target`` also whether the head fits it, and what looks wrong. ValueError if the head is broken or does not fit."""
-    head = open_head(str(path))
+def head_lines(path: str | Path, target: Checkpoint | None, overrides: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, value) pairs; with ``target`` also whether the head fits it, and what looks wrong. overrides: of ``Head.overridden``. ValueError if the head is broken or does not fit."""
+    head = open_head(str(path)).overridden(**overrides)
     c, layers = head.config, head.config.layers
     kind = _KINDS[c.family] + (" (3.1)" if c.family == "eagle3" and (c.fc_norm or c.norm_output) else "")
     windowed = f", sliding window {max(layers.windows)}" if any(layers.windows) else ""
@@ -63,7 +64,7 @@ def medusa_lines(path: str | Path, target: Checkpoint | None) -> list[tuple[str,
         ("draft vocabulary", f"{head.draft_vocab_size} tokens" + (" of the target's" if head.target_ids() is not None else ", the target's")),
         ("check", "every tensor is there, of one shape")]
     if target is not None:
-        warnings = fit_medusa(head, target.config, target.origin)
+        warnings = fit_medusa(head, target.config, target.origin, _tokenizer(target))
         lines += [("fits as draft of", f"{target.origin}: yes"), *(("warning", w) for w in warnings)]
     return lines
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specrt.models.config import ModelConfig
 from specrt.weights.checkpoint import locate_folder
 from specrt.weights.hf import PickleSource, RenamedSource, SafetensorsSource, open_folder_tensors, read_json
 from specrt.weights.names import DTYPES, some
@@ -39,6 +38,10 @@ class MedusaHead:
     def target_ids(self) -> Tensor | None:
         """int64 [D]: the target's id of each draft token; None where they are the same."""
         return self.tensors.get("token_map").long() if "token_map" in self.tensors.names() else None
+
+    def lm_head(self, j: int) -> str:
+        """The name of head j's last matrix."""
+        return "lm_head.weight" if self.shared_lm_head else f"lm_heads.{j}.weight"
 
 
 def is_medusa(folder: Path) -> bool:
@@ -72,34 +75,11 @@ def canonical_name(name: str) -> str | None:
     return None
 
 
-def fit_medusa(head: MedusaHead, target: ModelConfig, target_name: str) -> list[str]:
-    """Warnings of heads that may draft for the target. ValueError if they cannot."""
-    name = _lm_head(head, 0)
-    if head.hidden_size != target.hidden_size:
-        raise ValueError(f"head {head.origin!r}: tensor '{name}' has {head.hidden_size} input columns; it must have the target's hidden size, {target.hidden_size}")
-    ids = head.target_ids()
-    if ids is None and head.draft_vocab_size != target.vocab_size:
-        raise ValueError(f"head {head.origin!r}: tensor '{name}' has {head.draft_vocab_size} rows; it must have one for each of the target's {target.vocab_size} tokens, or a token_map")
-    if ids is not None and int(ids.max()) >= target.vocab_size:
-        raise ValueError(f"head {head.origin!r}: tensor 'token_map' holds token id {int(ids.max())}, the target has {target.vocab_size} tokens")
-    if head.base is not None and _last(head.base) != _last(target_name):
-        return [f"the heads were made for {head.base!r} (base_model_name_or_path), and the target is {target_name!r}"]
-    return []
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rsplit("/")[-1].lower()
-
-
 def _tensors(folder: Path) -> TensorSource:
     for name, source in _FILES.items():
         if (folder / name).is_file():
             return source([folder / name])
     return open_folder_tensors(folder)
-
-
-def _lm_head(head: MedusaHead, j: int) -> str:
-    return "lm_head.weight" if head.shared_lm_head else f"lm_heads.{j}.weight"
 
 
 def _counted(model: str, folder: Path, tensors: RenamedSource, base: object) -> MedusaHead:
@@ -117,7 +97,7 @@ def _counted(model: str, folder: Path, tensors: RenamedSource, base: object) -> 
 
 def _check(head: MedusaHead) -> None:
     h, names = head.hidden_size, set(head.tensors.names())
-    expected: dict[str, tuple[int, ...]] = {_lm_head(head, j): (head.draft_vocab_size, h) for j in range(head.num_heads)}
+    expected: dict[str, tuple[int, ...]] = {head.lm_head(j): (head.draft_vocab_size, h) for j in range(head.num_heads)}
     for j in range(head.num_heads):
         for b in range(head.num_layers):
             expected[f"blocks.{j}.{b}.weight"] = (h, h)
@@ -130,7 +110,7 @@ def _check(head: MedusaHead) -> None:
         raise ValueError(f"{head.path}: of {head.num_heads} MEDUSA heads with {head.num_layers} blocks, " + (f"tensors are missing: {some(missing)}" if missing else f"tensors do not belong to them: {some(unexpected)}"))
     for name, shape in expected.items():
         if head.tensors.shape(name) != shape:
-            raise ValueError(f"{head.path}: tensor '{name}' has shape {list(head.tensors.shape(name))}, with '{_lm_head(head, 0)}' of {[head.draft_vocab_size, h]} it must be {list(shape)}")
+            raise ValueError(f"{head.path}: tensor '{name}' has shape {list(head.tensors.shape(name))}, with '{head.lm_head(0)}' of {[head.draft_vocab_size, h]} it must be {list(shape)}")
         accepted = (torch.int64, torch.int32) if name == "token_map" else DTYPES
         if head.tensors.dtype(name) not in accepted:
             raise ValueError(f"{head.path}: tensor '{name}' is {head.tensors.storage(name)}, which is not supported; it must be {' or '.join(str(t).removeprefix('torch.') for t in accepted)}")

@@ -12,11 +12,12 @@ from specrt import LLM, SamplingParams
 from specrt.draft.head import HeadDrafter
 from specrt.draft.peagle import PEagleDrafter
 from specrt.models.config import ModelConfig
+from tests.draft.test_head_network import name_of
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
 from tests.kit.heads import MASK, MTP, Reference, Shape, head_tensors, layer_prefix, original_config, random_head, speculators_config, write_head
-from tests.kit.tiny import CONFIGS, random_tensors, write_folder, write_weights
+from tests.kit.tiny import CONFIGS, random_tensors, tiny_tokenizer, write_folder, write_weights
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "intermediate_size": 160, "max_position_embeddings": 1024}
 BOUNDARIES = (0, 2, 4)
@@ -37,7 +38,7 @@ def engine(folders, s: Shape, shape: dict, **settings) -> tuple[LLM, HeadDrafter
 
 
 SHAPES = {"eagle3": Shape(norm_before_residual=True), "eagle3.1": Shape(layers=2, fc_norm=True, norm_output=True, draft=None), "eagle": Shape("eagle", fc_bias=True), "mtp": Shape("mtp"),
-          "peagle": Shape("peagle", layers=2, norm_before_fc=True)}
+          "peagle": Shape("peagle", layers=2, norm_before_fc=True), "window": Shape(layers=2, window=6)}
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -252,6 +253,22 @@ def test_norm_output_can_be_overridden(folders, tmp_path):
     for given in (None, True, False):
         with LLM(target, device="cpu", max_model_len=64, speculative_config=speculative(head, s, CHAIN) | ({} if given is None else {"norm_output": given})) as llm:
             assert llm._engine.round.drafters[s.family].model.config.norm_output is (s.norm_output if given is None else given)
+
+
+@pytest.mark.parametrize("s", [Shape("eagle", vocab=200), Shape("eagle", vocab=400, own_embedding=True), Shape("mtp", vocab=400), Shape(vocab=200, draft=None, own_lm_head=False),
+                               Shape(vocab=200, draft=None), Shape(vocab=400)], ids=name_of)
+def test_a_vocabulary_that_is_padded_otherwise(tmp_path, device, s):
+    """By more than a block of rows, as Qwen2's sizes differ: with the target's tokenizer beside it, a head drafts what both have, through whoever's lm_head it is."""
+    target, tensors = str(write_folder(tmp_path / "target", TARGET)), head_tensors(s)
+    if "d2t" in tensors:
+        tensors |= {"d2t": torch.arange(100), "t2d": torch.zeros(400, dtype=torch.bool).index_fill_(0, 2 * torch.arange(100), True)}  # of those that both have
+    head = write_head(tmp_path / "head", original_config(s), tensors)
+    tiny_tokenizer().save(str(head / "tokenizer.json"))
+    found = []
+    for spec in (None, speculative(str(head), s, TREE)):
+        with make(target, device=device, max_model_len=64, speculative_config=spec) as llm:
+            found.append(llm.generate([PROMPTS[0]], SamplingParams(temperature=1.0, seed=1, max_tokens=30, ignore_eos=True))[0])
+    assert found[0].token_ids == found[1].token_ids and found[1].stats.num_accepted_tokens > 0
 
 
 def knowing_head(folder, family: str) -> Shape:

@@ -90,7 +90,7 @@ EAGLE3 = [Shape(**flags) for flags in FLAGS] + [
 EAGLE = [Shape("eagle"), Shape("eagle", fc_bias=True), Shape("eagle", input_norms=True), Shape("eagle", input_norms=True, fc_bias=True), Shape("eagle", own_embedding=True, fc_bias=True), Shape("eagle", layers=2)]
 
 PEAGLE = [Shape("peagle", **flags) for flags in FLAGS]
-MTP = [Shape("mtp"), Shape("mtp", bias=True), Shape("mtp", qk_norm=True, heads=2, kv_heads=1)]
+MTP = [Shape("mtp"), Shape("mtp", bias=True), Shape("mtp", qk_norm=True, heads=2, kv_heads=1), Shape("mtp", qk_norm=True, embedding_first=True)]
 
 
 def name_of(s: Shape) -> str:
@@ -104,10 +104,10 @@ def test_logits_are_those_of_the_formulas(device, tmp_path, s):
     assert_close(HeadRun(model).chain(), reference_chain(reference_of(s, head_tensors(s))), 1e-4)
 
 
-@pytest.mark.parametrize("flag", ["norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms"])
+@pytest.mark.parametrize("flag", ["norm_before_residual", "fc_norm", "norm_before_fc", "norm_output", "input_norms", "embedding_first"])
 def test_every_flag_matters(tmp_path, flag):
     """So that a flag that was not read could not pass."""
-    s = Shape("eagle" if flag == "input_norms" else "eagle3")
+    s = Shape({"input_norms": "eagle", "embedding_first": "mtp"}.get(flag, "eagle3"))
     tensors = head_tensors(replace(s, **{flag: True}))
     with_, without = (reference_chain(reference_of(t, tensors)) for t in (replace(s, **{flag: True}), s))
     assert relative_error(without, with_) > 0.01
@@ -123,7 +123,7 @@ def test_a_sliding_window_is_the_heads_own(device, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("s", [Shape(layers=2, fc_norm=True, norm_output=True), Shape("eagle", fc_bias=True), Shape("mtp", bias=True)], ids=name_of)
+@pytest.mark.parametrize("s", [Shape(layers=2, fc_norm=True, norm_output=True), Shape("eagle", fc_bias=True), Shape("mtp", bias=True), Shape("mtp", qk_norm=True, embedding_first=True)], ids=name_of)
 def test_slots_one_by_one_have_the_bits_of_one_pass(device, tmp_path, s, dtype):
     model = load_head(open_head(str(random_head(tmp_path, s))), target_of(device, dtype))
     features = FEATURES if s.family == "eagle3" else FEATURES[:1]

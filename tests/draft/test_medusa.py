@@ -12,15 +12,16 @@ from specrt import LLM, SamplingParams
 from specrt.models.config import ModelConfig
 from specrt.weights import open_checkpoint
 from specrt.weights.inspect import describe
-from specrt.weights.medusa import fit_medusa, is_medusa, open_medusa
+from specrt.weights.head_fit import fit_medusa
+from specrt.weights.medusa import is_medusa, open_medusa
 from tests.draft.test_head_drafter import PROMPTS, TARGET, start
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
 from tests.kit.medusa import converted, medusa_tensors, reference_logits, write_medusa
-from tests.kit.tiny import CONFIGS, random_tensors, write_folder, write_weights
+from tests.kit.tiny import CONFIGS, random_tensors, tiny_tokenizer, write_folder, write_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:head .* made for")
+pytestmark = pytest.mark.filterwarnings("ignore:head .* made for", "ignore:head .* the draft vocabulary")
 CHAIN, TREE = dict(num_speculative_tokens=4), dict(num_steps=4, eagle_topk=3, num_draft_tokens=14)
 MODEL = ModelConfig.from_hf(CONFIGS["llama"])
 SHARED = {n: t for n, t in converted(medusa_tensors(bias=False)).items() if not n.startswith("lm_heads.")} | {"lm_head.weight": medusa_tensors()["0.1.weight"]}
@@ -182,3 +183,52 @@ def test_warning_and_description(tmp_path, target):
     text = describe(head, target)
     assert "MEDUSA heads, method 'medusa'" in text and "4 heads of 1 residual blocks with bias, an lm_head each" in text and "made for org/target" in text and ": yes" in text
     assert json.loads((head / "config.json").read_text())["medusa_num_heads"] == 2, "the config is wrong, and is not believed"
+    with pytest.raises(ValueError, match="layer_ids: '.*' is MEDUSA heads, which has no such setting"):
+        describe(head, layer_ids=(1, 2, 3))
+
+
+def test_warnings_of_the_text(tmp_path, target):
+    """As other heads get them: what the draft vocabulary leaves out, another tokenizer, another chat template; when the engine starts and from inspect."""
+    tokenizer, head = open_checkpoint(target).tokenizer(), tmp_path / "h"
+
+    def warnings(tensors) -> list[str]:
+        write_medusa(head, tensors, "model.safetensors", model_type="medusa")
+        return fit_medusa(open_medusa(str(head)), MODEL, "t", tokenizer)
+
+    few = converted(medusa_tensors(vocab=60)) | {"token_map": torch.arange(60)}
+    (warning,) = warnings(few)
+    assert "the draft vocabulary of 60 tokens covers only" in warning and warning in describe(head, target)
+    with pytest.warns(UserWarning, match="head .*the draft vocabulary of 60 tokens covers only"):
+        LLM(target, device="cpu", max_model_len=64, speculative_config=dict(method="medusa", model=str(head), num_speculative_tokens=2)).close()
+    assert warnings(converted(medusa_tensors(vocab=280)) | {"token_map": torch.arange(280)}) == [] and warnings(converted(medusa_tensors())) == []
+    tiny_tokenizer().save(str(head / "tokenizer.json"))
+    assert warnings(converted(medusa_tensors())) == []
+    (head / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}))
+    assert warnings(converted(medusa_tensors())) == ["the head comes with another chat template than the target's"]
+    other = tiny_tokenizer()
+    other.add_tokens(["speculative"])
+    other.save(str(head / "tokenizer.json"))
+    (warning,) = warnings(converted(medusa_tensors()))
+    assert "another tokenizer than the target's" in warning
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("form", ["plain", "token map"])
+def test_a_tree_of_one_branch_is_a_chain(tmp_path, device, target, temperature, form):
+    tensors = converted(medusa_tensors(vocab=90)) | {"token_map": torch.randperm(300)[:90]} if form == "token map" else converted(medusa_tensors())
+    head, seen = str(write_medusa(tmp_path / "h", tensors, "model.safetensors", model_type="medusa")), []
+    for shape in (CHAIN, dict(num_steps=4, eagle_topk=1, num_draft_tokens=5), dict(choices=[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]])):
+        with make(target, device=device, max_model_len=128, enforce_eager=True, speculative_config=dict(method="medusa", model=head, **shape)) as llm:
+            round_, drafter = llm._engine.round, llm._engine.round.drafters["medusa"]
+            round_.lookahead = 0
+            start(llm, PROMPTS, SamplingParams(temperature=temperature, seed=9, max_tokens=30, ignore_eos=True))
+            rounds = []
+            for _ in range(8):
+                llm._engine.step()
+                state = round_.state
+                rounds += [t.clone() for t in (state.tree_token, state.tree_parent, state.tree_size, drafter.root_state[:3])]
+            assert int(state.tree_size[:3].max()) == 5
+            seen.append(rounds)
+    for chain, *trees in zip(*seen, strict=True):
+        for tree in trees:
+            assert_bits(tree, chain)

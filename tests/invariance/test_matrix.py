@@ -49,7 +49,7 @@ def heads(tmp_path_factory):
     """Heads of random weights: at temperature 1 the shared noise has them accepted now and then."""
     folder = tmp_path_factory.mktemp("heads")
     medusa = write_medusa(folder / "target", medusa_tensors(hidden=576, vocab=VOCAB))
-    return {"medusa": medusa, **{s.family: random_head(folder / s.family, s) for s in HEADS}}
+    return {"medusa": medusa, **{name: random_head(folder / name, s) for name, s in HEADS.items()}}
 
 
 @functools.lru_cache(maxsize=None)
@@ -60,9 +60,9 @@ def reference(model, device, dtype, **settings):
         return batch, answers(llm, batch, together=False)
 
 
-HEADS = [Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, own_embedding=True, layers=2, fc_norm=True, norm_output=True),
-         Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True), Shape("mtp", vocab=VOCAB, hidden=576, target_hidden=576, bias=True),
-         Shape("peagle", vocab=VOCAB, hidden=576, target_hidden=576, draft=200)]
+EAGLE3_HEAD = Shape("eagle3", vocab=VOCAB, hidden=192, target_hidden=576, draft=200, own_embedding=True, layers=2, fc_norm=True, norm_output=True)
+HEADS = {"eagle3": EAGLE3_HEAD, "window": replace(EAGLE3_HEAD, window=20), "eagle": Shape("eagle", vocab=VOCAB, hidden=576, target_hidden=576, fc_bias=True),
+         "mtp": Shape("mtp", vocab=VOCAB, hidden=576, target_hidden=576, bias=True), "peagle": Shape("peagle", vocab=VOCAB, hidden=576, target_hidden=576, draft=200)}
 STATIC = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0, 0]]
 EAGLE3 = dict(method="eagle3", model="eagle3", eagle_aux_hidden_state_layer_ids=[0, 1, 2])
 LAYERSKIP = dict(method="layerskip", exit_layer=1)
@@ -94,6 +94,9 @@ VARIANTS = {
     "eagle3-chain-late": (dict(**EAGLE3, num_speculative_tokens=3), dict(late=True, chunk=7, page_size=16)),
     "eagle3-tree": (dict(**EAGLE3, **TREE), {}),
     "eagle3-tree-64-eager": (dict(**EAGLE3, num_steps=8, eagle_topk=10, num_draft_tokens=64, quantization="fp8"), dict(enforce_eager=True, page_size=16)),
+    "eagle3-window-chain-late": (dict(EAGLE3, model="window", num_speculative_tokens=4), dict(late=True, chunk=7, page_size=16)),
+    "eagle3-window-tree": (dict(EAGLE3, model="window", **TREE), dict(page_size=32)),
+    "eagle3-window-tree-64-eager": (dict(EAGLE3, model="window", num_steps=8, eagle_topk=10, num_draft_tokens=64), dict(enforce_eager=True, chunk=64)),
     "eagle-chain": (dict(method="eagle", model="eagle", num_speculative_tokens=4), dict(page_size=32)),
     "eagle-tree-late": (dict(method="eagle", model="eagle", **TREE), dict(late=True)),
     "eagle3-static-late": (dict(**EAGLE3, choices=STATIC), dict(late=True, page_size=16)),
@@ -178,6 +181,17 @@ def test_a_head_among_others_put_back_and_recomputed(model, heads, device, late,
         assert coverage(llm).put_back > 0 and coverage(llm).accepted > 0
 
 
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+def test_a_heads_window_matters(model, tmp_path, device):
+    """Else its rows of the matrix show nothing: the same weights without the window draft otherwise."""
+    batch, seen = cases(4, VOCAB, (70, 130), TOKENS), []
+    for s in (HEADS["window"], replace(HEADS["window"], window=4096)):
+        with make(model, device=device, max_batch_size=4, speculative_config=dict(EAGLE3, model=str(random_head(tmp_path / str(s.window), s)), **TREE)) as llm:
+            seen.append((answers(llm, batch, together=True), coverage(llm).accepted_per_pos))
+    assert_same(seen[0][0], seen[1][0], "window")
+    assert seen[0][1] != seen[1][1]
+
+
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
 def test_a_sliding_window_is_exact_too(monkeypatch, tmp_path, device, kv):
     config = {**CONFIGS["mistral"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 24, "max_position_embeddings": 2048}
@@ -204,7 +218,7 @@ def test_fp8_weights_are_exact_too(monkeypatch, model, device, variant):
 
 # Every drafter with keys and values of its own, every way a tree's rows and the prompt's come about.
 FP8_KV = ["batch", "chunked-3", "pages-32", "eager-at-once", "ngram-chain-late", "ngram-tree", "replay-chain-chunked", "replay-tree-64", "replay-tree-late", "draft-self-chain-late",
-          "draft-self-tree", "draft-other-tree", "eagle3-chain", "eagle3-chain-late", "eagle3-tree", "eagle3-tree-64-eager", "eagle-tree-late", "layerskip-tree-64-late",
+          "draft-self-tree", "draft-other-tree", "eagle3-chain", "eagle3-chain-late", "eagle3-tree", "eagle3-tree-64-eager", "eagle3-window-tree", "eagle-tree-late", "layerskip-tree-64-late",
           "layerskip-static", "peagle-tree-late", "mtp-tree-late", "medusa-tree"]
 
 

@@ -45,6 +45,7 @@ class Shape:
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_output: bool = False
+    embedding_first: bool = False  # speculators' MTP
 
 
 MTP = "model.mtp_layers.0."
@@ -114,7 +115,8 @@ def original_config(s: Shape, ids: list[int] | None = None, **more: Any) -> dict
     if s.family == "mtp":
         return plain_config(s, rope_theta=s.theta, num_nextn_predict_layers=1) | ({"model_type": "mimo", "architectures": ["MiMoForCausalLM"]} if s.bias else {}) | more
     if s.family == "eagle":
-        return plain_config(s) | ({} if s.fc_bias else {"bias": False}) | ({"add_para_norm": True} if s.input_norms else {}) | more
+        return plain_config(s) | ({} if s.fc_bias else {"bias": False}) | ({"add_para_norm": True} if s.input_norms else {}) | (
+            {} if s.target_hidden == s.hidden else {"target_hidden_size": s.target_hidden}) | more
     config = plain_config(s) | {"rope_theta": s.theta}
     if s.draft is not None:
         config["draft_vocab_size"] = s.draft
@@ -128,15 +130,20 @@ def original_config(s: Shape, ids: list[int] | None = None, **more: Any) -> dict
 
 
 def speculators_config(s: Shape, ids: list[int] | None = None, verifier: str = "org/target", **more: Any) -> dict[str, Any]:
+    """An MTP module's has its target's layers, as many as they are."""
     inner = {k: v for k, v in plain_config(s, rope_theta=s.theta).items() if k not in ("architectures", "tie_word_embeddings")}
     if s.window:
         inner |= {"sliding_window": s.window, "layer_types": ["sliding_attention"] * s.layers}
+    said = {"speculators_config": {"algorithm": s.family, "default_proposal_method": "greedy",
+                                   "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
+                                   "verifier": {"name_or_path": verifier, "architectures": []}}}
+    if s.family == "mtp":
+        inner |= {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12, "use_sliding_window": False, "sliding_window": None}
+        return {"architectures": ["MTPDraftModel"], "speculators_model_type": "mtp", "speculators_version": "0.5.0", "dtype": "bfloat16", "tie_word_embeddings": False,
+                "num_nextn_predict_layers": 1, "transformer_layer_config": inner, **said} | more
     return {"architectures": ["Eagle3DraftModel"], "speculators_model_type": s.family, "speculators_version": "0.5.0", "dtype": "bfloat16", "tie_word_embeddings": False,
             "draft_vocab_size": s.draft or s.vocab, "target_hidden_size": None, "embed_requires_grad": False, "norm_before_residual": s.norm_before_residual,
-            "norm_before_fc": s.norm_before_fc, "fc_norm": s.fc_norm, "norm_output": s.norm_output, "eagle_aux_hidden_state_layer_ids": ids, "transformer_layer_config": inner,
-            "speculators_config": {"algorithm": s.family, "default_proposal_method": "greedy",
-                                   "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3, "verifier_accept_k": 1, "accept_tolerance": 0.0}],
-                                   "verifier": {"name_or_path": verifier, "architectures": []}}} | more
+            "norm_before_fc": s.norm_before_fc, "fc_norm": s.fc_norm, "norm_output": s.norm_output, "eagle_aux_hidden_state_layer_ids": ids, "transformer_layer_config": inner, **said} | more
 
 
 def write_head(folder: Path, config: dict[str, Any], tensors: Tensors, form: str = "safetensors") -> Path:
@@ -147,7 +154,9 @@ def write_head(folder: Path, config: dict[str, Any], tensors: Tensors, form: str
 
 
 def random_head(folder: Path, s: Shape, ids: list[int] | None = None, seed: int = 0) -> Path:
-    """A head in its family's original form."""
+    """A head in its family's original form, or what of its shape only speculators' has."""
+    if s.embedding_first or s.window:
+        return write_head(folder, speculators_config(s), {name.removeprefix("model."): t for name, t in head_tensors(s, seed).items()})
     return write_head(folder, original_config(s, ids), head_tensors(s, seed), "bin" if s.family == "eagle" else "safetensors")
 
 
@@ -210,7 +219,7 @@ class Reference:
             x, residual = torch.cat([self._norm(e, t[at + "input_layernorm.weight"]), hidden]), hidden if s.norm_before_residual else feature
         elif mtp:
             pair = self._norm(feature, t[MTP + "hidden_layernorm.weight"]), self._norm(e, t[MTP + "token_layernorm.weight"])
-            residual = t[MTP + "input_proj.weight"] @ torch.cat(pair)
+            residual = t[MTP + "input_proj.weight"] @ torch.cat(pair[::-1] if s.embedding_first else pair)
             x = self._norm(residual, t[MTP + "input_layernorm.weight"])
         else:
             if s.input_norms:

@@ -43,7 +43,8 @@ def features_of(target: DenseModel, boundaries: tuple[int, ...]) -> torch.Tensor
 
 SHAPES = [Shape(norm_before_residual=a, norm_output=b, **c) for a in (False, True) for b in (False, True) for c in ({}, {"fc_norm": True}, {"norm_before_fc": True})]
 SHAPES += [Shape(layers=2, norm_output=True), Shape(layers=2, window=8), Shape(qk_norm=True), Shape(bias=True, fc_bias=True), Shape(use_aux=False), Shape(own_embedding=True, draft=None),
-           Shape(draft=None, own_lm_head=False), Shape("mtp"), Shape("mtp", bias=True), Shape("peagle", layers=2, fc_norm=True, norm_output=True), Shape("peagle", norm_before_fc=True),
+           Shape(draft=None, own_lm_head=False), Shape("mtp"), Shape("mtp", bias=True), Shape("mtp", qk_norm=True, embedding_first=True),
+           Shape("peagle", layers=2, fc_norm=True, norm_output=True), Shape("peagle", norm_before_fc=True),
            Shape("peagle", norm_before_residual=True, norm_output=True), Shape("peagle", layers=2, norm_before_residual=True, fc_norm=True)]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from specrt import LLM, SamplingParams
+from specrt.train import trainer as trainer_module
 from specrt.train.objectives import StepRows, loss_of, row_scores
 from specrt.train.samples import Sample, read_files, read_samples, split
 from specrt.train.settings import Settings
@@ -15,6 +19,7 @@ from specrt.train.trainer import Trainer
 from specrt.train.vocabulary import draft_vocabulary
 from specrt.weights.hf import SafetensorsSource
 from tests.kit.compare import relative_error
+from tests.kit.medusa import medusa_tensors, write_medusa
 from tests.kit.tiny import CONFIGS, write_folder
 
 TARGET = {**CONFIGS["llama"], "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
@@ -24,7 +29,7 @@ EAGLE3 = dict(layer_ids=(0, 2, 4), draft_vocab_size=120, unroll=3)
 METHODS = {"eagle3": EAGLE3, "eagle3.1": EAGLE3, "peagle": EAGLE3 | dict(layers=2, mask_token_id=299), "mtp": dict(unroll=2), "medusa": dict(unroll=2, draft_vocab_size=150)}
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:head .*")  # of the few tokens of the draft vocabulary
+pytestmark = pytest.mark.filterwarnings("ignore:head .*", "ignore:a new draft_vocab_size")  # of the few tokens of the draft vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +118,60 @@ def test_a_resumed_run_is_one_that_was_never_stopped(tmp_path, target, data):
     assert parts.step == whole.total and parts.best == whole.best
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, parts.network.state_dict()[name]), name
+    assert (tmp_path / "parts" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
     with pytest.raises(ValueError, match="lr = 0.1, but the run in .* was started with 0.003"):
         Trainer(settings(target, data, tmp_path / "parts", eval_every=3, lr=0.1), resume=True)
+
+
+@pytest.mark.parametrize("method", ["eagle3", "medusa"])
+def test_a_run_that_was_cut_off_between_measurements_goes_on_from_near_there(tmp_path, target, data, method, monkeypatch):
+    """It stops in the middle of a step, with no measurement yet, a step after the clock had the state saved. The rest is as if it had not, to the bit, what is logged too."""
+    whole = Trainer(settings(target, data, tmp_path / "whole", method, eval_every=99))
+    whole.run()
+    clock = itertools.count(0.0, 300.0)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # two steps take ten minutes
+    s = settings(target, data, tmp_path / "cut", method, eval_every=99)
+    cut, step = Trainer(s), Trainer.train_step
+
+    def failing(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    monkeypatch.setattr(Trainer, "train_step", step)
+    again = Trainer(s, resume=True)
+    assert again.step == 2 and not (tmp_path / "cut" / "log.jsonl").exists()
+    again.run()
+    assert again.step == whole.total and again.best == whole.best
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[name]), name
+
+
+def test_a_vocabulary_that_leaves_much_of_the_answers_out(tmp_path, target, data):
+    """A new head's, and one's that is tuned for texts it was not made for. Neither where it has nearly all."""
+    few = "the draft vocabulary of 20 tokens covers [0-9.]+% of the answers' tokens"
+    with pytest.warns(UserWarning, match=f"^a new draft_vocab_size: {few}, .*; a larger one would"):
+        Trainer(settings(target, data, tmp_path / "few", draft_vocab_size=20)).run(stop_after=1)
+    with pytest.warns(UserWarning, match=f"^a new draft_vocab_size: {few}"):
+        base = Trainer(settings(target, data, tmp_path / "base", "medusa", draft_vocab_size=20, epochs=1))
+    base.run()
+    with pytest.warns(UserWarning, match=f"^head '.*base': {few}, .*; a new head, with these answers' tokens"):
+        Trainer(settings(target, data, tmp_path / "tuned", "medusa", init_from=str(tmp_path / "base"), unroll=2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*the draft vocabulary")
+        Trainer(settings(target, data, tmp_path / "all", draft_vocab_size=290)).run()
+        Trainer(settings(target, data, tmp_path / "module", "mtp"))
+        Trainer(settings(target, data, tmp_path / "more", init_from=str(tmp_path / "all"), unroll=2))
+
+
+def test_what_looks_wrong_in_a_head_to_start_from_is_said(tmp_path, target, data):
+    head = write_medusa(tmp_path / "heads", medusa_tensors(hidden=64), base_model_name_or_path="org/other")
+    with pytest.warns(UserWarning, match="head '.*heads': the heads were made for 'org/other'"):
+        Trainer(settings(target, data, tmp_path / "tuned", "medusa", init_from=str(head), unroll=2))
 
 
 def test_fine_tuning_keeps_the_heads_shape_and_vocabulary(tmp_path, target, data):

@@ -130,6 +130,8 @@ def test_peagle(tmp_path, more, want):
     config = {k: v for k, v in speculators_config(PEAGLE, mask_token_id=3).items() if k != "norm_before_residual"}
     other = open_head(str(write_head(tmp_path / "flat", config, flat)))
     assert (other.config.family, other.config.mask_token_id, other.config.norm_before_residual) == ("peagle", 3, False)
+    with pytest.raises(ValueError, match="mask_token_id = 300, the target has 300 tokens"):
+        fit(open_head(str(write_head(tmp_path / "outside", original_config(PEAGLE, mask_token_id=300), head_tensors(PEAGLE)))), TARGET, "t")
     with pytest.raises(ValueError, match=r"'mask_hidden' has shape \[2, 384\]"):
         open_head(str(write_head(tmp_path / "wrong", config, flat | {"mask_hidden": torch.ones(2, 384)})))
 
@@ -161,7 +163,7 @@ def test_layer_ids_become_boundaries(tmp_path, config, want):
     head = opened(tmp_path, config=config)
     assert head.config.boundaries(12) == want
     fit(head, TARGET, "t")
-    assert head.config.boundaries(12, (0, 3, 4)) == (0, 3, 4)
+    assert head.overridden((0, 3, 4)).config.boundaries(12) == (0, 3, 4)
 
 
 def test_a_head_without_captured_layers(tmp_path):
@@ -182,17 +184,17 @@ def test_more_captured_layers_than_the_default_names(tmp_path):
     head = opened(tmp_path, config=original_config(s, num_aux_hidden_states=4), tensors=head_tensors(s))
     with pytest.raises(ValueError, match="num_aux_hidden_states = 4, and there are no eagle_aux_hidden_state_layer_ids"):
         fit(head, TARGET, "t")
-    assert fit(head, TARGET, "t", layer_ids=(2, 5, 7, 9)) == []
+    assert fit(head.overridden((2, 5, 7, 9)), TARGET, "t") == []
 
 
 def test_layer_ids_that_are_given(tmp_path):
     head = opened(tmp_path, config=original_config(S, [1, 6, 12]))
-    assert fit(head, TARGET, "t", layer_ids=(1, 6, 12)) == []
+    assert fit(head.overridden((1, 6, 12)), TARGET, "t") == []
     for ids, match in (((1, 6), "3 captured layers"), ((1, 6, 13), r"\(given\)"), ((6, 1, 2), "must ascend")):
         with pytest.raises(ValueError, match=match):
-            fit(head, TARGET, "t", layer_ids=ids)
+            fit(head.overridden(ids), TARGET, "t")
     with pytest.raises(ValueError, match="takes the target's last state"):
-        fit(open_head(str(random_head(tmp_path / "e", EAGLE))), TARGET, "t", layer_ids=(1, 6, 9))
+        open_head(str(random_head(tmp_path / "e", EAGLE))).overridden((1, 6, 9))
 
 
 # ------------------------------------------------------------------------------------------------ broken heads
@@ -222,7 +224,7 @@ def test_a_broken_head_is_refused_by_tensor(tmp_path, change, match):
 @pytest.mark.parametrize("s, config, match", [
     (EAGLE, original_config(EAGLE) | {"bias": False}, "bias = false, but tensor 'fc.bias' is there"), (replace(EAGLE, fc_bias=False), plain_config(EAGLE, bias=True), "bias = true.*missing"),
     (S, speculators_config(S, speculators_model_type="peagle"), "P-EAGLE head are missing: 'mask_hidden'"), (S, speculators_config(S, speculators_model_type="dflash"), "DFlash"),
-    (S, speculators_config(S, speculators_model_type="mtp"), "speculators_model_type = 'mtp' is not supported"),
+    (S, speculators_config(S, speculators_model_type="hydra"), "speculators_model_type = 'hydra' is not supported; supported: 'eagle3', 'peagle', 'mtp'"),
     (S, speculators_config(S, transformer_layer_config=None), "transformer_layer_config must be an object"),
     (S, original_config(S) | {"hidden_size": 256}, "has shape .* hidden_size 256"), (S, original_config(S) | {"num_hidden_layers": 2}, "'layers.1"), (S, [], "must hold an object"),
     (S, original_config(S) | {"eagle_aux_hidden_state_layer_ids": ["2"]}, "must be a list of integers"), (S, original_config(S, [1, 2]) | {"num_aux_hidden_states": 3}, "num_aux_hidden_states = 3"),
@@ -265,7 +267,12 @@ def test_no_head_at_all(tmp_path):
     (S, {"vocab_size": 320}, "vocab_size = 300, the target has 320 tokens"), (EAGLE, {"vocab_size": 280}, "vocab_size = 300, the target has 280 tokens"),
     (replace(S, use_aux=False), {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}, "use_aux_hidden_state is false, so hidden_size = 128 must be the target's, 256"),
     (Shape(hidden=192), {}, "no tensor 'embed_tokens.weight', so the target's is used, but hidden_size = 192"),
-    (Shape(hidden=192, own_embedding=True, own_lm_head=False, draft=None), {}, "no tensor 'lm_head.weight', so the target's is used")])
+    (Shape(hidden=192, own_embedding=True, own_lm_head=False, draft=None), {}, "no tensor 'lm_head.weight', so the target's is used"),
+    (PEAGLE, {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}, "'fc.weight' has 384 input columns; it must have 3 captured layers"),
+    (PEAGLE, {"vocab_size": 320}, "vocab_size = 300, the target has 320 tokens"), (PEAGLE, {"num_hidden_layers": 4}, r"boundaries \[2, 2, 1\] .*must ascend"),
+    (Shape("eagle", hidden=192), {}, "no tensor 'embed_tokens.weight', so the target's is used"),
+    (Shape("eagle", hidden=192, own_embedding=True), {}, "no tensor 'lm_head.weight', so the target's is used, but hidden_size = 192 and the target's hidden size is 128"),
+    (Shape("mtp", hidden=192), {}, "'input_proj.weight' has 384 input columns; it must have hidden_size 192 .* = 320")])
 def test_a_head_that_does_not_fit_is_refused(tmp_path, s, target, match):
     with pytest.raises(ValueError, match=match):
         fit(opened(tmp_path, s=s), ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12, **target}), "t")
@@ -292,6 +299,11 @@ def test_a_padded_vocabulary_is_accepted_with_the_targets_tokenizer(tmp_path, ta
         fit(open_head(str(folder)), padded, "t", target_tokenizer)
     with_tokenizer(folder, tiny_tokenizer())
     fit(open_head(str(folder)), padded, "t", target_tokenizer)
+    folder = write_head(tmp_path / "all", original_config(Shape(draft=None)), head_tensors(Shape(draft=None)))
+    with_tokenizer(folder, tiny_tokenizer())
+    with pytest.raises(ValueError, match="last draft token is 299 .draft_vocab_size., the target has 270 tokens"):
+        fit(open_head(str(folder)), ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12, "vocab_size": 270}), "t", target_tokenizer)
+    folder = tmp_path / "h"
     with pytest.raises(ValueError, match="last draft token is .*'d2t'.* the target has 270 tokens"):
         fit(open_head(str(folder)), ModelConfig.from_hf({**CONFIGS["llama"], "num_hidden_layers": 12, "vocab_size": 270}), "t", target_tokenizer)
 
@@ -344,6 +356,40 @@ def test_inspect_says_what_a_head_is_and_whether_it_fits(tmp_path):
     assert "made for org/target" in speculators and "num_speculative_tokens 3" in speculators
     with pytest.raises(ValueError, match="'fc.weight' has 384 input columns"):
         describe(head, write_folder(tmp_path / "wide", {**CONFIGS["llama"], "num_hidden_layers": 12, "hidden_size": 256}))
+
+
+def test_inspect_takes_what_the_user_knows_better(tmp_path, capsys):
+    target = str(write_folder(tmp_path / "target", {**CONFIGS["llama"], "num_hidden_layers": 12}))
+    head = str(random_head(tmp_path / "head", Shape("peagle", norm_output=True), [2, 6, 11], seed=1))
+
+    def said(*flags) -> dict[str, str]:
+        assert main(["inspect", head, "--target", target, *flags]) == 0
+        lines = [line.split("  ", 1) for line in capsys.readouterr().out.splitlines()]
+        return {key: "\n".join(value.strip() for other, value in lines if other == key) for key, _ in lines}
+
+    plain, given = said(), said("--layer-ids", "1", "6", "12", "--no-norm-output", "--mask-token-id", "9")
+    assert plain["features"] == "boundaries [2, 6, 11] (eagle_config's [2, 6, 11], boundaries)" and given["features"] == "boundaries [1, 6, 12] (given)"
+    assert (plain["captures"], given["captures"]) == ("boundaries [2, 6, 11] of 12 layers", "boundaries [1, 6, 12] of 12 layers")
+    assert (plain["mask token"], given["mask token"]) == ("7", "9") and (plain["flags"], given["flags"]) == ("norm_output", "none")
+    assert "captures boundary 11" in plain["warning"] and "captures boundary" not in given["warning"]
+    for flags, message in ((["--layer-ids", "1", "6"], "3 captured layers"), (["--layer-ids", "1", "6", "13"], r"[1, 6, 13] (given); they must be from 0 to the target's 12"),
+                           (["--mask-token-id", "300"], "mask_token_id = 300, the target has 300 tokens")):
+        assert main(["inspect", head, "--target", target, *flags]) == 2
+        assert message in capsys.readouterr().err
+    for other, flags, message in ((str(random_head(tmp_path / "e", EAGLE)), ["--norm-output"], "norm_output = True has no meaning"),
+                                  (str(random_head(tmp_path / "three", S)), ["--mask-token-id", "3"], "mask_token_id = 3 has no meaning"),
+                                  (target, ["--layer-ids", "1"], "is no draft head, which has no such setting")):
+        assert main(["inspect", other, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:head .* the draft vocabulary")
+def test_a_rollout_takes_the_overrides_too(tmp_path, capsys):
+    target = write_folder(tmp_path / "target", {**CONFIGS["llama"], "num_hidden_layers": 3})
+    head = random_head(tmp_path / "head", S, [0, 1, 9])
+    flags = ["inspect", str(head), "--target", str(target), "--rollout", "4"]
+    assert main(flags) == 2 and "[0, 1, 9]" in capsys.readouterr().err
+    assert main([*flags, "--layer-ids", "0", "1", "2"]) == 0 and "of 4 rounds" in capsys.readouterr().out
 
 
 def test_inspect_runs_a_rollout(tmp_path, capsys):
