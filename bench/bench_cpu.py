@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from demo import TITLES
@@ -99,7 +100,8 @@ def main() -> None:
     with LLM(args.model, device="cpu", dtype="bfloat16", max_batch_size=1, speculative_config=args.spec) as llm:
         rates = decode(llm, peer, prompts, args.max_tokens, args.repeats, args.lookup)
         length, ours, theirs = prefill(llm, peer, args.repeats)
-    shape = f"{args.model} bf16, batch 1, up to {args.max_tokens} tokens"
+    own = "" if args.prompts == BUILT_IN else f", {len(prompts)} of {Path(args.prompts).name}"
+    shape = f"{args.model} bf16, batch 1, up to {args.max_tokens} tokens{own}"
     for category in [*dict.fromkeys(p.category for p in prompts), "all"]:
         plain, drafted = rates.of("off", category), rates.of("on", category)
         if not plain:
