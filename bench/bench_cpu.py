@@ -99,7 +99,7 @@ def main() -> None:
     peer = Transformers(open_checkpoint(args.model), torch.bfloat16)
     with LLM(args.model, device="cpu", dtype="bfloat16", max_batch_size=1, speculative_config=args.spec) as llm:
         rates = decode(llm, peer, prompts, args.max_tokens, args.repeats, args.lookup)
-        length, ours, theirs = prefill(llm, peer, args.repeats)
+        read = prefill(llm, peer, args.repeats) if args.prompts == BUILT_IN else None
     own = "" if args.prompts == BUILT_IN else f", {len(prompts)} of {Path(args.prompts).name}"
     shape = f"{args.model} bf16, batch 1, up to {args.max_tokens} tokens{own}"
     for category in [*dict.fromkeys(p.category for p in prompts), "all"]:
@@ -111,7 +111,9 @@ def main() -> None:
         name = f"decode, {TITLES.get(args.spec['method'], args.spec['method'])}"
         results.add(name, where, drafted, "tokens/s", "specrt plain", middle(plain))
         results.add(name, where, drafted, "tokens/s", "transformers prompt lookup", middle(rates.of("transformers prompt lookup", category)))
-    results.add("prefill", f"{args.model} bf16, {length} tokens", ours, "tokens/s", "transformers", middle(theirs))
+    if read is not None:
+        length, ours, theirs = read
+        results.add("prefill", f"{args.model} bf16, {length} tokens", ours, "tokens/s", "transformers", middle(theirs))
     results.write()
     print_table(results.rows)
 

@@ -121,7 +121,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
     }
     if (T::pair) ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(scales_made, 32 * T::assistants);
-    ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
+    ptx::mbarrier_init(scales_read, 128 * T::warpgroups);  // every lane, which racecheck follows: it does not see that __syncwarp lets one speak for all
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -304,8 +304,8 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
           epilogue.finish_squares(0, T::tokens);
         }
       }
+      if (T::chooses || p.squares) ptx::mbarrier_arrive(scales_read);
       __syncwarp();
-      if ((T::chooses || p.squares) && lane == 0) ptx::mbarrier_arrive(scales_read);
     }
     if (T::share > 1) {  // the other may still arrive at this CTA's barriers
       ptx::cluster_arrive_relaxed();
