@@ -9,6 +9,7 @@ and too few of them; tokens and logprobs are compared with ==. Free pages hold N
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -147,6 +148,7 @@ def compare(a: argparse.Namespace, folder: Path) -> None:
             assert_same(answers(llm, batch, together=True), want, name)
             seen = coverage(llm)
         del llm
+        gc.collect()  # make() holds the round in a circle, and the pool with it
         compared[name] = a.requests * a.tokens
         results.add(f"exactness, {name}", shape, [0], "differing tokens",
                     note=f"{a.requests} requests of {a.tokens} tokens; {seen.accepted} of {seen.drafted} drafts accepted, to depth {sum(n > 0 for n in seen.accepted_per_pos)}; {seen.put_back} put back")
