@@ -36,6 +36,7 @@ from tests.kit.tiny import random_checkpoint  # noqa: E402
 
 TREE = dict(num_steps=6, eagle_topk=4, num_draft_tokens=24)
 LOOKUP = dict(method="ngram", prompt_lookup_min=1, prompt_lookup_max=3)
+HEADS = ("eagle3", "mtp", "peagle", "medusa")
 VARIANTS: dict[str, tuple[dict, dict]] = {
     "ngram chain": (dict(**LOOKUP, num_speculative_tokens=7), {}),
     "ngram tree": (dict(**LOOKUP, **TREE), dict(page_size=16)),
@@ -98,8 +99,8 @@ def compare(a: argparse.Namespace, folder: Path) -> None:
     plain = make(a.model, max_batch_size=a.requests, **settings)
     vocab = plain._engine.vocab_size
     batch = cases(a.requests, vocab, (1, 15, 17, 63, 64, 100, 250, 257, 300, 130), a.tokens)
-    heads = {method: name for method in ("eagle3", "mtp") if (name := shipped_for(a.model, method))}
-    if heads:
+    heads = {method: name for method in HEADS if (name := shipped_for(a.model, method))}
+    if "eagle3" in heads:
         heads |= write_heads(folder, a.model)
     started = time.perf_counter()
     want = answers(plain, batch, together=True)
@@ -118,9 +119,9 @@ def compare(a: argparse.Namespace, folder: Path) -> None:
     for name, (spec, extra) in VARIANTS.items():
         if a.variants and not any(text in name for text in a.variants):
             continue
-        if spec["method"] in ("eagle3", "mtp", "peagle", "medusa") and not heads:
-            continue
-        if spec["method"] in heads:
+        if spec["method"] in HEADS:
+            if spec["method"] not in heads:
+                continue
             spec = {**spec, "model": heads[spec["method"]]}
         if spec["method"] == "draft_model":
             if random_weights:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,18 @@ def start(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list:
     for (request,) in requests:
         llm._engine.add(request)
     return [request for (request,) in requests]
+
+
+def drafted(llm: LLM, method: str, temperature: float, drafts: Callable[[Any], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """What the trees of eight rounds were, with what ``drafts`` takes of the drafter after each."""
+    round_, found = llm._engine.round, []
+    drafter = round_.drafters[method]
+    round_.lookahead = 0
+    start(llm, PROMPTS, SamplingParams(temperature=temperature, seed=9, max_tokens=30, ignore_eos=True))
+    for _ in range(8):
+        llm._engine.step()
+        found += [t.clone() for t in (round_.state.tree_token, round_.state.tree_parent, round_.state.tree_size, *drafts(drafter))]
+    return found
 
 
 def slot_state(llm: LLM, drafter: HeadDrafter, slot: int) -> list[torch.Tensor]:
@@ -189,15 +203,7 @@ def test_a_tree_of_one_branch_is_a_chain(device, folders, temperature):
     seen = []
     for shape in (dict(num_speculative_tokens=4), dict(num_steps=4, eagle_topk=1, num_draft_tokens=5)):
         with engine(paths, s, shape, device=device, enforce_eager=True)[0] as llm:
-            round_, drafter = llm._engine.round, llm._engine.round.drafters[s.family]
-            round_.lookahead = 0
-            start(llm, PROMPTS, SamplingParams(temperature=temperature, seed=9, max_tokens=30, ignore_eos=True))
-            rounds = []
-            for _ in range(8):
-                llm._engine.step()
-                state = round_.state
-                rounds += [t.clone() for t in (state.tree_token, state.tree_parent, state.tree_size, drafter.expansion.cand_score, drafter.root_hidden[:3])]
-            seen.append(rounds)
+            seen.append(drafted(llm, s.family, temperature, lambda drafter: (drafter.expansion.cand_score, drafter.root_hidden[:3])))
     for a, b in zip(*seen, strict=True):
         assert_bits(a, b)
 

@@ -14,7 +14,7 @@ from specrt.weights import open_checkpoint
 from specrt.weights.inspect import describe
 from specrt.weights.head_fit import fit_medusa
 from specrt.weights.medusa import is_medusa, open_medusa
-from tests.draft.test_head_drafter import PROMPTS, TARGET, start
+from tests.draft.test_head_drafter import PROMPTS, TARGET, drafted, start
 from tests.invariance.matrix import make
 from tests.kit.compare import assert_bits, assert_close
 from tests.kit.forward import Sequence
@@ -219,16 +219,8 @@ def test_a_tree_of_one_branch_is_a_chain(tmp_path, device, target, temperature, 
     head, seen = str(write_medusa(tmp_path / "h", tensors, "model.safetensors", model_type="medusa")), []
     for shape in (CHAIN, dict(num_steps=4, eagle_topk=1, num_draft_tokens=5), dict(choices=[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]])):
         with make(target, device=device, max_model_len=128, enforce_eager=True, speculative_config=dict(method="medusa", model=head, **shape)) as llm:
-            round_, drafter = llm._engine.round, llm._engine.round.drafters["medusa"]
-            round_.lookahead = 0
-            start(llm, PROMPTS, SamplingParams(temperature=temperature, seed=9, max_tokens=30, ignore_eos=True))
-            rounds = []
-            for _ in range(8):
-                llm._engine.step()
-                state = round_.state
-                rounds += [t.clone() for t in (state.tree_token, state.tree_parent, state.tree_size, drafter.root_state[:3])]
-            assert int(state.tree_size[:3].max()) == 5
-            seen.append(rounds)
+            seen.append(drafted(llm, "medusa", temperature, lambda drafter: (drafter.root_state[:3],)))
+            assert int(llm._engine.round.state.tree_size[:3].max()) == 5
     for chain, *trees in zip(*seen, strict=True):
         for tree in trees:
             assert_bits(tree, chain)
