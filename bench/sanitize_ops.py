@@ -51,9 +51,10 @@ class Kit:
 
 def linears(k: Kit) -> None:
     cuda = k.cuda
-    # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 16304 one range of K, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
-    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 16304 if cuda else 208)]]
-    many = [(230, 200, 72, 16304 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208), (700, 300, 80, 5760 if cuda else 208)]  # the last: blocks without rows
+    # capacity, rows in use, K, N. CUDA: 48 outputs are narrow clusters, 4000 wide ones, 18000 one range of K and more tiles than CTAs, 5648 the ranges in turn; 22 steps of K wrap every pipeline.
+    few = [(rows, used, *shape) for rows, used in [(1, 1), (16, 13), (51, 43), (130, 77)] for shape in [(1352, 48), (1352, 4000 if cuda else 208), (72, 18000 if cuda else 208)]]
+    many = [(230, 200, 72, 18000 if cuda else 208), (260, 257, 1352, 48), (300, 290, 1352, 5648 if cuda else 208), (700, 300, 80, 5760 if cuda else 208), (700, 690, 80, 5760 if cuda else 208)]
+    # The last two: blocks without rows; blocks all in use, whose clusters of two CTAs have several tiles.
     for rows, used, depth, outputs in [*few, *many]:
         x, weight, bias = (k.random(*shape, dtype=BF16) for shape in [(rows, depth), (outputs, depth), (outputs,)])
         packed = ops.pack_linear(weight)
@@ -71,8 +72,7 @@ def linears(k: Kit) -> None:
 
 def choices(k: Kit) -> None:
     """lm_head that chooses the tokens."""
-    # Each cluster of two CTAs has one tile: racecheck does not end where it has several, whose helpers come to the cluster's barrier after all of them.
-    shapes = [(1, 1, 1352, 48), (16, 13, 1352, 4000), (30, 29, 72, 16304), (51, 43, 1352, 4000), (130, 77, 72, 16304), (130, 127, 1352, 1000), (200, 190, 72, 16304), (260, 257, 72, 8192)]
+    shapes = [(1, 1, 1352, 48), (16, 13, 1352, 4000), (30, 29, 72, 18000), (51, 43, 1352, 4000), (130, 77, 72, 18000), (130, 127, 1352, 1000), (200, 190, 72, 18000), (260, 257, 72, 18000)]
     for rows, used, depth, outputs in shapes:
         for dtype in (BF16, F32):
             x, weight = k.random(rows, depth, dtype=dtype), k.random(outputs if k.cuda else 208, depth, dtype=dtype)
@@ -87,8 +87,9 @@ def choices(k: Kit) -> None:
 
 def fp8_linears(k: Kit) -> None:
     cuda = k.cuda
-    few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 16304 if cuda else 208, False)]]
-    many = [(51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 16304 if cuda else 208, False), (700, 300, 80, 5760 if cuda else 208, False)]
+    few = [(rows, used, *shape) for rows, used in [(1, 1), (4, 3), (16, 13)] for shape in [(1360, 48, False), (1360, 4000 if cuda else 208, True), (80, 18000 if cuda else 208, False)]]
+    many = [(51, 43, 1360, 4000 if cuda else 208, True), (130, 77, 80, 18000 if cuda else 208, False), (700, 300, 80, 5760 if cuda else 208, False),
+            (700, 690, 80, 5760 if cuda else 208, False)]
     for rows, used, depth, outputs, blocks in [*few, *many]:
         weight = ops.pack_linear(k.random(outputs, depth).to(ops.FP8)), k.random((depth + 127) // 128 if blocks else 1, outputs), k.random(outputs)
         for dtype in (BF16, F32):

@@ -167,6 +167,7 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       ptx::prefetch_tensor_map(&x_map);
     }
     __syncwarp();
+    if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there; by all warps, before one waits for another: racecheck holds them here until all come
     if (warp > 4 * T::warpgroups) {
       constexpr int all = T::pair ? T::tokens / 2 : T::tokens, each = (all / 8 + T::assistants - 1) / T::assistants * 8;  // whole rounds of eight tokens
       const int first = T::pair ? rank * all : 0, begin = first + (warp - 4 * T::warpgroups - 1) * each, end = min(begin + each, first + all);
@@ -174,7 +175,6 @@ linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__
       else assist<bf16, T::many && T::kept == 0 ? 4 : 2>(p, tail, output_of(first_group), T::outputs, walk_of, row_of(0), begin, end);
     }
     ptx::grid_dependency_wait();
-    if (T::share > 1 && !T::splits) ptx::cluster_wait();  // the other's barriers are there
     if (producer) {
 #pragma unroll 1
       for (int i = 0; i < ahead; ++i) copy_tokens(row_of(0), i, i);

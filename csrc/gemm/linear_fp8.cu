@@ -148,7 +148,7 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
     }
     if (pair) ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(scales_made, 32);
-    ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
+    ptx::mbarrier_init(scales_read, 128 * T::warpgroups);  // every lane: see linear_bf16.cu
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -298,9 +298,9 @@ linear_fp8_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_consta
         });
         epilogue.finish_squares(0, T::tokens);
       }
-      __syncwarp();
       if (pair) break;  // one tile: nothing is kept for another
-      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
+      if (p.squares) ptx::mbarrier_arrive(scales_read);
+      __syncwarp();
     }
   }
 }

@@ -94,7 +94,7 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
     }
     if (pair) ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(scales_made, 32 * T::assistants);
-    ptx::mbarrier_init(scales_read, 4 * T::warpgroups);
+    ptx::mbarrier_init(scales_read, 128 * T::warpgroups);  // every lane: see linear_bf16.cu
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -280,9 +280,9 @@ linear_fp8_many_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_c
       } else if (present) {
         epilogue.finish(0, sum);
       }
-      __syncwarp();
       if (pair) break;  // one tile: nothing is kept for another
-      if (p.squares && lane == 0) ptx::mbarrier_arrive(scales_read);
+      if (p.squares) ptx::mbarrier_arrive(scales_read);
+      __syncwarp();
     }
     if (T::share > 1) {  // the other may still arrive at this CTA's barriers
       ptx::cluster_arrive_relaxed();
