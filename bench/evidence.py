@@ -1,7 +1,7 @@
 """The GPU evidence: measures rows with the benchmark binaries, keeps the table of bench/README.md, and says what is missing, stale or too slow.
 
     evidence.py measure [--rows A,B] [--bin build/bin] [--cublas PATH]    rows into bench/results/<card>.json, each as soon as it is measured
-    evidence.py table                                                    the tables of bench/README.md, from bench/results/h100.json and training_h100.json
+    evidence.py table                                                    the tables of bench/README.md, from h100.json, contexts_h100.json and training_h100.json in bench/results/
     evidence.py report                                                   what `check` would complain of, and stale rows of every results file; exit status 0
     evidence.py check                                                    exit status 1 if a judged row is missing, stale, or does not reach what it must"""
 
@@ -19,7 +19,7 @@ from typing import Any, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import training  # noqa: E402
+from bench import contexts, training  # noqa: E402
 from bench.results import FOLDER, ROOT, Results, card, csrc_digest, of_cuda, rooms_of  # noqa: E402
 from bench.sdpa import peer  # noqa: E402
 
@@ -207,7 +207,9 @@ def table(content: dict[str, Any]) -> str:
 def with_table(text: str) -> str:
     """``text`` of the README with the tables of now."""
     text = renewed(text, BEGIN, table(load(FOLDER / "h100.json")), END)
-    return renewed(text, training.BEGIN, training.table(load(FOLDER / "training_h100.json")), training.END)
+    for study, file in ((contexts, "contexts_h100.json"), (training, "training_h100.json")):
+        text = renewed(text, study.BEGIN, study.table(load(FOLDER / file)), study.END)
+    return text
 
 
 def renewed(text: str, begin: str, between: str, end: str) -> str:

@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-from bench import bench_round, evidence, results, training
+from bench import bench_round, contexts, evidence, results, training
 from bench.evidence import JUDGED, Limit
 from bench.results import EVERY, KEYS, ROOMS, ROOT, card, csrc_digest, rooms_of
 from specrt.models.dense import DenseModel
@@ -148,7 +148,8 @@ def bench(tmp_path, monkeypatch):
     program = tmp_path / "bench_pretended"
     program.write_text(PROGRAM)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    (tmp_path / "README.md").write_text(f"before\n{evidence.BEGIN}old\n{evidence.END}{training.BEGIN}old\n{training.END}\nafter\n")
+    tables = "".join(f"{part.BEGIN}old\n{part.END}" for part in (evidence, contexts, training))
+    (tmp_path / "README.md").write_text(f"before\n{tables}\nafter\n")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(evidence, "FOLDER", tmp_path)
     monkeypatch.setattr(evidence, "SCRIPTS", ())
