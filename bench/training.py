@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,9 @@ def add_rows(results: Results, stages: list[Stage], work: Path, jobs: int) -> No
         if stage.name.startswith("accepted_"):
             accepted |= read_acceptance(work / stage.output)
     categories = list(dict.fromkeys(category for *_, category in accepted))
-    pairs = [("domain", "base", "tuned", SHAPES[:1], DOMAIN_T)] + [(name, "", name, SHAPES, OBJECTIVE_T) for name in objectives()]
-    for title, before, after, shapes, temperatures in pairs:
-        for where in [(shape, t, category) for shape in shapes for t in temperatures for category in categories]:
+    pairs = [("domain", "base", "tuned", product(SHAPES[:1], DOMAIN_T, categories))] + [(name, "", name, product(SHAPES, OBJECTIVE_T, ["all"])) for name in objectives()]
+    for title, before, after, places in pairs:
+        for where in places:
             old, new = accepted.get((before, *where)), accepted.get((after, *where))
             if old is not None and new is not None:
                 add_comparison(results, title, where, old, new)
