@@ -1,7 +1,7 @@
-"""The GPU evidence: measures rows with the benchmark binaries, keeps the table of bench/README.md, and says what is missing, stale or too slow.
+"""The GPU evidence: measures rows with the benchmark binaries, keeps the tables of the READMEs, and says what is missing, stale or too slow.
 
     evidence.py measure [--rows A,B] [--bin build/bin] [--cublas PATH]    rows into bench/results/<card>.json, each as soon as it is measured
-    evidence.py table                                                    the tables of bench/README.md, from h100.json, contexts_h100.json and training_h100.json in bench/results/
+    evidence.py table                                                    the tables and figures of README.md and bench/README.md, from bench/results/
     evidence.py report                                                   what `check` would complain of, and stale rows of every results file; exit status 0
     evidence.py check                                                    exit status 1 if a judged row is missing, stale, or does not reach what it must"""
 
@@ -19,11 +19,11 @@ from typing import Any, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import contexts, training  # noqa: E402
+from bench import contexts, readme, training  # noqa: E402
 from bench.results import FOLDER, ROOT, Results, card, csrc_digest, of_cuda, rooms_of  # noqa: E402
 from bench.sdpa import peer  # noqa: E402
 
-README = ROOT / "bench" / "README.md"
+README, BENCH_README = "README.md", "bench/README.md"
 SCRIPTS = ("bench_round.py", "bench_prefill.py")  # benchmark programs in Python, beside the binaries
 BEGIN, END = "<!-- evidence: made from results/h100.json by evidence.py -->\n", "<!-- end of evidence -->"
 
@@ -204,21 +204,18 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(text: str) -> str:
-    """``text`` of the README with the tables of now."""
-    text = renewed(text, BEGIN, table(load(FOLDER / "h100.json")), END)
-    for study, file in ((contexts, "contexts_h100.json"), (training, "training_h100.json")):
-        text = renewed(text, study.BEGIN, study.table(load(FOLDER / file)), study.END)
-    return text
-
-
-def renewed(text: str, begin: str, between: str, end: str) -> str:
-    before, rest = text.split(begin)
-    return before + begin + between + end + rest.split(end)[1]
+def with_table(file: str, text: str) -> str:
+    """``text`` of README or BENCH_README with the tables of now."""
+    if file == BENCH_README:
+        text = readme.renewed(text, BEGIN, table(load(FOLDER / "h100.json")), END)
+        for study, results in ((contexts, "contexts_h100.json"), (training, "training_h100.json")):
+            text = readme.renewed(text, study.BEGIN, study.table(load(FOLDER / results)), study.END)
+    return readme.with_figures(file, text)
 
 
 def write_table() -> None:
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (README, BENCH_README):
+        (ROOT / path).write_text(with_table(path, (ROOT / path).read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> int:

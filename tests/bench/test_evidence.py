@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-from bench import bench_round, contexts, evidence, results, training
+from bench import bench_round, contexts, evidence, readme, results, training
 from bench.evidence import JUDGED, Limit
 from bench.results import EVERY, KEYS, ROOMS, ROOT, card, csrc_digest, rooms_of
 from specrt.models.dense import DenseModel
@@ -34,9 +34,10 @@ def test_results_have_one_form(path):
         assert len(names) == len(set(names)), "a GPU row is known by its name"
 
 
-def test_the_table_is_up_to_date():
-    text = evidence.README.read_text()
-    assert evidence.with_table(text) == text, "make evidence-table"
+@pytest.mark.parametrize("file", [evidence.README, evidence.BENCH_README])
+def test_tables_and_figures_are_up_to_date(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert evidence.with_table(file, text) == text, "make evidence-table"
 
 
 def test_rows_know_their_rooms():
@@ -149,11 +150,14 @@ def bench(tmp_path, monkeypatch):
     program.write_text(PROGRAM)
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     tables = "".join(f"{part.BEGIN}old\n{part.END}" for part in (evidence, contexts, training))
-    (tmp_path / "README.md").write_text(f"before\n{tables}\nafter\n")
+    (tmp_path / "bench").mkdir()
+    for file, text in {evidence.README: "", evidence.BENCH_README: tables}.items():
+        blocks = "".join(f"<!-- {name}: made from results/ by evidence.py -->\nold\n<!-- end of {name} -->\n" for name in readme.BLOCKS[file])
+        (tmp_path / file).write_text(f"before\n{text}{blocks}\nafter\n")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(evidence, "FOLDER", tmp_path)
     monkeypatch.setattr(evidence, "SCRIPTS", ())
-    monkeypatch.setattr(evidence, "README", tmp_path / "README.md")
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
     monkeypatch.setenv("VALUE", "5.0")
     monkeypatch.setenv("BREAKS", "none")
     return tmp_path
@@ -166,7 +170,7 @@ def test_measuring_writes_rows_and_table(bench, monkeypatch):
     content = json.loads((bench / "h100.json").read_text())
     assert {row["name"]: row["value"] for row in content["rows"]} == {"linear_bf16_m1": 5.0, "linear_bf16_m8": 4.0}
     assert all(row["digest"] == csrc_digest(rooms_of("linear_")) and tuple(row) == KEYS for row in content["rows"])
-    text = (bench / "README.md").read_text()
+    text = (bench / evidence.BENCH_README).read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
     assert re.search(r"\*\*linear_bf16_m8\*\* .*\| aim \|", text) and re.search(r"\*\*linear_bf16_m1\*\* .*\| no \|", text)
     found = evidence.complaints(content)
