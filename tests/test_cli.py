@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -167,6 +168,20 @@ def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and "usage: specrt " + command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, left_out", [
+    (["--help"], {"torch", "numpy", "rich", "tokenizers", "safetensors", "specrt.llm", "specrt.ops", "specrt.train"}),
+    (["generate", "--help"], {"torch", "numpy", "rich", "specrt.llm", "specrt.train"}), (["generate", "a", "--stream", "--json"], {"torch", "specrt.train"}),
+    (["train", "eagle3", "--help"], {"torch", "numpy", "specrt.llm", "specrt.train.objectives", "specrt.train.trainer"})],
+    ids=["help", "help of generate", "a refusal", "help of train"])
+def test_a_command_imports_what_it_needs(argv, left_out):
+    """A help text, or a refusal, is there at once: torch alone takes a second to import."""
+    program = f"import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules)); from specrt.cli import main; sys.exit(main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if "--help" in argv else 2), done.stderr
+    imported = set(done.stdout.split("MODULES")[-1].split())
+    assert "specrt.cli" in imported and not imported & left_out
 
 
 def test_chat_keeps_the_conversation(llm, monkeypatch, capsys):

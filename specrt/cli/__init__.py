@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
+from typing import Any, Callable, NoReturn
 
 from specrt.cli import bench, chat, generate, inspect, train
 
@@ -13,6 +13,16 @@ COMMANDS = {"generate": generate, "chat": chat, "bench": bench, "inspect": inspe
 
 
 class _Parser(argparse.ArgumentParser):
+    """add_arguments: what a command has, added when it is the one that was chosen."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        if (add := self.add_arguments) is not None:
+            self.add_arguments = None
+            add(self)
+        return super().parse_known_args(*args, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
@@ -23,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip().splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.add_arguments(command)
+        command.add_arguments = module.add_arguments
         command.set_defaults(run=module.run)
     return parser
 

@@ -50,7 +50,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
-    from specrt.train.objectives import OBJECTIVES
+    from specrt.train.settings import OBJECTIVES
 
     parser.add_argument("--model", default="smollm2-135m", help="the target")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="samples of `specrt train capture`")
