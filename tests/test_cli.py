@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import specrt
-from specrt.cli import main, measure
+from specrt.cli import main, measure, outputs
 from specrt.cli.prompts import BUILT_IN, load_prompts
 
 
@@ -152,6 +153,55 @@ def test_errors_of_the_api_are_one_line(llm, monkeypatch, capsys):
     monkeypatch.setattr(specrt, "LLM", refuse)
     assert main(["generate", "Hi", "--method", "magic"]) == 2
     assert capsys.readouterr().err == "specrt generate: error: speculative_config['method']: unknown method 'magic'\n"
+
+
+@pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device", "/data/out.json"), "No space left on device: /data/out.json"), (ConnectionError("the hub\nis away"), "the hub is away")])
+def test_errors_of_the_system_are_one_line(llm, monkeypatch, capsys, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(specrt, "LLM", fail)
+    assert main(["generate", "Hi"]) == 2
+    assert capsys.readouterr().err == f"specrt generate: error: {said}\n"
+
+
+WORK = {"bench": ["bench", "--json"], "acceptance": ["bench", "--acceptance", "--json"], "picture": ["bench", "--acceptance", "--html"], "prompts": ["train", "prompts", "--output"],
+        "capture": ["train", "capture", "--prompts", "PROMPTS", "--output"], "head": ["train", "eagle3", "--data", "PROMPTS", "--output"]}
+
+
+REFUSED = [*((work, "/proc/none", "No such file or directory") for work in WORK), *((work, "FOLDER", "Is a directory") for work in WORK if work != "head"),
+           *((work, output, "there is no such folder") for work in ("bench", "acceptance", "picture") for output in ("FOLDER/none/x", "PROMPTS/x")),
+           *((work, "PROMPTS/x", "Not a directory") for work in ("prompts", "capture", "head"))]  # these make folders
+
+
+@pytest.mark.parametrize("work, output, said", REFUSED)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(llm, capsys, tmp_path, work, output, said):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "category": "b"}')
+    command = [part.replace("PROMPTS", str(prompts)).replace("FOLDER", str(tmp_path)) for part in [*WORK[work], output]]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"specrt {command[0]}: error: cannot write {command[-1]}: {said}\n"
+    assert captured.out == "" and llm.made == [] and list(tmp_path.iterdir()) == [prompts]
+
+
+def test_trying_an_output_changes_nothing(tmp_path):
+    there, new, deep, link, pipe = (tmp_path / name for name in ("there", "new", "a/b/c", "link", "pipe"))
+    there.write_text("kept")
+    os.utime(there, (1, 1))
+    link.symlink_to(new)
+    os.mkfifo(pipe)
+    before = sorted(tmp_path.iterdir())
+    for file in (there, new, link, pipe):
+        outputs.check_file(str(file))
+    outputs.check_file(str(deep), make_folders=True)
+    outputs.check_folder(str(tmp_path))
+    outputs.check_folder(str(deep))
+    assert sorted(tmp_path.iterdir()) == before and there.read_text() == "kept" and there.stat().st_mtime == 1
+    with pytest.raises(ValueError, match="name too long"):
+        outputs.check_file(str(tmp_path / ("x" * 300)))
+    with pytest.raises(ValueError, match="cannot write .*there: Not a directory"):
+        outputs.check_folder(str(there))
 
 
 def test_an_interrupt_is_clean(llm, monkeypatch, capsys):

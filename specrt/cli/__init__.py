@@ -1,4 +1,4 @@
-"""The shell: ``specrt generate | chat | bench | inspect | train``. Exit codes: 0 done, 1 a run failed, 2 bad input (one line on stderr), 130 interrupted."""
+"""The shell: ``specrt generate | chat | bench | inspect | train``. Exit codes: 0 done, 1 a run failed, 2 bad input, or a file that cannot be read or written (one line on stderr), 130 interrupted."""
 
 from __future__ import annotations
 
@@ -42,12 +42,19 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
-    except ValueError as error:
-        print(f"specrt {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left (`specrt generate ... | head`): nothing more to say, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ValueError, OSError) as error:
+        print(f"specrt {args.command}: error: {' '.join(_said(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _said(error: ValueError | OSError) -> str:
+    """An OSError without its number: what is wrong, and with which file."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)

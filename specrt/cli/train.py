@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from specrt.cli import outputs
+
 _TITLES = {"eagle3": "an EAGLE-3 head", "eagle3.1": "an EAGLE-3 head with fc_norm and norm_output", "peagle": "a P-EAGLE head", "mtp": "an MTP module in MiMo's layout", "medusa": "MEDUSA heads"}
 _CAPTURE = ("prompts", "output", "temperatures", "repeats", "max_tokens", "seed", "limit", "category", "without")
 
@@ -103,6 +105,7 @@ def _run_prompts(args: argparse.Namespace) -> int:
     if args.tries < 1:
         raise ValueError(f"--tries must be at least 1, got {args.tries}")
     SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)  # refuses
+    outputs.check_file(args.output, make_folders=True)
     console = Console(stderr=True)
     with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
         task = progress.add_task("prompts", total=args.tries)
@@ -128,6 +131,7 @@ def _run_capture(args: argparse.Namespace) -> int:
     for temperature in args.temperatures:
         SamplingParams(temperature=temperature)  # refuses
     conversations = read_conversations(args.prompts, args.category, args.without, args.limit)
+    outputs.check_file(args.output, make_folders=True)
     how: dict[str, Any] = {"model": args.model, "dtype": args.dtype, **{name: getattr(args, name) for name in _CAPTURE if name not in ("prompts", "output")}, "prompts": Path(args.prompts).name}
     console = Console(stderr=True)
     with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
@@ -150,7 +154,9 @@ def _run_method(args: argparse.Namespace) -> int:
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     given |= {name: tuple(given[name]) for name in ("data", "layer_ids") if name in given}
-    trainer = Trainer(Settings.make(given | {"method": args.what}), args.resume)
+    chosen = Settings.make(given | {"method": args.what})
+    outputs.check_folder(args.output)
+    trainer = Trainer(chosen, args.resume)
     console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(args.what, total=trainer.total)
