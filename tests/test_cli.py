@@ -1,5 +1,6 @@
 """The shell on a stand-in for ``specrt.LLM``: what reaches the API, what is printed, exit codes."""
 
+import inspect
 import io
 import json
 import os
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import specrt
-from specrt.cli import main, measure, outputs
+import specrt.llm
+from specrt.cli import main, measure, options, outputs
 from specrt.cli.prompts import BUILT_IN, load_prompts
 
 
@@ -90,6 +92,23 @@ def test_generate_flags_become_parameters(llm):
     messages, params, chat = llm.asked[0]
     assert messages == [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]] and chat
     assert params == {"temperature": 0.7, "top_k": 40, "seed": 3, "stop": ["A", "B"], "ignore_eos": True, "logit_bias": {5: -1.0}}
+
+
+def test_every_argument_of_llm_has_its_flag():
+    accepted = set(inspect.signature(specrt.llm.LLM.__init__).parameters) - {"self", "model", "speculative_config"}
+    assert accepted == set(options.ENGINE)
+
+
+@pytest.mark.parametrize("command", [["generate", "Hi"], ["chat"], ["bench"], ["bench", "--acceptance"], ["train", "prompts", "--output", "FILE"], ["train", "capture", "--prompts", "PROMPTS", "--output", "FILE"]],
+                         ids=lambda c: " ".join(part for part in c[:2] if part != "Hi"))
+def test_the_memory_of_keys_and_values_reaches_the_engine(monkeypatch, capsys, tmp_path, command):
+    def refuse(model, **given):
+        raise ValueError(f"LLM got {given['kv_cache_memory']!r} and {given['max_model_len']!r}")
+
+    (tmp_path / "PROMPTS").write_text('{"prompt": "a", "category": "b"}')
+    monkeypatch.setattr(specrt, "LLM", refuse, raising=False)
+    assert main([*(str(tmp_path / part) if part.isupper() else part for part in command), "--kv-cache-memory", "1000000000", "--max-model-len", "99"]) == 2
+    assert capsys.readouterr().err.endswith("LLM got 1000000000 and 99\n")
 
 
 def test_a_draft_model_chooses_its_method(llm):

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from specrt.cli import outputs
+from specrt.cli import options, outputs
 
 _TITLES = {"eagle3": "an EAGLE-3 head", "eagle3.1": "an EAGLE-3 head with fc_norm and norm_output", "peagle": "a P-EAGLE head", "mtp": "an MTP module in MiMo's layout", "medusa": "MEDUSA heads"}
 _CAPTURE = ("prompts", "output", "temperatures", "repeats", "max_tokens", "seed", "limit", "category", "without")
@@ -28,6 +28,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--max-model-len", type=int, metavar="N")
     parser.add_argument("--max-batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--kv-cache-memory", type=int, metavar="BYTES", help="for keys and values")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
@@ -107,7 +108,7 @@ def _run_prompts(args: argparse.Namespace) -> int:
     SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)  # refuses
     outputs.check_file(args.output, make_folders=True)
     console = Console(stderr=True)
-    with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
+    with LLM(args.model, **options.engine(args)) as llm, Progress(console=console) as progress:
         task = progress.add_task("prompts", total=args.tries)
         prompts = own_prompts(llm, args.tries, args.temperature, args.max_tokens, args.seed, lambda n: progress.advance(task, n))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def _run_capture(args: argparse.Namespace) -> int:
     outputs.check_file(args.output, make_folders=True)
     how: dict[str, Any] = {"model": args.model, "dtype": args.dtype, **{name: getattr(args, name) for name in _CAPTURE if name not in ("prompts", "output")}, "prompts": Path(args.prompts).name}
     console = Console(stderr=True)
-    with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
+    with LLM(args.model, **options.engine(args)) as llm, Progress(console=console) as progress:
         if llm.tokenizer is None:
             raise ValueError(f"model {args.model!r} has no tokenizer, which prompts need")
         task = progress.add_task("answers", total=len(conversations) * args.repeats)
