@@ -1,7 +1,10 @@
 """The shell on a stand-in for ``specrt.LLM``: what reaches the API, what is printed, exit codes."""
 
+import inspect
 import io
 import json
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -9,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 import specrt
-from specrt.cli import main, measure
+import specrt.llm
+from specrt.cli import main, measure, options, outputs
 from specrt.cli.prompts import BUILT_IN, load_prompts
 
 
@@ -90,6 +94,23 @@ def test_generate_flags_become_parameters(llm):
     assert params == {"temperature": 0.7, "top_k": 40, "seed": 3, "stop": ["A", "B"], "ignore_eos": True, "logit_bias": {5: -1.0}}
 
 
+def test_every_argument_of_llm_has_its_flag():
+    accepted = set(inspect.signature(specrt.llm.LLM.__init__).parameters) - {"self", "model", "speculative_config"}
+    assert accepted == set(options.ENGINE)
+
+
+@pytest.mark.parametrize("command", [["generate", "Hi"], ["chat"], ["bench"], ["bench", "--acceptance"], ["train", "prompts", "--output", "FILE"], ["train", "capture", "--prompts", "PROMPTS", "--output", "FILE"]],
+                         ids=lambda c: " ".join(part for part in c[:2] if part != "Hi"))
+def test_the_memory_of_keys_and_values_reaches_the_engine(monkeypatch, capsys, tmp_path, command):
+    def refuse(model, **given):
+        raise ValueError(f"LLM got {given['kv_cache_memory']!r} and {given['max_model_len']!r}")
+
+    (tmp_path / "PROMPTS").write_text('{"prompt": "a", "category": "b"}')
+    monkeypatch.setattr(specrt, "LLM", refuse, raising=False)
+    assert main([*(str(tmp_path / part) if part.isupper() else part for part in command), "--kv-cache-memory", "1000000000", "--max-model-len", "99"]) == 2
+    assert capsys.readouterr().err.endswith("LLM got 1000000000 and 99\n")
+
+
 def test_a_draft_model_chooses_its_method(llm):
     assert main(["generate", "Hi", "--draft-model", "small", "--num-steps", "3", "--eagle-topk", "4"]) == 0
     assert llm.made[0][1]["speculative_config"] == {"method": "draft_model", "num_steps": 3, "eagle_topk": 4, "model": "small"}
@@ -153,6 +174,55 @@ def test_errors_of_the_api_are_one_line(llm, monkeypatch, capsys):
     assert capsys.readouterr().err == "specrt generate: error: speculative_config['method']: unknown method 'magic'\n"
 
 
+@pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device", "/data/out.json"), "No space left on device: /data/out.json"), (ConnectionError("the hub\nis away"), "the hub is away")])
+def test_errors_of_the_system_are_one_line(llm, monkeypatch, capsys, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(specrt, "LLM", fail)
+    assert main(["generate", "Hi"]) == 2
+    assert capsys.readouterr().err == f"specrt generate: error: {said}\n"
+
+
+WORK = {"bench": ["bench", "--json"], "acceptance": ["bench", "--acceptance", "--json"], "picture": ["bench", "--acceptance", "--html"], "prompts": ["train", "prompts", "--output"],
+        "capture": ["train", "capture", "--prompts", "PROMPTS", "--output"], "head": ["train", "eagle3", "--data", "PROMPTS", "--output"]}
+
+
+REFUSED = [*((work, "/proc/none", "No such file or directory") for work in WORK), *((work, "FOLDER", "Is a directory") for work in WORK if work != "head"),
+           *((work, output, "there is no such folder") for work in ("bench", "acceptance", "picture") for output in ("FOLDER/none/x", "PROMPTS/x")),
+           *((work, "PROMPTS/x", "Not a directory") for work in ("prompts", "capture", "head"))]  # these make folders
+
+
+@pytest.mark.parametrize("work, output, said", REFUSED)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(llm, capsys, tmp_path, work, output, said):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "category": "b"}')
+    command = [part.replace("PROMPTS", str(prompts)).replace("FOLDER", str(tmp_path)) for part in [*WORK[work], output]]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"specrt {command[0]}: error: cannot write {command[-1]}: {said}\n"
+    assert captured.out == "" and llm.made == [] and list(tmp_path.iterdir()) == [prompts]
+
+
+def test_trying_an_output_changes_nothing(tmp_path):
+    there, new, deep, link, pipe = (tmp_path / name for name in ("there", "new", "a/b/c", "link", "pipe"))
+    there.write_text("kept")
+    os.utime(there, (1, 1))
+    link.symlink_to(new)
+    os.mkfifo(pipe)
+    before = sorted(tmp_path.iterdir())
+    for file in (there, new, link, pipe):
+        outputs.check_file(str(file))
+    outputs.check_file(str(deep), make_folders=True)
+    outputs.check_folder(str(tmp_path))
+    outputs.check_folder(str(deep))
+    assert sorted(tmp_path.iterdir()) == before and there.read_text() == "kept" and there.stat().st_mtime == 1
+    with pytest.raises(ValueError, match="name too long"):
+        outputs.check_file(str(tmp_path / ("x" * 300)))
+    with pytest.raises(ValueError, match="cannot write .*there: Not a directory"):
+        outputs.check_folder(str(there))
+
+
 def test_an_interrupt_is_clean(llm, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -167,6 +237,20 @@ def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and "usage: specrt " + command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, left_out", [
+    (["--help"], {"torch", "numpy", "rich", "tokenizers", "safetensors", "specrt.llm", "specrt.ops", "specrt.train"}),
+    (["generate", "--help"], {"torch", "numpy", "rich", "specrt.llm", "specrt.train"}), (["generate", "a", "--stream", "--json"], {"torch", "specrt.train"}),
+    (["train", "eagle3", "--help"], {"torch", "numpy", "specrt.llm", "specrt.train.objectives", "specrt.train.trainer"})],
+    ids=["help", "help of generate", "a refusal", "help of train"])
+def test_a_command_imports_what_it_needs(argv, left_out):
+    """A help text, or a refusal, is there at once: torch alone takes a second to import."""
+    program = f"import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules)); from specrt.cli import main; sys.exit(main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if "--help" in argv else 2), done.stderr
+    imported = set(done.stdout.split("MODULES")[-1].split())
+    assert "specrt.cli" in imported and not imported & left_out
 
 
 def test_chat_keeps_the_conversation(llm, monkeypatch, capsys):

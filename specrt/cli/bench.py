@@ -12,9 +12,10 @@ import argparse
 import json
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
-from specrt.cli import acceptance, measure, options
+from specrt.cli import acceptance, measure, options, outputs
 from specrt.cli.prompts import BUILT_IN, load_prompts
 
 
@@ -76,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     if (args.n or 1) > 1:
         raise ValueError(f"bench measures one sample a prompt, got --n {args.n}")
     acceptance.check(args)
+    for file in (args.json if args.json != "-" else None, args.html):
+        if file is not None:
+            outputs.check_file(file)
     prompts = load_prompts(args.prompts, args.category, args.limit)
     if args.acceptance:
         return acceptance.run(args, prompts)
@@ -105,8 +109,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         Console().print(*tables(rows, f"{args.model}, {config['method']}"))
         if args.json:
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump(document, file, indent=2)
+            Path(args.json).write_text(json.dumps(document, indent=2), encoding="utf-8")
     if document["differing"]:
         print(f"specrt bench: speculation changed the output of {', '.join(document['differing'])}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specrt import LLM, SamplingParams
 
-ENGINE = ("device", "dtype", "quantization", "kv_cache_dtype", "max_batch_size", "max_model_len", "page_size", "enforce_eager")
+ENGINE = ("device", "dtype", "quantization", "kv_cache_dtype", "max_batch_size", "max_model_len", "kv_cache_memory", "page_size", "enforce_eager")
 SPECULATION = ("method", "num_speculative_tokens", "num_steps", "eagle_topk", "num_draft_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias",
             "min_tokens", "max_tokens", "ignore_eos", "stop", "stop_token_ids", "seed", "n", "logprobs")
@@ -51,6 +51,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], help="of keys and values, a drafter's too: as --dtype (auto), or e4m3 (fp8)")
     group.add_argument("--max-batch-size", type=int, metavar="N")
     group.add_argument("--max-model-len", type=int, metavar="N")
+    group.add_argument("--kv-cache-memory", type=int, metavar="BYTES", help="for keys and values, a drafter's too (default: all that the batch can use, on CUDA at most 85 %% of what is free)")
     group.add_argument("--page-size", type=int, metavar="N")
     group.add_argument("--enforce-eager", action="store_true", default=None, help="no CUDA graphs")
     group = parser.add_argument_group("speculation")

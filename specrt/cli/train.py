@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from specrt.cli import options, outputs
+
 _TITLES = {"eagle3": "an EAGLE-3 head", "eagle3.1": "an EAGLE-3 head with fc_norm and norm_output", "peagle": "a P-EAGLE head", "mtp": "an MTP module in MiMo's layout", "medusa": "MEDUSA heads"}
 _CAPTURE = ("prompts", "output", "temperatures", "repeats", "max_tokens", "seed", "limit", "category", "without")
 
@@ -26,6 +28,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--max-model-len", type=int, metavar="N")
     parser.add_argument("--max-batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--kv-cache-memory", type=int, metavar="BYTES", help="for keys and values")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
 
 
@@ -50,7 +53,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _method_arguments(parser: argparse.ArgumentParser, method: str) -> None:
-    from specrt.train.objectives import OBJECTIVES
+    from specrt.train.settings import OBJECTIVES
 
     parser.add_argument("--model", default="smollm2-135m", help="the target")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="samples of `specrt train capture`")
@@ -103,8 +106,9 @@ def _run_prompts(args: argparse.Namespace) -> int:
     if args.tries < 1:
         raise ValueError(f"--tries must be at least 1, got {args.tries}")
     SamplingParams(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)  # refuses
+    outputs.check_file(args.output, make_folders=True)
     console = Console(stderr=True)
-    with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
+    with LLM(args.model, **options.engine(args)) as llm, Progress(console=console) as progress:
         task = progress.add_task("prompts", total=args.tries)
         prompts = own_prompts(llm, args.tries, args.temperature, args.max_tokens, args.seed, lambda n: progress.advance(task, n))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -128,9 +132,10 @@ def _run_capture(args: argparse.Namespace) -> int:
     for temperature in args.temperatures:
         SamplingParams(temperature=temperature)  # refuses
     conversations = read_conversations(args.prompts, args.category, args.without, args.limit)
+    outputs.check_file(args.output, make_folders=True)
     how: dict[str, Any] = {"model": args.model, "dtype": args.dtype, **{name: getattr(args, name) for name in _CAPTURE if name not in ("prompts", "output")}, "prompts": Path(args.prompts).name}
     console = Console(stderr=True)
-    with LLM(args.model, device=args.device, dtype=args.dtype, max_batch_size=args.max_batch_size, max_model_len=args.max_model_len) as llm, Progress(console=console) as progress:
+    with LLM(args.model, **options.engine(args)) as llm, Progress(console=console) as progress:
         if llm.tokenizer is None:
             raise ValueError(f"model {args.model!r} has no tokenizer, which prompts need")
         task = progress.add_task("answers", total=len(conversations) * args.repeats)
@@ -150,7 +155,9 @@ def _run_method(args: argparse.Namespace) -> int:
 
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
     given |= {name: tuple(given[name]) for name in ("data", "layer_ids") if name in given}
-    trainer = Trainer(Settings.make(given | {"method": args.what}), args.resume)
+    chosen = Settings.make(given | {"method": args.what})
+    outputs.check_folder(args.output)
+    trainer = Trainer(chosen, args.resume)
     console = Console(stderr=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(args.what, total=trainer.total)

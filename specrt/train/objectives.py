@@ -5,13 +5,14 @@ distribution over the head's vocabulary, and alpha = sum min(p, q), the probabil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-OBJECTIVES = ("ce", "lk", "length", "vsd")
 _LK_DECAY = 3.0  # eta of arXiv:2602.23881
 
 
@@ -29,7 +30,7 @@ class StepRows:
 
 def row_scores(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(ce, alpha, hit) of rows [N, D]; teacher: float32 log-probabilities of the target's whole distribution."""
-    return (_fused_scores if logits.is_cuda else _scores)(logits, teacher)
+    return (_fused_scores() if logits.is_cuda else _scores)(logits, teacher)
 
 
 def _scores(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +39,10 @@ def _scores(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ce, torch.minimum(teacher.exp(), logq.exp()).sum(-1), logits.argmax(-1) == teacher.argmax(-1)
 
 
-_fused_scores = torch.compile(_scores, dynamic=True)  # a few passes over [N, D] instead of a dozen, the most of a training step
+@cache
+def _fused_scores() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """A few passes over [N, D] instead of a dozen, the most of a training step. Made when first used: torch.compile takes two seconds to import."""
+    return torch.compile(_scores, dynamic=True)
 
 
 def loss_of(objective: str, steps: list[StepRows], decay: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings of a training run, every one checked."""
+"""Settings of a training run, every one checked. Without torch: the shell's flags are made of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from specrt.checks import choice, integer, number, refuse
-from specrt.train.objectives import OBJECTIVES
 
 METHODS = ("eagle3", "eagle3.1", "peagle", "mtp", "medusa")
+OBJECTIVES = ("ce", "lk", "length", "vsd")
 _DRAWN = ("eagle3", "eagle3.1", "mtp")  # whose drafts depend on those before them
 _VSD_LR = 5e-6
 #: unroll, decay, lr, layers of a method; heads of MEDUSA are its unrolled steps.

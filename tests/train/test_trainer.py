@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from specrt import LLM, SamplingParams
+from specrt.train import objectives
 from specrt.train import trainer as trainer_module
 from specrt.train.objectives import StepRows, loss_of, row_scores
 from specrt.train.samples import Sample, read_files, read_samples, split
@@ -209,6 +211,32 @@ def test_objectives_by_hand():
     assert float(loss_of("lk", steps, 0.8)) == pytest.approx(float(w0 * 1 + (1 - w0) * 0.4 + 0.8 * (w1 * 2 + (1 - w1) * 0.5)))
     chain = 1 - ((0.8 + 0.8 * 0.5) + 0.4) / 2 / 2
     assert float(loss_of("length", steps, 0.8)) == pytest.approx(float(w0 * 1 + 0.8 * w1 * 2 + (1 - w0) * 2 * chain))
+
+
+def test_the_fused_scores_are_compiled_when_first_used_and_once(monkeypatch):
+    """Under autograd, made again in the backward pass as the trainer has it, and for any number of rows."""
+    compiled, graphs, whole = [], [], torch.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or whole(f, backend=count, **how))
+    objectives._fused_scores.cache_clear()
+    try:
+        for rows in (5, 7, 12):
+            logits, teacher = torch.randn(rows, 30), torch.log_softmax(torch.randn(rows, 30), -1)
+            found = []
+            for fused in (False, True):
+                x = logits.clone().requires_grad_()
+                scores = objectives._fused_scores() if fused else objectives._scores
+                ce, alpha, hit = checkpoint(scores, x, teacher, use_reentrant=False)
+                (ce.sum() - alpha.sum()).backward()
+                found.append((ce, alpha, hit, x.grad))
+            assert all(torch.equal(a, b) for a, b in zip(*found))
+        assert compiled == [objectives._scores] and len(graphs) == 1
+    finally:
+        objectives._fused_scores.cache_clear()
 
 
 def test_the_vocabulary_is_what_answers_are_made_of():
