@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import specrt.round.run
 from specrt import LLM, SamplingParams
 from specrt.models.config import ModelConfig
 from tests.kit.tiny import CONFIGS, VOCAB, random_tensors, write_folder, write_weights
@@ -86,6 +87,23 @@ def test_masks_that_fail(good, device):
             assert out.finish_reason == "error" and words in out.error
         (none,) = llm.generate([1, 2], SamplingParams(allowed_token_ids=[2], min_tokens=3))
         assert none.finish_reason == "error" and "no token is left" in none.error
+
+
+@pytest.mark.parametrize("where", ["write_slot", "upload"])  # its tables, or its pages
+def test_a_request_that_cannot_enter_ends_alone(good, device, monkeypatch, where):
+    with LLM(good, device=device, max_batch_size=2, speculative_config={"method": "ngram"}, **SHORT) as llm:
+        params = SamplingParams(temperature=1.0, seed=4, max_tokens=30, ignore_eos=True)
+        (want,) = llm.generate([[1, 2, 3]], params)
+        stream = llm.stream([1, 2, 3], params)
+        pieces = [next(stream)]
+        with monkeypatch.context() as broken:
+            broken.setattr(specrt.round.run, where, lambda *_: 1 / 0)
+            (failed,) = llm.generate([[5, 6]], params)
+        assert failed.finish_reason == "error" and failed.token_ids == [] and "could not enter its slot: ZeroDivisionError" in failed.error
+        (again,) = llm.generate([[1, 2, 3]], params)
+        pieces += list(stream)
+        assert again.token_ids == want.token_ids == stream.output.token_ids == [token for piece in pieces for token in piece.token_ids]
+        assert llm.metrics()["specrt:kv_cache_usage"] == 0.0
 
 
 def test_memory_and_batch_sizes(good):
