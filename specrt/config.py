@@ -85,7 +85,7 @@ class SpeculativeConfig:
         shape = _static_tree if "choices" in given else _tree if any(key in given for key in _TREE_KEYS) else _chain
         values |= shape(values["method"], given)
         config = cls(**values)
-        _check_verifiable(config, given)
+        _check_verifiable(config)
         return config
 
 
@@ -226,7 +226,7 @@ def _verification(given: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_verifiable(config: SpeculativeConfig, given: dict[str, Any]) -> None:
+def _check_verifiable(config: SpeculativeConfig) -> None:
     longest = config.max_depth + 1
     if config.synthetic_acceptance_length is not None and config.synthetic_acceptance_length > longest:
         raise refuse(_key("synthetic_acceptance_length"), config.synthetic_acceptance_length, f"at most the draft's depth + 1 = {longest}")

@@ -28,7 +28,7 @@ class LLM:
     a scale for each output channel, lm_head apart; activations by row and 128 channels. kv_cache_dtype: "auto" (keys and values in ``dtype``), or "fp8": in e4m3, a drafter's
     too, with the checkpoint's k_scale and v_scale of each layer, or 1. max_batch_size: requests decoded together, others wait. max_model_len: most tokens of prompt and output; None = the
     model's, at most 8192. kv_cache_memory: bytes for keys and values (drafter's included); None = all that the batch can use (on CUDA at most 85 % of
-    what is free). page_size: positions a KV page. speculative_config: None, or a dict as in the README, for example {"method": "ngram"}.
+    what is free, on the CPU an error if there is less). page_size: positions a KV page. speculative_config: None, or a dict as in the README, for example {"method": "ngram"}.
     ValueError names a key that is not valid, and what would be."""
 
     def __init__(self, model: str | Path, *, device: str | None = None, dtype: str = "bfloat16", quantization: str | None = None, kv_cache_dtype: str = "auto",
@@ -180,24 +180,25 @@ def _joined(samples: list[RequestOutput]) -> RequestOutput:
 
 
 def load_engine(model: str | Path, config: EngineConfig) -> Engine:
-    """Target, drafters and KV pool for a checked configuration. ValueError if the checkpoint is broken, or a drafter or max_model_len does not fit it."""
+    """Target, drafters and KV pool for a checked configuration. ValueError if the checkpoint is broken, or a drafter or max_model_len does not fit it, or memory does not hold the buffers."""
     import torch
 
+    from specrt.cache.memory import check_memory
     from specrt.cache.pages import pool_pages
     from specrt.cache.pool import KVPool
     from specrt.draft import build
     from specrt.models.dense import DenseModel
     from specrt.ops import FP8
     from specrt.round.run import Round
+    from specrt.round.state import RoundState
     from specrt.weights import open_checkpoint
 
     checkpoint = open_checkpoint(model)
-    if config.max_model_len is not None:
-        config.for_model(checkpoint.config.max_position_embeddings)  # refuse before the weights are read
+    served = config.for_model(checkpoint.config.max_position_embeddings).max_model_len  # refuse before the weights are read
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     has_tokenizer = checkpoint.folder is None or (checkpoint.folder / "tokenizer.json").is_file()
     tokenizer = checkpoint.tokenizer() if has_tokenizer else None  # without one, prompts are token ids and outputs have no text
-    target = DenseModel.load(checkpoint, dtype, device, config.quantization, FP8 if config.kv_cache_dtype == "fp8" else None)
+    target = DenseModel.load(checkpoint, dtype, device, config.quantization, FP8 if config.kv_cache_dtype == "fp8" else None, served)
     drafters = {name: build(c, target=target, tokenizer=tokenizer, device=device, dtype=dtype, target_name=str(model)) for name, c in config.drafters.items()}
     positions = [checkpoint.config.max_position_embeddings, *(d.max_positions for d in drafters.values() if d.max_positions is not None)]
     config = config.for_model(min(positions))
@@ -207,5 +208,8 @@ def load_engine(model: str | Path, config: EngineConfig) -> Engine:
     if memory is None and device.type == "cuda":
         memory = int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
     pages = pool_pages(config.max_batch_size, config.max_model_len, Round.slack_of(config.width, drafters), config.page_size, page_bytes, memory)
+    if device.type == "cpu":
+        logits = RoundState.vocabulary_bytes(config.max_batch_size, config.width, checkpoint.config.vocab_size)
+        check_memory(config.max_batch_size, config.max_model_len, config.kv_cache_memory, pages * page_bytes, logits)
     config = config.with_pages(pages)
     return Engine(Round(target, drafters, config), tokenizer, config, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)

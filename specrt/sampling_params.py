@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from specrt.checks import boolean, integer, known_keys, number, refuse
 
@@ -14,9 +14,24 @@ MAX_LOGPROBS = 64
 MAX_SAMPLES = 1024
 
 
+class FrozenDict(dict):
+    """A dict that stays as it was made, and so has a hash: requests that run read it."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("SamplingParams do not change after they are made; make new ones, for example with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are made whole, not key by key
+        return FrozenDict, (dict(self),)
+
+
 @dataclass(frozen=True, init=False)
 class SamplingParams:
-    """Sampling parameters of a request; checked when made, immutable afterwards.
+    """Sampling parameters of a request; checked when made, immutable afterwards (its dicts are ``FrozenDict``s), with a hash.
 
     temperature: 0 = greedy. top_k: 0 = off. top_p, min_p: nucleus and relative threshold, after temperature. repetition_penalty counts prompt and
     output, presence_penalty and frequency_penalty the output. logit_bias: {token id: added to its logit}. allowed_token_ids: all others are never
@@ -36,7 +51,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     token_mask: Callable[[list[int]], Any] | None = None
     min_tokens: int = 0
@@ -48,7 +63,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    speculative: bool | dict[str, Any] | None = None
+    speculative: bool | Mapping[str, Any] | None = None
 
     def __init__(self, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0,
                  presence_penalty: float = 0.0, frequency_penalty: float = 0.0, logit_bias: dict[int, float] | None = None,
@@ -107,13 +122,13 @@ def _token_ids(key: str, value: Any, empty: bool) -> tuple[int, ...]:
     return tuple(sorted({integer(f"{key}: token id", token, 0, 2**31 - 1) for token in value}))
 
 
-def _logit_bias(value: Any) -> dict[int, float] | None:
+def _logit_bias(value: Any) -> FrozenDict | None:
     if value is None:
         return None
     if not isinstance(value, dict):
         raise refuse("logit_bias", value, "None or a dict {token id: number}")
-    return {integer("logit_bias: token id", token, 0, 2**31 - 1):
-            number(f"logit_bias[{token!r}]", bias, -1e4, 1e4, "a number from -1e4 to 1e4 (allowed_token_ids forbids tokens)") for token, bias in value.items()}
+    accepted = "a number from -1e4 to 1e4 (allowed_token_ids forbids tokens)"
+    return FrozenDict((integer("logit_bias: token id", token, 0, 2**31 - 1), number(f"logit_bias[{token!r}]", bias, -1e4, 1e4, accepted)) for token, bias in value.items())
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -123,7 +138,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(strings))
 
 
-def _speculative(value: Any) -> bool | dict[str, Any] | None:
+def _speculative(value: Any) -> bool | FrozenDict | None:
     if value is None or value is False:
         return value
     if not isinstance(value, dict) or not value:
@@ -137,4 +152,4 @@ def _speculative(value: Any) -> bool | dict[str, Any] | None:
             checked[key] = integer(f"speculative[{key!r}]", value[key], 2 if key == "num_draft_tokens" else 1, 64 if key == "num_draft_tokens" else 63)
     if "num_speculative_tokens" in value and any(key in value for key in SPECULATIVE_KEYS[2:]):
         raise ValueError("speculative: num_speculative_tokens (a chain's length) and the tree keys num_steps, eagle_topk, num_draft_tokens exclude each other")
-    return checked
+    return FrozenDict(checked)

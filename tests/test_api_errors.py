@@ -8,8 +8,12 @@ import sys
 import pytest
 import torch
 
+import specrt.cache.memory
+import specrt.round.run
 from specrt import LLM, SamplingParams
+from specrt.cache.memory import available_memory, check_memory
 from specrt.models.config import ModelConfig
+from specrt.models.dense import POSITION_SLACK
 from tests.kit.tiny import CONFIGS, VOCAB, random_tensors, write_folder, write_weights
 
 BROKEN = 77  # the token whose embedding row is not finite
@@ -88,6 +92,23 @@ def test_masks_that_fail(good, device):
         assert none.finish_reason == "error" and "no token is left" in none.error
 
 
+@pytest.mark.parametrize("where", ["write_slot", "upload"])  # its tables, or its pages
+def test_a_request_that_cannot_enter_ends_alone(good, device, monkeypatch, where):
+    with LLM(good, device=device, max_batch_size=2, speculative_config={"method": "ngram"}, **SHORT) as llm:
+        params = SamplingParams(temperature=1.0, seed=4, max_tokens=30, ignore_eos=True)
+        (want,) = llm.generate([[1, 2, 3]], params)
+        stream = llm.stream([1, 2, 3], params)
+        pieces = [next(stream)]
+        with monkeypatch.context() as broken:
+            broken.setattr(specrt.round.run, where, lambda *_: 1 / 0)
+            (failed,) = llm.generate([[5, 6]], params)
+        assert failed.finish_reason == "error" and failed.token_ids == [] and "could not enter its slot: ZeroDivisionError" in failed.error
+        (again,) = llm.generate([[1, 2, 3]], params)
+        pieces += list(stream)
+        assert again.token_ids == want.token_ids == stream.output.token_ids == [token for piece in pieces for token in piece.token_ids]
+        assert llm.metrics()["specrt:kv_cache_usage"] == 0.0
+
+
 def test_memory_and_batch_sizes(good):
     page = 3 * 2 * 2 * 16 * 64 * 4
     with pytest.raises(ValueError, match="kv_cache_memory = 1000 bytes hold no page"):
@@ -103,6 +124,42 @@ def test_memory_and_batch_sizes(good):
                 with pytest.raises(ValueError, match="KV cache is too small"):
                     llm.generate([1] * 50, SamplingParams(max_tokens=60))
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_what_memory_does_not_hold_is_said_before_it_is_taken(tmp_path, good, monkeypatch):
+    monkeypatch.setattr(specrt.cache.memory, "MEMINFO", tmp_path / "meminfo")
+    settings = dict(device="cpu", max_batch_size=1024, max_model_len=512, dtype="float32", page_size=64)
+    page = 3 * 2 * 2 * 64 * 64 * 4
+    cache, logits = 1024 * 9 * page, 1024 * VOCAB * (4 * 9 + 9)  # 9 pages hold 512 positions and a round's; 9 rows a slot
+    for available in (10**9, cache + logits - 1024):
+        (tmp_path / "meminfo").write_text(f"MemTotal:       99999999 kB\nMemFree:           16 kB\nMemAvailable:    {available // 1024} kB\n")
+        assert available_memory() == available // 1024 * 1024
+        with pytest.raises(ValueError, match=r"max_batch_size = 1024, max_model_len = 512 and kv_cache_memory = None take at least 1\.83 GB.*1\.81 GB.*0\.01 GB for logits.* are available"):
+            LLM(good, **settings)
+        with pytest.raises(ValueError, match="kv_cache_memory = 1900000000 take"):
+            LLM(good, kv_cache_memory=1_900_000_000, **settings)
+        LLM(good, kv_cache_memory=20 * page, **settings).close()
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {(cache + logits) // 1024 + 1} kB\n")
+    check_memory(1024, 512, None, cache, logits)
+
+
+def test_where_the_system_does_not_say_what_is_available(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 1024 kB\n")
+    assert [available_memory(path) for path in (tmp_path / "meminfo", tmp_path / "none", tmp_path)] == [None] * 3
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "layerskip"])
+def test_positions_that_are_not_served_cost_nothing(tmp_path, good, device, method):
+    """A config may say 10^9 of them: the tables of angles are as long as what is served, with the same bits."""
+    far = write_folder(tmp_path / "far", {**CONFIGS["llama"], "max_position_embeddings": 10**9})
+    answers = []
+    for folder in (good, far):
+        spec = {"method": method} | {"draft_model": {"model": str(folder)}, "layerskip": {"exit_layer": 1}}.get(method, {})
+        with LLM(folder, device=device, dtype="float32", max_model_len=64, page_size=16, speculative_config=spec) as llm:
+            answers.append(llm.generate([[1, 2, 3], [4] * 60], SamplingParams(temperature=1.0, seed=1, max_tokens=61, ignore_eos=True)))
+            models = [llm._engine.round.target] + [d.model for d in llm._engine.round.drafters.values() if hasattr(d, "model")]
+            assert [(len(m.cos), len(m.sin)) for m in models] == [(64 + POSITION_SLACK,) * 2] * (1 + (method != "ngram"))
+    assert [o.token_ids for o in answers[0]] == [o.token_ids for o in answers[1]] and [len(o.token_ids) for o in answers[1]] == [61, 4]
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(good):

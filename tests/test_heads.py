@@ -13,6 +13,7 @@ from specrt.weights.checkpoint import locate_folder, open_checkpoint
 from specrt.weights.head import open_head
 from specrt.weights.head_fit import fit
 from tests.kit.heads import Shape, random_head
+from tests.kit.medusa import medusa_tensors, write_medusa
 from tests.kit.tiny import CONFIGS, write_folder
 
 TARGET = "smollm2-135m"
@@ -54,6 +55,23 @@ def test_the_configuration_names_the_head(shipped):
     assert (config.model, config.num_speculative_tokens) == (f"{TARGET}-mtp", 3)
     assert SpeculativeConfig.parse({"method": "eagle3", "model": "mine"}, TARGET).model == "mine"
     assert SpeculativeConfig.parse({"method": "ngram"}, TARGET).model is None and SpeculativeConfig.parse({"method": "mtp"}, "org/other").model is None
+
+
+def test_a_head_in_a_models_place_says_how_to_use_it(shipped, tmp_path):
+    medusa = str(write_medusa(tmp_path / "heads", medusa_tensors()))
+    for method, name in (("eagle3", f"{TARGET}-eagle3"), ("mtp", f"{TARGET}-mtp"), ("eagle3", str(shipped / f"{TARGET}-eagle3")), ("medusa", medusa)):
+        use = f"model {name!r} is a draft head and no language model: with its target as the model it is used by speculative_config = {{'method': {method!r}, 'model': {name!r}}} (--method"
+        with pytest.raises(ValueError, match=re.escape(use)):
+            open_checkpoint(name)
+        with pytest.raises(ValueError, match=re.escape(use)):
+            LLM(TARGET, device="cpu", max_model_len=64, speculative_config={"method": "draft_model", "model": name})
+
+
+def test_a_broken_head_in_a_models_place_is_a_broken_model(tmp_path):
+    folder = random_head(tmp_path / "head", Shape())
+    (folder / "model.safetensors").write_bytes(b"0" * 99)
+    with pytest.raises(ValueError, match="not a readable safetensors"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("method, target", [("eagle3", "org/other"), ("eagle", TARGET), ("medusa", TARGET)])

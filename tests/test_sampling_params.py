@@ -1,7 +1,10 @@
 """Every key of SamplingParams: what is accepted, and that everything else is refused by name."""
 
+import copy
 import dataclasses
+import json
 import math
+import pickle
 import subprocess
 import sys
 
@@ -75,6 +78,29 @@ def test_immutable_and_replaceable():
     assert dataclasses.replace(p, seed=3) == SamplingParams(stop=["a"], logit_bias={1: 2.0}, allowed_token_ids=[1], seed=3)
     with pytest.raises(ValueError, match="temperature"):
         dataclasses.replace(p, temperature=-1)
+
+
+def test_what_it_holds_does_not_change_either():
+    bias, wish = {1: 2.0}, {"method": "ngram", "num_steps": 2}
+    p = SamplingParams(logit_bias=bias, speculative=wish)
+    bias[1], wish["method"] = "x", 5
+    for held, key, before in ((p.logit_bias, 1, {1: 2.0}), (p.speculative, "method", {"method": "ngram", "num_steps": 2})):
+        for change in (lambda d: d.update({key: 0}), lambda d: d.pop(key), lambda d: d.popitem(), lambda d: d.clear(), lambda d: d.setdefault("new", 1),
+                       lambda d: d.__setitem__(key, 0), lambda d: d.__delitem__(key), lambda d: d.__ior__({key: 0})):
+            with pytest.raises(TypeError, match="do not change"):
+                change(held)
+        assert held == before
+
+
+def test_equal_ones_have_one_hash_and_copies_are_equal():
+    given = dict(logit_bias={1: 2.0, 5: -1.0}, speculative={"method": "ngram", "num_steps": 2}, stop=["a"], allowed_token_ids=[5, 1], seed=3)
+    p, q = SamplingParams(**given), SamplingParams(**{**given, "logit_bias": {5: -1, 1: 2}})
+    assert p == q and hash(p) == hash(q) and {p: 1}[q] == 1 and p != dataclasses.replace(p, logit_bias={1: 2.0})
+    for other in (copy.copy(p), copy.deepcopy(p), pickle.loads(pickle.dumps(p)), dataclasses.replace(p), SamplingParams(**dataclasses.asdict(p))):
+        assert other == p and hash(other) == hash(p) and type(other.logit_bias) is type(p.logit_bias)
+        with pytest.raises(TypeError):
+            other.logit_bias[1] = 0.0
+    assert json.loads(json.dumps(p.speculative)) == given["speculative"] and repr(p.logit_bias) == "{1: 2.0, 5: -1.0}"
 
 
 def test_vocabulary():

@@ -27,7 +27,7 @@ def _draft_model(config: Any, *, target: Any, tokenizer: Any, dtype: Any, device
     if checkpoint.tokenizer().fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"speculative_config['model']: the draft model {config.model!r} has another tokenizer than the target (the token -> id tables differ); "
                          "a draft model must share the target's vocabulary")
-    return DraftModelDrafter(DenseModel.load(checkpoint, dtype, device, config.quantization, target.kv_dtype), **growth(config))
+    return DraftModelDrafter(DenseModel.load(checkpoint, dtype, device, config.quantization, target.kv_dtype, target.positions), **growth(config))
 
 
 def _head(family: str) -> Callable[..., Drafter]:

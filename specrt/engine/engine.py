@@ -129,12 +129,18 @@ class Engine:
         if self._in_flight is None:
             self._reserve(may_put_back=True)
         for request in self.scheduler.admit():
-            wanted = request.speculation
-            self.round.admit(request.slot, SlotSetup(
-                tokens=request.prompt + request.output, prompt_len=len(request.prompt), seed=request.seed, params=request.params, stop_ids=request.end_ids,
-                method=wanted.method, num_speculative_tokens=wanted.num_speculative_tokens, max_depth=wanted.max_depth, longest=request.longest))
-            self.round.set_pages(request.slot, request.pages)
+            try:
+                self._enter(request)
+            except Exception as error:  # all that was written is the slot's own; a device that failed refuses the release too, which ends everyone (step)
+                events.append(self._fail(request, f"the request could not enter its slot: {type(error).__name__}: {error}"))
         return events
+
+    def _enter(self, request: Request) -> None:
+        wanted = request.speculation
+        self.round.admit(request.slot, SlotSetup(
+            tokens=request.prompt + request.output, prompt_len=len(request.prompt), seed=request.seed, params=request.params, stop_ids=request.end_ids,
+            method=wanted.method, num_speculative_tokens=wanted.num_speculative_tokens, max_depth=wanted.max_depth, longest=request.longest))
+        self.round.set_pages(request.slot, request.pages)
 
     def _reserve(self, may_put_back: bool) -> bool:
         """Pages for the next round; False if that needs somebody to be put back."""

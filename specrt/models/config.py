@@ -75,7 +75,7 @@ class ModelConfig:
         text = config.get("text_config", config)
         if not isinstance(text, dict):
             raise ValueError(f"text_config must be an object, got {type(text).__name__}")
-        architecture = _architecture(text, config)
+        architecture = _architecture(text)
         read = Reader(text)
         heads = read.integer("num_attention_heads")
         hidden = read.integer("hidden_size")
@@ -141,11 +141,18 @@ def positive(key: str, value: Any) -> float:
     return float(value)
 
 
-def _architecture(text: dict[str, Any], config: dict[str, Any]) -> str:
-    named = text.get("architectures") or (config.get("architectures") if text is config else None) or []
-    if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
-        raise ValueError(f"architectures must be a list of names, got {named!r}")
-    kind = text.get("model_type")
+def architecture_names(config: dict[str, Any]) -> list[str]:
+    """The names under ``architectures``; none where the key is absent."""
+    named = config.get("architectures")
+    if named is not None and (not isinstance(named, list) or not all(isinstance(n, str) for n in named)):
+        raise ValueError(f"architectures must be a list of names, got {named!r:.100}")
+    return named or []
+
+
+def _architecture(text: dict[str, Any]) -> str:
+    named, kind = architecture_names(text), text.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"model_type must be a name, got {kind!r:.100}")
     if kind is None:
         kind = next((k for k, name in ARCHITECTURES.items() if name in named), None)
     supported = f"supported model types: {', '.join(ARCHITECTURES)}"

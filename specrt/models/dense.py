@@ -18,7 +18,7 @@ from specrt.models.config import ModelConfig
 from specrt.weights.checkpoint import Checkpoint
 from specrt.weights.fp8 import Fp8Source, quantized
 
-# Rows of the tree that stand past the last committed position still need their angles.
+# Rows of a tree, the target's or a drafter's, stand up to MAX_NODES - 1 = 63 past the last position that is served, and need their angles.
 POSITION_SLACK = 128
 
 
@@ -69,20 +69,23 @@ class DenseModel:
     """A loaded model. Every row's result is a function of that row's token, position and visible keys alone (csrc/README.md)."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding: Tensor, layers: list[Layer], norm: Tensor, lm_head: Linear | Fp8Linear,
-                 kv_dtype: torch.dtype, kv_scales: list[tuple[float, float]] | None = None):
+                 kv_dtype: torch.dtype, kv_scales: list[tuple[float, float]] | None = None, positions: int | None = None):
         self.config, self.dtype, self.device = config, dtype, device
         #: Of its KV pools: dtype or ops.FP8; (k_scale, v_scale) by layer, None: 1.
         self.kv_dtype, self.kv_scales = kv_dtype, kv_scales
         self.num_layers, self.kv_heads, self.head_dim = config.num_layers, config.num_kv_heads, config.head_dim
         self.embedding, self.layers, self.norm, self.lm_head = embedding, layers, norm, lm_head
-        self.cos, self.sin = rope_tables(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings + POSITION_SLACK, device)
+        #: How many are served: there are angles for as many, and POSITION_SLACK more.
+        self.positions = config.max_position_embeddings if positions is None else min(positions, config.max_position_embeddings)
+        self.cos, self.sin = rope_tables(config.head_dim, config.rope_theta, config.rope_scaling, self.positions + POSITION_SLACK, device)
         self._scale = config.head_dim**-0.5
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, quantization: str | None = None,
-             kv_dtype: torch.dtype | None = None) -> DenseModel:
+             kv_dtype: torch.dtype | None = None, positions: int | None = None) -> DenseModel:
         """Reads the weights tensor by tensor; each is rounded to ``dtype`` once, as the last step. dtype: bfloat16 or float32. FP8 matrices stay as they are stored;
-        quantization "fp8": those of a checkpoint that has none are quantised with a scale for each output channel, all but lm_head. kv_dtype: None = ``dtype``, or ops.FP8: then with the checkpoint's scales for keys and values. ValueError if there are no kernels for the model's shape, before anything is read."""
+        quantization "fp8": those of a checkpoint that has none are quantised with a scale for each output channel, all but lm_head. kv_dtype: None = ``dtype``, or ops.FP8: then with the checkpoint's
+        scales for keys and values. positions: most that are served; None = all that the config has. ValueError if there are no kernels for the model's shape, before anything is read."""
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
         c, source, device = checkpoint.config, checkpoint.tensors, torch.device(device)
@@ -119,7 +122,7 @@ class DenseModel:
         # lm_head is quantised only if it is stored so: on SmolLM2 it alone costs 2.7 % of perplexity, all other matrices together 0.4 %.
         head = "model.embed_tokens" if c.tie_word_embeddings else "lm_head"
         lm_head = linear([head]) if stored_fp8 else Linear([matrix(f"{head}.weight")], [], dtype, device)
-        return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head, kv_dtype or dtype, kv_scales)
+        return cls(c, dtype, device, embedding, [layer(i) for i in range(c.num_layers)], vector("model.norm.weight"), lm_head, kv_dtype or dtype, kv_scales, positions)
 
     def first_layers(self, count: int) -> DenseModel:
         """The model that leaves off after ``count`` layers, under the same embedding, final norm and lm_head; the tensors are shared."""

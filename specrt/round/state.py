@@ -63,6 +63,11 @@ class RoundState:
         self.num_rows: Tensor = torch.zeros(1, **i32)
         self.logits: Tensor = torch.empty(self.rows, vocab, **f32)
 
+    @staticmethod
+    def vocabulary_bytes(batch: int, nodes: int, vocab: int) -> int:
+        """Of the buffers as wide as the vocabulary, which are nearly all there is: logits of every row; bias, output_count and prompt_mask of every slot."""
+        return batch * vocab * (4 * nodes + 4 + 4 + 1)
+
     # Annotations of the views made above.
     path_len: Tensor  # int32 [B]: accepted drafts + 1; 0 = not in the round
     error: Tensor  # int32 [B]: ops.STATUS_* of the row where the walk stopped

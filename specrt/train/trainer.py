@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from specrt.models.dense import DenseModel
-from specrt.train.batches import Batch, make_batch, plan
+from specrt.train.batches import Batch, make_batch, padded, plan
 from specrt.train.chains import draw_chains
 from specrt.train.evaluate import Acceptance, measure
 from specrt.train.medusa import MedusaNetwork
@@ -68,7 +68,7 @@ class Trainer:
             raise ValueError(f"mask_token_id = {s.mask_token_id}, and the target has {c.vocab_size} tokens")
         self._first = tempfile.TemporaryDirectory()  # of a new head's first weights, read again whenever one is written
         self.head = self._open_head(source)
-        target = DenseModel.load(source, self.dtype, self.device)
+        target = DenseModel.load(source, self.dtype, self.device, positions=padded(max(len(x.ids) for x in samples)))
         ids = self.head.target_ids()
         self.coverage = self._covered(ids)
         self.network = self._network(target, source).to(self.device)

@@ -51,19 +51,36 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     ValueError says what is wrong: no such model, a broken file, an unknown architecture or quantisation, missing, unexpected or misshapen tensors."""
     if not isinstance(model, (str, Path)) or not str(model):
         raise ValueError(f"model must be a path, a hub name or '{DEFAULT_MODEL}', got {model!r}")
-    name, path = str(model), Path(model).expanduser()
+    name, path, folder = str(model), Path(model).expanduser(), None
     try:
-        if path.is_dir():
-            return _open_folder(name, path)
         if path.is_file():
             return _open_file(name, path)
-        if name == DEFAULT_MODEL:
+        if path.is_dir():
+            folder = path
+        elif name == DEFAULT_MODEL:
             return _open_gguf(name, default_model_file())
-        if _HUB_NAME.fullmatch(name) and not isinstance(model, Path):
-            return _open_folder(name, _download(name))
+        elif not isinstance(model, Path):
+            folder = shipped().get(name) or (_download(name) if _HUB_NAME.fullmatch(name) else None)
+        if folder is not None:
+            return _open_folder(name, folder)
     except OSError as error:
         raise ValueError(f"model {name!r} cannot be read: {error}") from None
+    except ValueError as error:
+        method = None if folder is None else _method_of_head(folder)
+        if method is None:
+            raise
+        raise ValueError(f"model {name!r} is a draft head and no language model: with its target as the model it is used by speculative_config = "
+                         f"{{'method': {method!r}, 'model': {name!r}}} (--method {method} --draft-model {name})") from error
     raise ValueError(f"model {name!r} is no folder or file here; expected a path, a hub name like 'org/name', or '{DEFAULT_MODEL}'")
+
+
+def _method_of_head(folder: Path) -> str | None:
+    from specrt.weights.inspect import head_method  # late: it opens models too
+
+    try:
+        return head_method(folder)
+    except (OSError, ValueError):  # nor is it a head that could be used
+        return None
 
 
 def locate_folder(model: str | Path) -> Path:

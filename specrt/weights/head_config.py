@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from specrt.models.config import ModelConfig, Reader
+from specrt.models.config import ModelConfig, Reader, architecture_names
 
 # What speculators call their other algorithms.
 _OTHER_ALGORITHMS = {"dflash": "DFlash", "dspark": "DSpark"}
@@ -83,7 +83,7 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
         config = _mtp(inner, shapes, speculators)
         return _with_speculators(config, raw) if speculators else config
     layers = _layers(inner, shapes)
-    form = "speculators" if speculators else "SpecForge" if "LlamaForCausalLMEagle3" in (raw.get("architectures") or []) else "EAGLE"
+    form = "speculators" if speculators else "SpecForge" if "LlamaForCausalLMEagle3" in architecture_names(raw) else "EAGLE"
     family = _family(layers.hidden_size, shapes)
     if family == "eagle3" and (raw.get("speculators_model_type") == "peagle" or "mask_hidden" in shapes):
         family = "peagle"
@@ -98,7 +98,7 @@ def head_config(raw: Any, shapes: dict[str, tuple[int, ...]]) -> HeadConfig:
 
 def _refuse_others(raw: dict[str, Any]) -> None:
     kind = raw.get("speculators_model_type")
-    if kind in _OTHER_ALGORITHMS:
+    if isinstance(kind, str) and kind in _OTHER_ALGORITHMS:
         raise ValueError(f"this is a {_OTHER_ALGORITHMS[kind]} head, which is not supported yet; supported: EAGLE, EAGLE-3, P-EAGLE, MTP")
     if kind not in (None, "eagle3", "peagle", "mtp"):
         raise ValueError(f"speculators_model_type = {kind!r} is not supported; supported: 'eagle3', 'peagle', 'mtp'")
@@ -215,5 +215,6 @@ def _with_speculators(config: HeadConfig, raw: dict[str, Any]) -> HeadConfig:
             raise ValueError(f"speculators_config: {key} = {method[key]!r} asks for lossy acceptance, and verification here is exact; it must be {exact}")
     tokens = method.get("speculative_tokens")
     verifier = verifier if isinstance(verifier, dict) else {}
-    return replace(config, verifier=verifier.get("name_or_path") or None, verifier_architectures=tuple(map(str, verifier.get("architectures") or ())),
+    name = verifier.get("name_or_path")
+    return replace(config, verifier=name if isinstance(name, str) and name else None, verifier_architectures=tuple(architecture_names(verifier)),
                    suggested_tokens=tokens if isinstance(tokens, int) else None)

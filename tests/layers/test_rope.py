@@ -40,6 +40,14 @@ def test_tables(device):
     assert relative_error(cos, angle.cos()) < 1e-5 and relative_error(sin, angle.sin()) < 1e-5
 
 
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 96, 128])
+def test_a_position_has_its_bits_in_a_table_of_any_length(head_dim, device):
+    long = rope_tables(head_dim, 500000.0, LLAMA3, 9000, device)
+    for positions in (*range(1, 70), 192, 257, 2047, 2049, 8320):
+        for whole, table in zip(long, rope_tables(head_dim, 500000.0, LLAMA3, positions, device)):
+            assert torch.equal(table, whole[:positions])
+
+
 def test_an_unknown_scaling_is_refused():
     with pytest.raises(ValueError, match="'yarn' is not supported"):
         inverse_frequencies(64, 10000.0, {"rope_type": "yarn"})

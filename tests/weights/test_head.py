@@ -104,6 +104,12 @@ def test_flags_that_a_config_does_not_have(tmp_path, key, without):
     assert getattr(opened(tmp_path, config={k: v for k, v in original_config(S).items() if k != key}).config, key) is False
 
 
+@pytest.mark.parametrize("verifier", [-1, ["org/target"], {}, None, ""])
+def test_a_target_without_a_name(tmp_path, verifier):
+    head = opened(tmp_path, config=speculators_config(S, verifier=verifier), tensors=renamed(head_tensors(S), layers0))
+    assert head.config.verifier is None and not any("made for" in warning for warning in fit(head, TARGET, "org/other"))
+
+
 def test_flags_that_tensors_or_old_names_show(tmp_path):
     def flags(name, tensors, **more):
         config = open_head(str(write_head(tmp_path / name, {**original_config(Shape()), **more}, tensors))).config
@@ -230,7 +236,11 @@ def test_a_broken_head_is_refused_by_tensor(tmp_path, change, match):
     (S, original_config(S) | {"eagle_aux_hidden_state_layer_ids": ["2"]}, "must be a list of integers"), (S, original_config(S, [1, 2]) | {"num_aux_hidden_states": 3}, "num_aux_hidden_states = 3"),
     (S, original_config(S) | {"eagle_config": [1]}, "eagle_config must be an object"), (S, original_config(S) | {"norm_output": "yes"}, "norm_output must be true or false"),
     (S, original_config(S) | {"model_type": "deepseek_v3"}, "unknown architecture"), (S, original_config(S) | {"layer_types": ["full"]}, "layer_types must list"),
-    (S, original_config(S) | {"layer_types": ["sliding_attention"]}, "sliding_window .*missing")])
+    (S, original_config(S) | {"layer_types": ["sliding_attention"]}, "sliding_window .*missing"),
+    (S, original_config(S) | {"architectures": 5}, "architectures must be a list of names, got 5"), (S, original_config(S) | {"architectures": True}, "architectures .* got True"),
+    (S, original_config(S) | {"model_type": ["llama"]}, r"model_type must be a name, got \['llama'\]"),
+    (S, speculators_config(S, speculators_model_type=["eagle3"]), r"speculators_model_type = \['eagle3'\] is not supported"),
+    (S, speculators_config(S, speculators_config={"verifier": {"architectures": 5}}), "architectures must be a list of names, got 5")])
 def test_a_broken_config_is_refused_by_key(tmp_path, s, config, match):
     with pytest.raises(ValueError, match=match) as error:
         opened(tmp_path, s=s, config=config or [0])
