@@ -82,7 +82,6 @@ class Engine:
         return request
 
     def add(self, request: Request) -> None:
-        request.arrival = time.perf_counter()
         self.totals.prompt_tokens += len(request.prompt)
         self.scheduler.add(request)
 
