@@ -90,10 +90,6 @@ class Engine:
         if request.finish_reason is None:
             self._release(request, "abort", None)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.scheduler.waiting) or any(r is not None for r in self.scheduler.slots)
-
     def metrics(self) -> dict[str, Any]:
         """Totals since the start, and what is going on now."""
         allocator = self.scheduler.allocator

@@ -8,7 +8,7 @@ import pytest
 from specrt.config import SpeculativeConfig
 from specrt.round.setup import SlotSetup
 from specrt.sampling_params import SamplingParams
-from tests.engine.fake import EOS, NGRAM, VOCAB, FakeRound, add, assert_idle, finish, logprob, make_engine, reference
+from tests.engine.fake import EOS, NGRAM, VOCAB, FakeRound, add, assert_idle, finish, has_work, logprob, make_engine, reference
 
 PROMPT = [3, 9, 4, 4, 7]
 
@@ -54,7 +54,7 @@ def test_requests_join_and_leave_in_order_of_arrival():
     engine = make_engine(max_batch_size=2, prefill_chunk=4)
     requests = [add(engine, [1 + i] * (1 + 5 * i), seed=i, max_tokens=5 + 7 * i) for i in range(5)]
     firsts: list[int] = []
-    while engine.has_work:
+    while has_work(engine):
         for request, piece in engine.step():
             if request.number not in firsts:
                 firsts.append(request.number)
