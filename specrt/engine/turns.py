@@ -1,7 +1,7 @@
 """Turns: many threads, one engine. One thread is in at a time: for a step, or for a short visit (a request comes or goes, counters are read).
 
 Threads that wait for tokens need the same thing, the next step: the first of them makes it, for all, and the others sleep until theirs is done or they
-are the first. So a step costs no change of thread, and a batch of many callers runs as one call would run it. A visitor waits for one step at most."""
+are the first. So a step costs no change of thread, and a batch of many callers runs as one call would run it. A visitor waits for the step that runs, at most for one more."""
 
 from __future__ import annotations
 
