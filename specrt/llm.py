@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,14 @@ from specrt.engine.output import RequestOutput, StreamPiece
 from specrt.engine.prompts import params_list, prompt_list, prompt_tokens
 from specrt.engine.request import Request
 from specrt.engine.seeds import draw_seed, sample_seed
+from specrt.engine.turns import Turns
 from specrt.sampling_params import SamplingParams
 
 _CUDA_SHARE = 0.85  # of the memory that is free once the weights are in; the rest is for the round's buffers
 
 
 class LLM:
-    """A language model with speculative decoding. Use from any number of threads; requests of all calls share the batch.
+    """A language model with speculative decoding. Use from any number of threads; requests of all calls share the batch. Not from a token_mask of its own: RuntimeError.
 
     model: a Hugging Face folder, a .safetensors or .gguf file, a hub name, or "smollm2-135m" (embedded). device: None = CUDA if there is one. dtype:
     "bfloat16" or "float32". quantization: None (weights as stored, FP8 ones too), or "fp8": the matrices of a checkpoint that has none are quantised at load to e4m3,
@@ -37,9 +37,9 @@ class LLM:
         config = EngineConfig.parse(
             device=device, dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype, max_batch_size=max_batch_size, max_model_len=max_model_len,
             kv_cache_memory=kv_cache_memory, page_size=page_size, enforce_eager=enforce_eager, speculative_config=speculative_config, target=str(model))
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._streams: dict[Request, deque[StreamPiece]] = {}  # pieces not fetched yet
-        self._dropped: deque[Request] = deque()  # requests of streams that were collected without close()
+        self._dropped: deque[Request] = deque()  # requests of streams that have ended, or were collected without close()
         self._engine: Engine | None = load_engine(model, config)
         self.config = self._engine.config
         self.tokenizer = self._engine.tokenizer
@@ -49,18 +49,13 @@ class LLM:
         them. Nothing starts if anything of the call is not valid (ValueError)."""
         given = self._prepare(prompts, params, chat)
         requests = [request for samples in given for request in samples]
-        with self._lock:
-            engine = self._open()
-            for request in requests:
-                engine.add(request)
+        self._turns.visit(lambda: self._add(requests))
         try:
-            while any(request.finish_reason is None for request in requests):
-                with self._lock:
-                    self._step()
+            # The latest is asked first: it ends last, mostly.
+            self._turns.until(lambda: all(request.finish_reason is not None for request in reversed(requests)), self._step)
         finally:
-            with self._lock:
-                for request in requests:
-                    engine.abort(request)
+            if any(request.finish_reason is None for request in requests):
+                self._turns.visit(lambda: self._forget(requests))
         return [_joined([request.to_output() for request in samples]) for samples in given]
 
     def stream(self, prompt: Any, params: SamplingParams | None = None, chat: bool = False) -> Stream:
@@ -69,21 +64,16 @@ class LLM:
         if len(given) != 1 or len(given[0]) != 1:
             raise ValueError(f"stream takes one prompt and n = 1, got {len(given)} prompts and n = {len(given[0])}; open a stream for each")
         stream = Stream(self, given[0][0])
-        with self._lock:
-            self._open().add(stream.request)
-            self._streams[stream.request] = stream.pieces
+        self._turns.visit(lambda: self._add([stream.request], stream.pieces))
         return stream
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start under their metric names ("specrt:spec_decode_num_drafts_total", ...); labelled ones are dicts {label: value}."""
-        with self._lock:
-            return self._open().metrics()
+        return self._turns.visit(lambda: self._open().metrics())
 
     def close(self) -> None:
         """Ends what is running and frees the model and its KV cache. May be called twice."""
-        with self._lock:
-            self._engine = None
-            self._streams.clear()
+        self._turns.visit(self._shut)
 
     def __enter__(self) -> LLM:
         return self
@@ -110,23 +100,37 @@ class LLM:
                 raise (error if len(entries) == 1 else ValueError(f"prompts[{i}]: {error}")) from None
         return given
 
+    # What follows runs in turn.
+
+    def _add(self, requests: list[Request], pieces: deque[StreamPiece] | None = None) -> None:
+        engine = self._open()
+        for request in requests:
+            engine.add(request)
+            if pieces is not None:
+                self._streams[request] = pieces
+
     def _step(self) -> None:
-        """One step of the engine, for everyone; the lock is held."""
+        """One step of the engine, for everyone."""
         engine = self._open()
         while self._dropped:
-            self._forget(self._dropped.popleft())
+            self._forget([self._dropped.popleft()])
         for request, piece in engine.step():
             if request in self._streams:
                 self._streams[request].append(piece)
 
-    def _forget(self, request: Request) -> None:
-        self._streams.pop(request, None)
-        if self._engine is not None:
-            self._engine.abort(request)
+    def _forget(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._streams.pop(request, None)
+            if self._engine is not None:
+                self._engine.abort(request)
+
+    def _shut(self) -> None:
+        self._engine = None
+        self._streams.clear()
 
 
 class Stream:
-    """Pieces of one answer as rounds end. Iterate it; ``close`` (or leaving its ``with``) frees the request. ``output``: the whole answer, once it has ended."""
+    """Pieces of one answer as rounds end. Iterate it; ``close`` (or leaving its ``with``) frees the request. For one thread at a time. ``output``: the whole answer, once it has ended."""
 
     def __init__(self, llm: LLM, request: Request):
         self._llm, self.request = llm, request
@@ -141,13 +145,11 @@ class Stream:
         if self._closed:
             raise StopIteration
         try:
-            with self._llm._lock:
-                while not self.pieces:
-                    if self.request.finish_reason is not None:  # another call's step failed and ended this request with it
-                        self.pieces.append(StreamPiece("", [], [], self.request.finish_reason, self.request.error, self.request.to_output()))
-                    else:
-                        self._llm._step()
-                piece = self.pieces.popleft()
+            if not self.pieces:
+                self._llm._turns.until(lambda: bool(self.pieces) or self.request.finish_reason is not None, self._llm._step)
+            if not self.pieces:  # another call's step failed and ended this request with it
+                self.pieces.append(StreamPiece("", [], [], self.request.finish_reason, self.request.error, self.request.to_output()))
+            piece = self.pieces.popleft()
         except BaseException:
             self.close()
             raise
@@ -159,8 +161,10 @@ class Stream:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            with self._llm._lock:
-                self._llm._forget(self.request)
+            if self.request.finish_reason is not None or self._llm._turns.mine:  # nothing to free, or not now
+                self._llm._dropped.append(self.request)
+            else:
+                self._llm._turns.visit(lambda: self._llm._forget([self.request]))
 
     def __enter__(self) -> Stream:
         return self
@@ -169,7 +173,7 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        # The collector may run in the middle of a step: only leave a note (close() takes the lock).
+        # The collector may run in the middle of a step: only leave a note (close() waits for a turn).
         if not getattr(self, "_closed", True):
             self._llm._dropped.append(self.request)
 

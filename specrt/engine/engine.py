@@ -3,7 +3,7 @@
 A step: pages for the running -> requests enter -> a prompt chunk -> a round is launched -> the round before it is read, and every request's new tokens are cut
 where its output ends. So the device always has its next round while the host works, and the host learns a round late that a request is over: the
 round that was launched meanwhile does no harm (a slot stops at its longest length by itself) and what it says of that request is dropped. On the CPU the round
-just launched is read. Not thread-safe; LLM holds the lock."""
+just launched is read. Not thread-safe: LLM calls it in turn (turns.py)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,6 @@ class Engine:
         return request
 
     def add(self, request: Request) -> None:
-        request.arrival = time.perf_counter()
         self.totals.prompt_tokens += len(request.prompt)
         self.scheduler.add(request)
 
@@ -90,10 +89,6 @@ class Engine:
         """Frees the request's slot and pages; nothing if it has ended."""
         if request.finish_reason is None:
             self._release(request, "abort", None)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.scheduler.waiting) or any(r is not None for r in self.scheduler.slots)
 
     def metrics(self) -> dict[str, Any]:
         """Totals since the start, and what is going on now."""

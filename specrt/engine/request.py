@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from specrt.engine.output import RequestOutput
 from specrt.engine.speculation import Speculation
 from specrt.engine.statistics import RequestStats
@@ -32,7 +34,8 @@ class Request:
         self.prompt_logprobs: list[dict[int, float] | None] = [None]
         self.finish_reason: str | None = None
         self.error: str | None = None
-        self.arrival = self.first_token = self.last_token = 0.0
+        self.arrival = time.perf_counter()  # so that all waiting counts, the one for a turn to enter too
+        self.first_token = self.last_token = 0.0
         self.stats = RequestStats(method=speculation.method, rejection_sample_method=rejection_sample_method, num_prompt_tokens=len(prompt))
 
     @property

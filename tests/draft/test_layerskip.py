@@ -76,7 +76,7 @@ def test_every_round_is_a_separate_draft_models(folder, device, config, rule, sh
         llm._engine.round.lookahead = 0
     requests = [start(llm, PROMPTS, params) for llm in llms]
     ours, theirs = (llm._engine.round.state for llm in llms)
-    while llms[0]._engine.has_work:
+    while any(request.finish_reason is None for request in requests[0]):
         for llm in llms:
             llm._engine.step()
         used = torch.arange(ours.nodes, device=ours.device) < ours.tree_size[:, None]

@@ -232,6 +232,10 @@ def finish(engine: Engine, *requests) -> list:
     raise AssertionError("the engine makes no progress")
 
 
+def has_work(engine: Engine) -> bool:
+    return bool(engine.scheduler.waiting or engine.scheduler.running)
+
+
 def assert_idle(engine: Engine) -> None:
     """Nothing is held any more."""
-    assert not engine.has_work and engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_pages and not engine.round.setups
+    assert not has_work(engine) and engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_pages and not engine.round.setups

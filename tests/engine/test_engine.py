@@ -1,11 +1,14 @@
 """The engine on a pseudo-model: outputs do not depend on speculation, batch, chunks or put-backs; ends, errors and statistics are right."""
 
+import time
+
 import numpy as np
 import pytest
 
 from specrt.config import SpeculativeConfig
 from specrt.round.setup import SlotSetup
-from tests.engine.fake import EOS, NGRAM, VOCAB, FakeRound, add, assert_idle, finish, logprob, make_engine, reference
+from specrt.sampling_params import SamplingParams
+from tests.engine.fake import EOS, NGRAM, VOCAB, FakeRound, add, assert_idle, finish, has_work, logprob, make_engine, reference
 
 PROMPT = [3, 9, 4, 4, 7]
 
@@ -38,11 +41,20 @@ def test_prompt_of_one_token_needs_no_prefill():
     assert request.output == reference(0, [7], 3) and engine.round.spans == []
 
 
+def test_time_to_first_token_counts_from_before_the_request_is_taken():
+    engine = make_engine()
+    request = engine.prepare([7], SamplingParams(max_tokens=3), 0)
+    time.sleep(0.01)
+    engine.add(request)
+    finish(engine, request)
+    assert request.to_output().stats.time_to_first_token >= 0.01
+
+
 def test_requests_join_and_leave_in_order_of_arrival():
     engine = make_engine(max_batch_size=2, prefill_chunk=4)
     requests = [add(engine, [1 + i] * (1 + 5 * i), seed=i, max_tokens=5 + 7 * i) for i in range(5)]
     firsts: list[int] = []
-    while engine.has_work:
+    while has_work(engine):
         for request, piece in engine.step():
             if request.number not in firsts:
                 firsts.append(request.number)

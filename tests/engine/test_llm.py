@@ -1,7 +1,6 @@
-"""LLM on the pseudo-model: forms of prompts, samples, seeds, streams, threads, and that nothing starts when anything is wrong."""
+"""LLM on the pseudo-model: forms of prompts, samples, seeds, streams, and that nothing starts when anything is wrong."""
 
 import gc
-import threading
 
 import pytest
 
@@ -126,24 +125,6 @@ def test_stream_takes_one_prompt_and_one_sample(llm):
     for prompt, given in ((["a", "b"], params()), ("a", params(n=2)), ("", params())):
         with pytest.raises(ValueError):
             llm.stream(prompt, given)
-    assert_idle(engine(llm))
-
-
-def test_threads_share_the_batch(llm):
-    results: dict[int, list[int]] = {}
-
-    def work(i: int) -> None:
-        if i % 2:
-            results[i] = [t for p in llm.stream([i + 1], params(seed=i, max_tokens=25)) for t in p.token_ids]
-        else:
-            results[i] = llm.generate([i + 1], params(seed=i, max_tokens=25))[0].token_ids
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert results == {i: reference(i, [i + 1], 25) for i in range(8)}
     assert_idle(engine(llm))
 
 
