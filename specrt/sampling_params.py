@@ -36,7 +36,7 @@ class SamplingParams:
     temperature: 0 = greedy. top_k: 0 = off. top_p, min_p: nucleus and relative threshold, after temperature. repetition_penalty counts prompt and
     output, presence_penalty and frequency_penalty the output. logit_bias: {token id: added to its logit}. allowed_token_ids: all others are never
     chosen. token_mask: f(output token ids so far, list[int]) -> bool mask of the vocabulary (True: may follow); called for every node of a token
-    tree, so it must not keep a position of its own.
+    tree, so it must not keep a position of its own, nor call its LLM.
     min_tokens: end-of-text, stop ids and stop strings cannot end the output before it. max_tokens: most output tokens. ignore_eos: end-of-text is a token like others.
     stop: a string or several; the text ends before it. stop_token_ids: end the output; kept in token_ids, not in the text.
     seed: signed 64-bit; None draws one. n: independent samples; sample i > 0 has a seed derived from (seed, i).

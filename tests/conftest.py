@@ -1,5 +1,9 @@
-import pytest
-import torch
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: threads that wait do not keep cores from others' work, on machines that are shared
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_generate_tests(metafunc):
