@@ -16,9 +16,9 @@ FOLDER = ROOT / "bench" / "results"
 KEYS = ("name", "shape", "value", "unit", "floor", "share_of_floor", "peer", "peer_value", "ratio", "spread", "note", "digest", "commit", "date")
 
 
-# Which rooms of csrc/ a row depends on, by the beginning of its name (the longest that fits), besides the three that every kernel may use.
+# Which rooms of csrc/ a row depends on, by the beginning of its name (the longest that fits), besides the two that every kernel may use.
 # A row that is not listed depends on all of csrc/: rounds, end-to-end figures, exactness.
-EVERY = ("base", "ptx", "tile")
+EVERY = ("base", "ptx")
 ROOMS = {"linear_": ("gemm",), "prefill_linear_": ("gemm",), "decode_attention_": ("attention",), "verify_attention_": ("attention",), "prefill_attention_": ("attention",),
          "sampling_": ("sample",), "lm_head_": ("gemm", "sample"), "greedy_": ("sample",), "append_": ("kv",), "commit_": ("kv",), "rms_norm_": ("norm",), "graph_node": (), "read_": ()}
 
