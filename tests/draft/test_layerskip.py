@@ -111,7 +111,7 @@ def test_it_costs_no_pages(folder, device):
 
 
 def test_the_targets_files_may_say_the_exit_layer(folder, device):
-    target = write_folder(folder / "layerskip-tiny", TARGET)
+    target = write_folder(folder / f"layerskip-tiny-{device}", TARGET)
     assert f"LayerSkip target, method 'layerskip'; say exit_layer, 1 to {LAYERS - 1}" in describe(target)
     with pytest.raises(ValueError, match="'exit_layer'. is missing.*no assistant_early_exit.*4 layers"):
         LLM(target, device=device, speculative_config={"method": "layerskip"})
