@@ -93,6 +93,7 @@ gpu-evidence: $(VENV)/.run
 
 gpu-bench: $(VENV)/.model gpu-evidence
 	$(PY) bench/bench_gpu.py
+	$(PY) bench/evidence.py table
 
 clean:
 	rm -rf build specrt/_C.so

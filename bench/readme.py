@@ -61,9 +61,10 @@ def cpu() -> str:
     rows = [(label, f"{row['value']:.0f} tokens/s", f"{row['peer']}: {row['peer_value']:.0f}", f"{row['ratio']:.2f}") for label, row in found]
     head, plain, lookup = (other[name, "all", peer] for name, peer in (("decode, EAGLE-3", "specrt plain"), ("decode, plain", "transformers generate"), ("decode, EAGLE-3", "transformers prompt lookup")))
     kinds = ", ".join(f"{SPOKEN[kind]} {other['decode, EAGLE-3', kind, 'specrt plain']['ratio']:.2f}" for kind in SPOKEN)
+    others = head["shape"].split(", ")[-2].split(" ")[0]
     spread, dates = max(row["spread"] for _, row in found), max(row["date"] for _, row in found)
     return (f"{given['machine']}, {dates}; spreads are up to {spread:.0%}.\n\n" + lines_of("| | specrt | peer | ratio |", rows)
-            + f"\nThe same over 80 other prompts, measured once: the head {head['value']:.0f} tokens/s, plain {head['peer_value']:.0f} ({head['ratio']:.2f} times; {kinds}), transformers "
+            + f"\nThe same over {others} other prompts, measured once: the head {head['value']:.0f} tokens/s, plain {head['peer_value']:.0f} ({head['ratio']:.2f} times; {kinds}), transformers "
             f"{plain['peer_value']:.0f},\n{lookup['peer_value']:.0f} with its prompt lookup.\n")
 
 
@@ -79,13 +80,14 @@ def linear() -> str:
 def rounds() -> str:
     rows = gpu_rows()
     found = [(label, rows[name]) for label, name in ROUNDS.items()]
-    return lines_of("| round | ms | what the bytes need | vLLM |", [(label, f"{r['value']:.2f}", f"{r['floor']:.2f}", number(r["peer_value"], ".2f")) for label, r in found])
+    return lines_of("| round | ms | what the bytes need | vLLM |", [(label, f"{r['value']:.2f}", f"{r['floor']:.2f}", number(r["peer_value"], ".3g")) for label, r in found])
 
 
 def alone() -> str:
     rows = gpu_rows()
     value, peer = (lambda name, form: format(rows[name]["value"], form)), (lambda name, form, scale=1.0: format(rows[name]["peer_value"] / scale, form))
     ways = ("off", "ngram", "eagle3_chain4", "eagle3_tree60")
+    prompts = rows["decode_off_b1"]["shape"].split(", ", 1)[1]
     one, eight = ([value(f"decode_{way}_b{batch}", ".0f") for way in ways] for batch in (1, 8))
     return (f"Drafting takes {value('eagle3_drafter_b1', '.2f')} ms a round with the EAGLE-3 head and {value('peagle_drafter_b1', '.2f')} with the P-EAGLE head, which has four layers: the drafts, and the "
             "round's commit, in which the head\nreads what was accepted.\n\n"
@@ -93,7 +95,7 @@ def alone() -> str:
             f"{value('verify_attention_n64_b1_1k', '.1f')} us for a 64-node tree (SDPA over the committed keys {peer('verify_attention_n64_b1_1k', '.1f')}),\n"
             f"a prompt of 4096 tokens {value('prefill_attention_4k', '.0f')} us (SDPA {peer('prefill_attention_4k', '.0f')}); its first token is there after {value('first_token_b1_4k', '.0f')} ms "
             f"(transformers' forward pass: {peer('first_token_b1_4k', '.0f')}).\n\n"
-            f"SmolLM2 itself, ten prompts of up to 128 tokens, prompts included, in us a token: at batch 1 plain {one[0]}, n-gram drafts {one[1]}, its EAGLE-3 head {one[2]} (chain of 4) and {one[3]} "
+            f"SmolLM2 itself ({prompts}), prompts included, in us a token: at batch 1 plain {one[0]}, n-gram drafts {one[1]}, its EAGLE-3 head {one[2]} (chain of 4) and {one[3]} "
             f"(tree of 60);\nat batch 8 {eight[0]}, {eight[1]}, {eight[2]} and {eight[3]}. transformers, on the slow host of that GPU: {peer('decode_off_b1', '.1f', 1e3)} ms, "
             f"{peer('decode_ngram_b1', '.1f', 1e3)} with its prompt lookup, and at batch 8 {peer('decode_off_b8', '.1f', 1e3)}.\n")
 

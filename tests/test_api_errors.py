@@ -138,14 +138,18 @@ def test_what_memory_does_not_hold_is_said_before_it_is_taken(tmp_path, good, mo
             LLM(good, **settings)
         with pytest.raises(ValueError, match="kv_cache_memory = 1900000000 take"):
             LLM(good, kv_cache_memory=1_900_000_000, **settings)
-        LLM(good, kv_cache_memory=20 * page, **settings).close()
+        with LLM(good, kv_cache_memory=20 * page, **settings) as llm:
+            buffers = (x for x in vars(llm._engine.round.state).values() if isinstance(x, torch.Tensor))
+            assert sum(x.nbytes for x in buffers if x.shape[-1:] == (VOCAB,)) == logits
     (tmp_path / "meminfo").write_text(f"MemAvailable: {(cache + logits) // 1024 + 1} kB\n")
     check_memory(1024, 512, None, cache, logits)
 
 
-def test_where_the_system_does_not_say_what_is_available(tmp_path):
+@pytest.mark.parametrize("name", ["meminfo", "none", "."])
+def test_where_the_system_does_not_say_what_is_available(tmp_path, monkeypatch, name):
     (tmp_path / "meminfo").write_text("MemTotal: 1024 kB\n")
-    assert [available_memory(path) for path in (tmp_path / "meminfo", tmp_path / "none", tmp_path)] == [None] * 3
+    monkeypatch.setattr(specrt.cache.memory, "MEMINFO", tmp_path / name)
+    assert available_memory() is None
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "layerskip"])

@@ -8,10 +8,10 @@ from pathlib import Path
 MEMINFO = Path("/proc/meminfo")
 
 
-def available_memory(meminfo: Path | None = None) -> int | None:
+def available_memory() -> int | None:
     """Bytes that new buffers may take; None where the system does not say."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", (meminfo or MEMINFO).read_text(), re.MULTILINE)
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
     except (OSError, UnicodeDecodeError):
         return None
     return None if found is None else 1024 * int(found[1])
